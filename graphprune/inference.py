@@ -1,0 +1,247 @@
+"""From a model and example inputs to the layouts of every tensor: the rules, run over the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from graphprune.errors import CaptureError
+from graphprune.inputs import Inputs, output_tensors
+from graphprune.interpretation import Interpretation, interpret
+from graphprune.layout import Axis, Layout, Reason, fix, mark_renormalised, size_of, unify
+from graphprune.rules import Call, Layouts, Rule, bind_arguments, is_in_place, tensors_in
+from graphprune.state import as_double, copy_with, named_tensors
+
+UNKNOWN = "an operator without a rule"
+
+
+@dataclass
+class Value:
+    """A tensor of the model: what its dimensions are made of, and what made it.
+
+    Attributes:
+        layouts: one layout a dimension.
+        source: the name of a parameter, buffer, attribute or input, or the number of a step.
+    """
+
+    layouts: Layouts
+    source: str | int
+
+
+@dataclass
+class Step:
+    """One operator call of the run.
+
+    Attributes:
+        func: the ATen overload.
+        place: operator, module path and source line.
+        inputs: its tensor arguments in schema order.
+        outputs: what it returned.
+        arguments: its arguments by schema name, tensors replaced by their values.
+        renormalises: whether it takes a statistic along an axis.
+    """
+
+    func: OpOverload
+    place: Reason
+    inputs: list[Value]
+    outputs: list[Value]
+    arguments: dict[str, Any]
+    renormalises: bool = False
+
+
+@dataclass
+class Inference:
+    """What a run of the rules over a model found.
+
+    Attributes:
+        parameters: by name, the layouts of every parameter, buffer and tensor attribute.
+        names: for tensors that have several names, all of them by the first.
+        inputs: layouts of the model's input tensors by name.
+        outputs: layouts of the model's output tensors by name.
+        steps: the operator calls in order.
+        nodes: for a graph, the layouts of what each node gave, in the structure it gave it.
+        unknown: places of operators that have no rule.
+        unused: names of parameters that the run never read.
+    """
+
+    parameters: dict[str, Layouts] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    inputs: dict[str, Layouts] = field(default_factory=dict)
+    outputs: dict[str, Layouts] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    nodes: dict[fx.Node, Any] = field(default_factory=dict)
+    unknown: list[Reason] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+class LayoutInference(Interpretation):
+    """Gives every tensor its layouts by the rule of the operator that makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Inference()
+        self.values: Any = WeakTensorKeyDictionary()
+        self.read: set[int] = set()
+
+    def declare(self, tensor: Tensor, layouts: Layouts, source: str | int) -> Value:
+        """Give a tensor its layouts."""
+        value = Value(layouts, source)
+        self.values[tensor] = value
+        return value
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor; one that came from nowhere is fixed."""
+        value = self.values.get(tensor)
+        if value is None:
+            why = Reason("a tensor that is neither parameter, buffer, attribute nor input")
+            value = self.declare(tensor, [Axis(size, why) for size in tensor.shape], "constant")
+        return value  # type: ignore[no-any-return]
+
+    def layouts_of(self, tensor: Tensor) -> Layouts:
+        """Return the layouts of a tensor."""
+        return self.value_of(tensor).layouts
+
+    def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the operator, apply its rule and record both."""
+        arguments = bind_arguments(func, args, kwargs)
+        operands = list(tensors_in(arguments.values()))
+        inputs = [self.value_of(tensor) for tensor in operands]
+        result = self.run(func, args, kwargs)
+        outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
+        if not outputs:
+            return result
+        call = Call(func, arguments, self.layouts_of, outputs, self.place(func))
+        layouts = self._apply(rule, call)
+        if is_in_place(func):
+            self._write_back(call, operands[0], layouts)
+            values = [inputs[0]]
+        else:
+            values = [
+                self.declare(tensor, dims, len(self.found.steps))
+                for tensor, dims in zip(outputs, layouts, strict=True)
+            ]
+        recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
+        self.found.steps.append(Step(func, call.reason, inputs, values, recorded, call.renormalises))
+        return result
+
+    def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
+        if rule is None:
+            self.found.unknown.append(call.reason)
+            return _opaque(call, UNKNOWN)
+        given = list(rule(call))
+        shapes = [list(output.shape) for output in call.outputs]
+        why = "a result that the rule does not describe"
+        given += [[call.fixed(n, why) for n in shape] for shape in shapes[len(given) :]]
+        for index, shape in enumerate(shapes):
+            if [size_of(layout) for layout in given[index]] != shape:
+                if index == 0:
+                    return _opaque(call, "a rule that does not fit this call")
+                given[index] = [call.fixed(n, why) for n in shape]
+        return given[: len(shapes)]
+
+    def _write_back(self, call: Call, target: Tensor, layouts: list[Layouts]) -> None:
+        for mine, written in zip(self.layouts_of(target), layouts[0], strict=True):
+            if size_of(mine) > 1:
+                call.unify(mine, written)
+
+    def after_node(self, node: fx.Node, result: Any) -> None:
+        """Keep the layouts of what a graph node gave."""
+        self.found.nodes[node] = pytree.tree_map_only(Tensor, self.layouts_of, result)
+
+
+def _opaque(call: Call, why: str) -> list[Layouts]:
+    """Fix everything that a call touches."""
+    for tensor in call.tensors:
+        for layout in call.layouts_of(tensor):
+            call.fix(layout, why)
+    return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]
+
+
+def infer(model: nn.Module, inputs: Inputs, *, free: Iterable[str] = ()) -> Inference:
+    """Return the layouts of a model's tensors, found by running it on tensors without data.
+
+    Where the model's Python code asks for values (data-dependent control flow), it is run on its
+    real tensors instead.
+
+    Args:
+        model: any module; it is not changed, and its weights are not read unless values are asked for.
+        inputs: example inputs; only shapes and types matter, unless values are asked for.
+        free: names of inputs and outputs whose dimensions may be cut.
+
+    Raises:
+        CaptureError: the model does not run on the inputs.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor))
+        fake_inputs = inputs.map(_stand_in)
+    try:
+        with fake:
+            return _infer(fake_model, fake_inputs, set(free))
+    except Exception as failure:
+        if any(tensor.is_meta for tensor in named_tensors(model).values()):
+            raise _not_runnable(model, inputs, failure) from failure
+    real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
+    try:
+        return _infer(real_model, inputs.map(as_double), set(free))
+    except Exception as failure:
+        raise _not_runnable(model, inputs, failure) from failure
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape on the CPU; call it in fake mode, where it holds no data."""
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    if tensor.layout is not torch.strided:
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+
+
+def _not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:
+    return CaptureError(
+        f"{type(model).__name__} does not run on {inputs}: {type(failure).__name__}: {failure}\n"
+        "Pass example_inputs that the model accepts."
+    )
+
+
+def _infer(model: nn.Module, inputs: Inputs, free: set[str]) -> Inference:
+    mode = LayoutInference()
+    found = mode.found
+    holders: dict[int, str] = {}
+    for name, tensor in named_tensors(model).items():
+        first = holders.setdefault(id(tensor), name)
+        if first == name:
+            found.parameters[name] = mode.declare(tensor, [Axis(n) for n in tensor.shape], name).layouts
+        found.names.setdefault(first, []).append(name)
+    for position, tensor in enumerate(inputs.tensors()):
+        name = f"input[{position}]"
+        why = None if name in free else Reason("a dimension of the model's input", name)
+        found.inputs[name] = mode.declare(tensor, [Axis(n, why) for n in tensor.shape], name).layouts
+    model.eval()
+    output = interpret(model, inputs, mode)
+    for name, tensor in output_tensors(output):
+        found.outputs[name] = mode.layouts_of(tensor)
+        if name not in free:
+            for layout in found.outputs[name]:
+                fix(layout, Reason("a dimension of the model's output", name))
+    _fix_unused(model, found)
+    return found
+
+
+def _fix_unused(model: nn.Module, found: Inference) -> None:
+    """Fix what no operator read: nothing is known of what it would have to fit."""
+    read = {value.source for step in found.steps for value in step.inputs}
+    for name, layouts in found.parameters.items():
+        if name not in read:
+            found.unused.append(name)
+            for layout in layouts:
+                fix(layout, Reason("not used in this run of the model", name))
+
+
+__all__ = ["Inference", "Step", "Value", "infer", "mark_renormalised", "unify", "Layout"]

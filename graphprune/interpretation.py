@@ -1,0 +1,201 @@
+"""Running a model and seeing every ATen operator that it calls, in order and in double precision.
+
+Inference and verification are two interpretations of the same stream of operators: one gives each
+tensor its layouts, the other sets the removed slots of each tensor to zero.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphprune.inputs import Inputs
+from graphprune.layout import Reason
+from graphprune.rules import Rule, is_in_place, rule_for
+
+_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(m.__file__ or "")) for m in (torch,)) + (
+    os.path.dirname(os.path.abspath(__file__)),
+)
+
+
+class Interpretation(TorchDispatchMode):
+    """A dispatch mode that hands each operator, with its rule, to `step`.
+
+    An operator that has no rule but is defined by simpler ones is replaced by those. Whatever makes
+    a floating-point tensor makes it in float64, so that rounding never hides or feigns a difference.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module_path: list[str] = []
+        self.node: fx.Node | None = None
+
+    def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator and return its result."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = _in_double(func, kwargs or {})
+        rule = rule_for(func)
+        if rule is None:
+            with self:
+                result = _decomposed(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return self.step(func, rule, args, kwargs)
+
+    def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the operator itself; results of lower precision become float64."""
+        result = func(*args, **kwargs)
+        if is_in_place(func) or func.is_view:
+            return result
+        return pytree.tree_map_only(Tensor, _doubled, result)
+
+    def place(self, func: OpOverload) -> Reason:
+        """Return where the current call stands: operator, module path and source line."""
+        name = func._schema.name.replace("::", ".")
+        if self.node is not None:
+            return Reason("", name, self.node.name, _source_of(self.node))
+        path = self.module_path[-1] if self.module_path else ""
+        return Reason("", name, path, _source_line())
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64) if tensor.dtype in _LOW_PRECISION else tensor
+
+
+def _in_double(func: OpOverload, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if kwargs.get("dtype") in _LOW_PRECISION:
+        return {**kwargs, "dtype": torch.float64}
+    return kwargs
+
+
+def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the result by way of the operator's own definition, or NotImplemented."""
+    if func.namespace == "prim" or torch.Tag.nondeterministic_seeded in func.tags:
+        return NotImplemented
+    if func in decomposition_table and not is_in_place(func):
+        return decomposition_table[func](*args, **kwargs)
+    return func.decompose(*args, **kwargs)
+
+
+def _source_line() -> str:
+    """Return file and line of the innermost frame that belongs to neither torch nor graphprune."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _source_of(node: fx.Node) -> str:
+    """Return file and line of the code that a graph node came from, where the tracer kept it."""
+    lines = [line for line in (node.stack_trace or "").splitlines() if line.lstrip().startswith("File")]
+    for line in reversed(lines):
+        path, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
+        if not path.startswith(_LIBRARIES):
+            return f"{os.path.basename(path)}:{number}"
+    return ""
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Within it, torch picks kernels by what they compute, not by device or shape.
+
+    The fused encoder path would hide a whole transformer layer behind one operator, and the choice
+    of an attention kernel could differ between two runs whose operators are compared one by one.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
+    """Return the model's output, computed under the mode.
+
+    Args:
+        model: a copy that may be given hooks; a graph module is run node by node, so that the mode
+            knows the node.
+    """
+    with plain_kernels(), mode:
+        if isinstance(model, fx.GraphModule):
+            return _NodeByNode(model, mode).run_with(inputs)
+        with _paths_recorded(model, mode.module_path):
+            return model(*inputs.args, **inputs.kwargs)
+
+
+@contextmanager
+def _paths_recorded(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(lambda *_, path=path: stack.append(path), prepend=True)
+        )
+        handles.append(module.register_forward_hook(lambda *_: _pop(stack), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.clear()
+
+
+def _pop(stack: list[str]) -> None:
+    if stack:
+        stack.pop()
+
+
+class _NodeByNode(fx.Interpreter):
+    """Runs a graph and tells the mode which node is running and what it gave."""
+
+    def __init__(self, graph_module: fx.GraphModule, mode: Interpretation) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.mode = mode
+
+    def run_with(self, inputs: Inputs) -> Any:
+        return self.run(*flat_arguments(self.module, inputs), enable_io_processing=False)  # type: ignore[arg-type]
+
+    def run_node(self, node: fx.Node) -> Any:
+        self.mode.node = node
+        result = super().run_node(node)
+        self.mode.node = None
+        after = getattr(self.mode, "after_node", None)
+        if after is not None:
+            after(node, result)
+        return result
+
+
+def flat_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """Return the values of the graph's placeholders for the given arguments."""
+    info = getattr(graph_module.graph._codegen, "pytree_info", None)
+    if info is not None and info.in_spec.type is tuple and info.in_spec.num_children == 2:
+        order = info.in_spec.children_specs[1].context or []
+        kwargs = {name: inputs.kwargs[name] for name in order if name in inputs.kwargs}
+        return pytree.tree_leaves((tuple(inputs.args), kwargs), is_leaf=lambda leaf: leaf is None)
+    values = list(inputs.args)
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    for node in placeholders[len(values) :]:
+        name = str(node.target)
+        values.append(inputs.kwargs[name] if name in inputs.kwargs else node.args[0] if node.args else None)
+    return values

@@ -1,0 +1,463 @@
+"""What a tensor dimension is made of, and how two dimensions are made the same.
+
+The layout of a dimension is an `Axis` (slots that may be removed one by one), a `Product` of layouts
+(row-major, what a reshape makes) or a `Concat` of layouts (what a concatenation makes). `unify` is
+the one way to say that two dimensions must lose the same slots; what it cannot express it fixes, and
+a fixed axis is never cut, so the answer is always safe. Nothing here knows about torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+# A dimension cut into more pieces than this has no structure that anyone would prune by.
+MAX_PIECES = 128
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an axis may not be cut, or may be cut only inexactly, and the operator that says so."""
+
+    why: str
+    operator: str = ""
+    module: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        place = ", ".join(word for word in (self.operator, self.module, self.source) if word)
+        return f"{self.why} ({place})" if place else self.why
+
+
+class _NotANumber:
+    """Layouts are not numbers and have no length: taking one for the other is refused."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise TypeError("a layout has no length; use size_of(layout)")
+
+
+class Axis(_NotANumber):
+    """A set of `size` slots that can be removed one by one, unless `fixed` says why not.
+
+    Attributes:
+        size: number of slots.
+        fixed: why no slot may be removed, or None.
+        renormalised: operators that take a statistic along the axis, so that cutting it is inexact.
+        bound: the layout that this axis turned out to be, or None.
+    """
+
+    __slots__ = ("bound", "fixed", "renormalised", "size")
+
+    def __init__(self, size: int, fixed: Reason | None = None) -> None:
+        self.size = size
+        self.fixed = fixed
+        self.renormalised: tuple[Reason, ...] = ()
+        self.bound: Layout | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, int):
+            raise TypeError(f"compared an axis with the number {other}; compare its size instead")
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"{self.size}{'!' if self.fixed else ''}"
+
+
+@dataclass(frozen=True, repr=False)
+class Product(_NotANumber):
+    """Layouts multiplied together, the last one varying fastest. The empty product has size 1."""
+
+    factors: tuple[Layout, ...]
+
+    def __repr__(self) -> str:
+        return f"({' '.join(map(repr, self.factors))})"
+
+
+@dataclass(frozen=True, repr=False)
+class Concat(_NotANumber):
+    """Layouts laid end to end. The empty concatenation has size 0."""
+
+    parts: tuple[Layout, ...]
+
+    def __repr__(self) -> str:
+        return f"({' + '.join(map(repr, self.parts))})"
+
+
+Layout: TypeAlias = Axis | Product | Concat
+
+UNIT = Product(())
+EMPTY = Concat(())
+
+
+def resolve(layout: Layout) -> Layout:
+    """Return the layout in normal form: bindings followed, nesting flattened, units dropped."""
+    if isinstance(layout, Axis):
+        if layout.bound is not None:
+            layout.bound = resolve(layout.bound)
+            return layout.bound
+        return UNIT if layout.size == 1 else layout
+    if isinstance(layout, Product):
+        factors: list[Layout] = []
+        for factor in map(resolve, layout.factors):
+            factors.extend(factor.factors if isinstance(factor, Product) else (factor,))
+        return factors[0] if len(factors) == 1 else Product(tuple(factors))
+    parts: list[Layout] = []
+    for part in map(resolve, layout.parts):
+        parts.extend(part.parts if isinstance(part, Concat) else (part,))
+    return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+
+
+def size_of(layout: Layout) -> int:
+    """Return the number of positions along a dimension of this layout."""
+    if isinstance(layout, Axis):
+        return layout.size
+    if isinstance(layout, Product):
+        return prod(map(size_of, layout.factors))
+    return sum(map(size_of, layout.parts))
+
+
+def leaves(layout: Layout) -> Iterator[Axis]:
+    """Yield the axes of a layout from left to right, repeated where they repeat."""
+    resolved = resolve(layout)
+    if isinstance(resolved, Axis):
+        yield resolved
+    else:
+        for inner in resolved.factors if isinstance(resolved, Product) else resolved.parts:
+            yield from leaves(inner)
+
+
+def free_axes(layout: Layout) -> list[Axis]:
+    """Return the axes of a layout that may be cut, in order, each once."""
+    return list(dict.fromkeys(axis for axis in leaves(layout) if axis.fixed is None))
+
+
+def is_fixed(layout: Layout) -> bool:
+    """Say whether no position along the layout can ever be removed."""
+    return all(axis.fixed is not None for axis in leaves(layout))
+
+
+def why_fixed(layout: Layout) -> Reason | None:
+    """Return the reason of the first fixed axis in the layout, or None."""
+    return next((axis.fixed for axis in leaves(layout) if axis.fixed is not None), None)
+
+
+def fix(layout: Layout, reason: Reason) -> None:
+    """Forbid the removal of any slot of the layout; axes that are fixed already keep their reason."""
+    for axis in leaves(layout):
+        if axis.fixed is None:
+            axis.fixed = reason
+
+
+def mark_renormalised(layout: Layout, reason: Reason) -> None:
+    """Record that an operator takes a statistic along the layout, so that cutting it is inexact."""
+    for axis in leaves(layout):
+        if reason not in axis.renormalised:
+            axis.renormalised = (*axis.renormalised, reason)
+
+
+def unify(a: Layout, b: Layout, reason: Reason) -> None:
+    """Make two layouts lose the same slots from now on; what does not fit is fixed, for `reason`."""
+    a, b = resolve(a), resolve(b)
+    if a == b:
+        return
+    if size_of(a) != size_of(b):
+        _fix_both(a, b, reason)
+    elif is_fixed(a):
+        fix(b, why_fixed(a) or reason)
+    elif is_fixed(b):
+        fix(a, why_fixed(b) or reason)
+    elif isinstance(a, Axis):
+        _bind(a, b, reason)
+    elif isinstance(b, Axis):
+        _bind(b, a, reason)
+    elif isinstance(a, Product) and isinstance(b, Product):
+        _unify_products(a, b, reason)
+    else:
+        _unify_pieces(a, b, reason)
+
+
+def _fix_both(a: Layout, b: Layout, reason: Reason) -> None:
+    fix(a, reason)
+    fix(b, reason)
+
+
+def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
+    if any(leaf is axis for leaf in leaves(layout)):
+        fix(layout, reason)
+        return
+    axis.bound = layout
+    for mark in axis.renormalised:
+        mark_renormalised(layout, mark)
+    if axis.fixed is not None:
+        fix(layout, axis.fixed)
+
+
+def _unify_products(a: Product, b: Product, reason: Reason) -> None:
+    left, right = list(a.factors), list(b.factors)
+    while left and right:
+        x, y = left.pop(), right.pop()
+        small = min(size_of(x), size_of(y))
+        if not (can_split(x, small) and can_split(y, small)):
+            _fix_both(Product((*left, x)), Product((*right, y)), reason)
+            return
+        (outer_x, inner_x), (outer_y, inner_y) = (split(z, small, reason) for z in (x, y))
+        unify(inner_x, inner_y, reason)
+        left.extend([outer_x] if size_of(outer_x) > 1 else [])
+        right.extend([outer_y] if size_of(outer_y) > 1 else [])
+
+
+def _unify_pieces(a: Layout, b: Layout, reason: Reason) -> None:
+    cuts = sorted({*_boundaries(a), *_boundaries(b)})
+    if len(cuts) > MAX_PIECES:
+        _fix_both(a, b, reason)
+        return
+    for x, y in zip(cut(a, cuts), cut(b, cuts), strict=True):
+        unify(x, y, reason)
+
+
+def _boundaries(layout: Layout) -> list[int]:
+    parts = layout.parts if isinstance(layout, Concat) else ()
+    return list(accumulate(map(size_of, parts)))[:-1]
+
+
+def can_split(layout: Layout, inner: int) -> bool:
+    """Say whether the layout can be seen as a product whose last factor has size `inner`."""
+    layout = resolve(layout)
+    if inner in (1, size_of(layout)):
+        return True
+    if isinstance(layout, Axis):
+        return layout.size % inner == 0
+    if isinstance(layout, Concat):
+        return all(can_split(part, inner) for part in layout.parts)
+    for factor in reversed(layout.factors):
+        size = size_of(factor)
+        if inner % size:
+            return can_split(factor, inner)
+        inner //= size
+    return inner == 1
+
+
+def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
+    """Return `(outer, last)` whose product is the layout, with `last` of size `inner`.
+
+    Axes on the way become products of two fresh axes, everywhere that they stand; the pieces of a
+    concatenation come to share one last factor. Ask `can_split` first.
+    """
+    layout = resolve(layout)
+    if inner == 1:
+        return layout, UNIT
+    if inner == size_of(layout):
+        return UNIT, layout
+    if isinstance(layout, Axis):
+        outer_axis, inner_axis = _fresh_like(layout, layout.size // inner), _fresh_like(layout, inner)
+        if layout.fixed is None:
+            layout.bound = Product((outer_axis, inner_axis))
+        return outer_axis, inner_axis
+    if isinstance(layout, Concat):
+        pairs = [split(part, inner, reason) for part in layout.parts]
+        shared = pairs[0][1]
+        for _, other in pairs[1:]:
+            unify(shared, other, reason)
+        return Concat(tuple(outer for outer, _ in pairs)), shared
+    factors = list(layout.factors)
+    taken: list[Layout] = []
+    while inner > 1:
+        factor = factors.pop()
+        if inner % size_of(factor):
+            outer, factor = split(factor, inner, reason)
+            factors.append(outer)
+        taken.insert(0, factor)
+        inner //= size_of(factor)
+    return resolve(Product(tuple(factors))), resolve(Product(tuple(taken)))
+
+
+def _fresh_like(axis: Axis, size: int) -> Axis:
+    fresh = Axis(size, axis.fixed)
+    fresh.renormalised = axis.renormalised
+    return fresh
+
+
+def cut(layout: Layout, positions: Sequence[int]) -> list[Layout]:
+    """Return the consecutive pieces of a layout between the given increasing positions."""
+    pieces: list[Layout] = []
+    rest, done = layout, 0
+    for position in positions:
+        piece, rest = _cut_once(rest, position - done)
+        pieces.append(piece)
+        done = position
+    return [resolve(piece) for piece in (*pieces, rest)]
+
+
+def _cut_once(layout: Layout, at: int) -> tuple[Layout, Layout]:
+    layout = resolve(layout)
+    if at == 0:
+        return EMPTY, layout
+    if at == size_of(layout):
+        return layout, EMPTY
+    if isinstance(layout, Axis):
+        head, tail = _fresh_like(layout, at), _fresh_like(layout, layout.size - at)
+        if layout.fixed is None:
+            layout.bound = Concat((head, tail))
+        return head, tail
+    if isinstance(layout, Concat):
+        return _cut_concat(layout, at)
+    return _cut_product(layout, at)
+
+
+def _cut_concat(layout: Concat, at: int) -> tuple[Layout, Layout]:
+    before: list[Layout] = []
+    for index, part in enumerate(layout.parts):
+        size = size_of(part)
+        if at <= size:
+            head, tail = _cut_once(part, at)
+            return Concat((*before, head)), Concat((tail, *layout.parts[index + 1 :]))
+        before.append(part)
+        at -= size
+    raise AssertionError("the position lies inside the layout")
+
+
+def _cut_product(layout: Product, at: int) -> tuple[Layout, Layout]:
+    """Cut between slots of the outer factor, or through one slot of it, which then stays whole."""
+    outer, inner = layout.factors[0], Product(layout.factors[1:])
+    slot, offset = divmod(at, size_of(inner))
+    if offset == 0:
+        head, tail = _cut_once(outer, slot)
+        return Product((head, inner)), Product((tail, inner))
+    before, _, after = cut(outer, [slot, slot + 1])
+    head, tail = _cut_once(inner, offset)
+    return Concat((Product((before, inner)), head)), Concat((tail, Product((after, inner))))
+
+
+def regroup(dims: Sequence[Layout], sizes: Sequence[int], reason: Reason) -> list[Layout]:
+    """Return the layouts of a reshape of dimensions `dims` to `sizes`, row-major.
+
+    Where the new sizes cut through the old ones in a way that has no layout, the old ones are fixed
+    and the new ones are born fixed.
+    """
+    result: list[Layout] = []
+    for old, new in _blocks([size_of(dim) for dim in dims], sizes):
+        block = [dims[i] for i in old]
+        wanted = [sizes[i] for i in new]
+        result.extend(_regroup_block(block, wanted, reason))
+    return result
+
+
+def _regroup_block(dims: list[Layout], sizes: list[int], reason: Reason) -> list[Layout]:
+    if len(dims) == 1 and len(sizes) == 1:
+        return [dims[0]]
+    rest = resolve(Product(tuple(dims)))
+    if 0 in sizes or is_fixed(rest):
+        fix(rest, reason)
+        return [Axis(size, why_fixed(rest) or reason) for size in sizes]
+    result: list[Layout] = []
+    for size in reversed(sizes):
+        if not can_split(rest, size):
+            fix(Product(tuple(dims)), reason)
+            return [Axis(size, reason) for size in sizes]
+        rest, last = split(rest, size, reason)
+        result.insert(0, last)
+    return result
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pair the fewest consecutive old and new dimensions that hold the same number of elements."""
+    if 0 in old or 0 in new:
+        yield list(range(len(old))), list(range(len(new)))
+        return
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first_i, first_j = i, j
+        size_old = size_new = 1
+        if i < len(old):
+            size_old, i = old[i], i + 1
+        if j < len(new):
+            size_new, j = new[j], j + 1
+        while size_old != size_new:
+            if size_old < size_new:
+                size_old, i = size_old * old[i], i + 1
+            else:
+                size_new, j = size_new * new[j], j + 1
+        yield list(range(first_i, i)), list(range(first_j, j))
+
+
+def mask_of(layout: Layout, keep: Mapping[Axis, Mask]) -> Mask:
+    """Return which positions of a dimension stay, given which slots of each cut axis stay."""
+    layout = resolve(layout)
+    if isinstance(layout, Axis):
+        return keep[layout] if layout in keep else np.ones(layout.size, dtype=bool)
+    if isinstance(layout, Concat):
+        parts = [mask_of(part, keep) for part in layout.parts]
+        return np.concatenate(parts) if parts else np.ones(0, dtype=bool)
+    mask = np.ones(1, dtype=bool)
+    for factor in layout.factors:
+        mask = np.outer(mask, mask_of(factor, keep)).reshape(-1)
+    return mask
+
+
+def kept_size(layout: Layout, kept: Mapping[Axis, int]) -> int:
+    """Return how many positions of a dimension stay, given how many slots of each cut axis stay."""
+    layout = resolve(layout)
+    if isinstance(layout, Axis):
+        return kept.get(layout, layout.size)
+    if isinstance(layout, Product):
+        return prod(kept_size(factor, kept) for factor in layout.factors)
+    return sum(kept_size(part, kept) for part in layout.parts)
+
+
+def touches(layout: Layout, axes: Mapping[Axis, object]) -> bool:
+    """Say whether the layout contains any of the given axes."""
+    return any(axis in axes for axis in leaves(layout))
+
+
+def slots_of(layout: Layout, axis: Axis) -> list[npt.NDArray[np.int64]]:
+    """Return, for each occurrence of an axis, the slot that each position belongs to, or -1.
+
+    An axis that stands in several pieces of a concatenation occurs once there; one that stands
+    several times in a product occurs several times.
+    """
+    layout = resolve(layout)
+    if isinstance(layout, Axis):
+        return [np.arange(axis.size)] if layout is axis else []
+    if isinstance(layout, Product):
+        return list(_slots_of_product(layout, axis))
+    found = [slots_of(part, axis) for part in layout.parts]
+    sizes = [size_of(part) for part in layout.parts]
+    return [
+        np.concatenate(
+            [
+                slots[turn] if turn < len(slots) else np.full(size, -1)
+                for slots, size in zip(found, sizes, strict=True)
+            ]
+        )
+        for turn in range(max(map(len, found), default=0))
+    ]
+
+
+def _slots_of_product(layout: Product, axis: Axis) -> Iterable[npt.NDArray[np.int64]]:
+    sizes = [size_of(factor) for factor in layout.factors]
+    for position, factor in enumerate(layout.factors):
+        before, after = prod(sizes[:position]), prod(sizes[position + 1 :])
+        for slots in slots_of(factor, axis):
+            yield np.tile(np.repeat(slots, after), before)
+
+
+def describe(layout: Layout, names: Mapping[Axis, str] | None = None) -> str:
+    """Return the layout in words: `(heads dim)`, `(a + b)`; a fixed axis shows as its size."""
+    layout = resolve(layout)
+    if isinstance(layout, Axis):
+        return (names or {}).get(layout, str(layout.size))
+    if isinstance(layout, Product):
+        return f"({' '.join(describe(f, names) for f in layout.factors)})" if layout.factors else "1"
+    return f"({' + '.join(describe(part, names) for part in layout.parts)})"

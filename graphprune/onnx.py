@@ -1,0 +1,389 @@
+"""A model as an ONNX file, with a free batch dimension, checked in ONNX Runtime against PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.onnx import ONNXProgram
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
+from graphprune.inputs import Inputs, output_tensors
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+Feed = dict[str, NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An ONNX file that ONNX Runtime was seen to compute as PyTorch does.
+
+    `bytes` counts the whole model, external weights included (there are some above 2 GB only).
+    `batch_free` says that the file takes any batch size; `checked` lists the sizes compared.
+    `difference` is the largest found, relative to the largest value of the output it is in.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    batch_free: bool
+    checked: tuple[int, ...]
+    difference: float
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def feed(self, example_inputs: Any) -> Feed:
+        """Return what an ONNX Runtime session of this file takes for the model's arguments."""
+        tensors = Inputs.of(example_inputs).tensors()
+        return {name: _array(t) for name, t in zip(self.inputs, tensors, strict=True)}
+
+
+def export(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> Exported:
+    """Write the model, as it evaluates, to an ONNX file, and compare the file with PyTorch.
+
+    The first dimension of every input tensor that shares the first tensor's batch size is free in
+    the file; other dimensions stay as in the example inputs. Where the batch cannot be free (the
+    model runs only at this size, say) it is fixed, with a `GraphPruneWarning`. Outputs that are
+    not tensors, such as key-value caches, are left out.
+
+    Args:
+        model: its parameters and its training flags are left as they are.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs`.
+        path: the file to write, with the weights inside it up to 2 GB.
+        opset: version of the ONNX operators; by default PyTorch's own choice.
+        tolerance: largest difference accepted, relative to the largest value of the output.
+
+    Raises:
+        ExportError: the model cannot be run or exported, or the file disagrees with PyTorch, in
+            which case it is removed.
+    """
+    module = model if isinstance(model, nn.Module) else model.module(check_guards=False)
+    with _evaluating(module):
+        flat = _Flat(module, Inputs.of(example_inputs))
+        first = _first_case(flat)
+        written = _write_free(flat, first, Path(path), opset)
+    return _checked(written, tolerance)
+
+
+def open_session(path: Path, provider: str = CPU, threads: int = 1) -> ort.InferenceSession:
+    """Return an ONNX Runtime session at full optimisation, led by this provider.
+
+    Raises:
+        InvalidRequestError: ONNX Runtime does not have the provider, or cannot start it here.
+    """
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise InvalidRequestError(
+            f"ONNX Runtime has no provider {provider!r} here; it has {', '.join(available)}"
+        )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # what goes wrong is raised, so it need not be printed
+    session = ort.InferenceSession(str(path), options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise InvalidRequestError(f"ONNX Runtime cannot start {provider!r} here")
+    return session
+
+
+class _Flat(nn.Module):
+    """A model as a function from its input tensors to the tuple of its output tensors."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+        self.names = _input_names(model, inputs)
+        sizes = [t.shape[0] for t in inputs.tensors() if t.dim()]
+        self.batch = sizes[0] if sizes else 1
+        self.batched = [t.dim() > 0 and t.shape[0] == self.batch for t in inputs.tensors()]
+
+    def repeated(self, times: int) -> list[Tensor]:
+        """Return the example tensors with the batch repeated `times` times."""
+        pairs = zip(self.inputs.tensors(), self.batched, strict=True)
+        return [t.repeat(times, *[1] * (t.dim() - 1)) if batched else t for t, batched in pairs]
+
+    def outputs(self, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the output tensors with a name for each."""
+        given = iter(tensors)
+        inputs = self.inputs.map(lambda _: next(given))
+        return list(output_tensors(self.model(*inputs.args, **inputs.kwargs)))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor for _, tensor in self.outputs(tensors))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """Input tensors at one batch size, and what PyTorch makes of them."""
+
+    batch: int
+    tensors: list[Tensor]
+    expected: list[tuple[str, Tensor]]
+
+    @classmethod
+    def of(cls, flat: _Flat, times: int) -> _Case:
+        """Return the case of the example's batch repeated `times` times."""
+        tensors = flat.repeated(times)
+        with torch.no_grad():
+            return cls(flat.batch * times, tensors, flat.outputs(tensors))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A file just written, and what ONNX Runtime makes of each case."""
+
+    path: Path
+    model: ir.Model
+    cases: list[_Case]
+    found: list[list[NDArray[Any]]]
+
+
+class _FixedBatchError(Exception):
+    """The exported graph holds at one batch size only."""
+
+
+def _first_case(flat: _Flat) -> _Case:
+    """Return the case of the example inputs."""
+    try:
+        case = _Case.of(flat, 1)
+    except Exception as error:
+        raise ExportError(
+            f"the model cannot be run in PyTorch on {flat.inputs}: {_reason(error)}"
+        ) from error
+    if not case.expected:
+        raise ExportError(f"the model gives no tensors for {flat.inputs}, so nothing to export")
+    return case
+
+
+def _write_free(flat: _Flat, first: _Case, path: Path, opset: int | None) -> _Written:
+    """Write the file with a free batch or, with a warning, a fixed one."""
+    try:
+        return _write(flat, [first, _Case.of(flat, 2)], path, opset)
+    except Exception as error:
+        obstacle = _reason(error)
+    written = _write_fixed(flat, first, path, opset)
+    fixed = [name for name, batched in zip(flat.names, flat.batched, strict=True) if batched]
+    warnings.warn(
+        f"{path.name} takes only batch size {flat.batch} (dimension 0 of {', '.join(fixed)}), "
+        f"because the export with a free batch failed: {obstacle}",
+        GraphPruneWarning,
+        stacklevel=3,
+    )
+    return written
+
+
+def _write_fixed(flat: _Flat, first: _Case, path: Path, opset: int | None) -> _Written:
+    """Write the file for the example's batch size alone."""
+    try:
+        return _write(flat, [first], path, opset)
+    except Exception as error:
+        _remove(path)
+        raise ExportError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
+
+
+def _write(flat: _Flat, cases: list[_Case], path: Path, opset: int | None) -> _Written:
+    """Write the file and run it on every case; the batch is free if there are several."""
+    free = len(cases) > 1
+    program = _translated(flat, cases[-1].tensors, opset, free)
+    if free:
+        _require_free(flat, program.model)
+    _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(path)
+    session = open_session(path)
+    names = [value.name for value in session.get_inputs()]
+    arrays = [[_array(t) for t in case.tensors] for case in cases]
+    found = [session.run(None, dict(zip(names, feed, strict=True))) for feed in arrays]
+    return _Written(path, program.model, cases, found)
+
+
+def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool) -> ONNXProgram:
+    """Return what PyTorch's exporter makes of the model, without its chatter."""
+    # AUTO, since a named dynamic dimension raises once a recurrent net was exported before.
+    auto = {0: torch.export.Dim.AUTO}
+    shapes = {"tensors": tuple(auto if free and batched else None for batched in flat.batched)}
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    return cast(ONNXProgram, exported)
+
+
+def _require_free(flat: _Flat, model: ir.Model) -> None:
+    """Raise if the exporter made the batch of an input a number."""
+    for name, batched, value in zip(flat.names, flat.batched, model.graph.inputs, strict=True):
+        if batched and value.shape is not None and isinstance(value.shape[0], int):
+            raise _FixedBatchError(f"the traced graph of {name} holds at this batch size only")
+
+
+def _tidy(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
+    """Name inputs and outputs as the caller does, and drop stack traces and local paths."""
+    values = _values(model.graph)
+    taken = {str(value.name) for value in values}
+    names = [*inputs, *map(_output_name, outputs)]
+    for value, name in zip([*model.graph.inputs, *model.graph.outputs], names, strict=True):
+        if value.name != name:
+            value.name = _unused(name, taken)
+    for place in (model, model.graph, *model.graph.all_nodes(), *values):
+        _strip(place)
+
+
+def _strip(place: ir.Model | ir.Graph | ir.Node | ir.Value) -> None:
+    place.metadata_props.clear()
+    place.doc_string = None
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    """Return the inputs, weights and results of a graph."""
+    results = [value for node in graph.all_nodes() for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *results]
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """Return `name`, or the first of `name_2`, `name_3`... that is free, and take it."""
+    candidates = (name if n == 1 else f"{name}_{n}" for n in range(1, len(taken) + 2))
+    chosen = next(candidate for candidate in candidates if candidate not in taken)
+    taken.add(chosen)
+    return chosen
+
+
+def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """Return a name for each input tensor: its argument's, with the place inside it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
+    positional += [f"input_{position}" for position in range(len(positional), len(inputs.args))]
+    located, _ = pytree.tree_flatten_with_path((inputs.args, inputs.kwargs))
+    words = [
+        re.findall(r"\w+", pytree.keystr(p)) for p, leaf in located if isinstance(leaf, Tensor)
+    ]
+    return ["_".join([positional[int(w[1])] if w[0] == "0" else w[1], *w[2:]]) for w in words]
+
+
+def _output_name(name: str) -> str:
+    """Return an output's name as an identifier: `output['logits']` is logits."""
+    words = re.findall(r"\w+", name)
+    return "_".join(words[1:] if len(words) > 1 and not words[1].isdigit() else words)
+
+
+def _checked(written: _Written, tolerance: float) -> Exported:
+    """Return the file's description, if it agrees with PyTorch."""
+    try:
+        difference = max(_differences(written, tolerance))
+    except ExportError:
+        _remove(written.path)
+        raise
+    graph = written.model.graph
+    return Exported(
+        path=written.path,
+        bytes=sum(file.stat().st_size for file in _files(written.path)),
+        opset=written.model.opset_imports[""],
+        batch_free=len(written.cases) > 1,
+        checked=tuple(case.batch for case in written.cases),
+        difference=difference,
+        inputs=tuple(str(value.name) for value in graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.outputs),
+    )
+
+
+def _differences(written: _Written, tolerance: float) -> Iterator[float]:
+    """Yield the difference of each output in each case, all within the tolerance."""
+    for case, arrays in zip(written.cases, written.found, strict=True):
+        for (name, tensor), b in zip(case.expected, arrays, strict=True):
+            a = _array(tensor)
+            where = f"{name} at batch {case.batch} differs between PyTorch and ONNX Runtime"
+            if a.shape != b.shape:
+                raise ExportError(f"{where}: shape {list(a.shape)} there, {list(b.shape)} here")
+            difference = relative_difference(a, b)
+            if not difference <= tolerance:
+                raise ExportError(
+                    f"{where}, shape {list(a.shape)}: largest difference {difference:.3g} of the "
+                    f"largest value, more than the tolerance {tolerance:g}"
+                )
+            yield difference
+
+
+def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Return max|a - b| / max|a|; equal infinities agree, and so do NaNs at the same places."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    differs = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+    if not differs.any():
+        return 0.0
+    largest = np.abs(x[np.isfinite(x)]).max(initial=1e-12)
+    return float((np.abs(x[differs] - y[differs]) / largest).max())
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().numpy()
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the file and, where there is one, the file of its external weights."""
+    return [file for file in (path, path.with_name(path.name + ".data")) if file.exists()]
+
+
+def _remove(path: Path) -> None:
+    for file in _files(path):
+        file.unlink()
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's kind and the first line of what it says."""
+    lines = str(error).strip().splitlines() or ["(no message)"]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in evaluation mode, then give each its own flag back."""
+    # Not by eval(): the modules of exported programs refuse it, and some classes override it.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let nothing be printed, logged or warned about."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,51 @@
+"""Fused attention kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphprune.layout import Axis, Layout, Product, size_of
+from graphprune.rules.registry import Call, Layouts, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_attention_math_for_mps,
+    aten.scaled_dot_product_attention,
+)
+def attention(call: Call) -> Sequence[Layouts]:
+    """Queries `[*batch, heads, time, size]` meet keys of the same size; a mask shares the heads.
+
+    With grouped queries, the query heads are the key heads times the queries of each.
+    """
+    query, key, value = (call.layouts(name) for name in ("query", "key", "value"))
+    for mine, its in zip(key[:-2], value[:-2], strict=True):
+        call.unify(mine, its)
+    for mine, its in zip(query[:-2], key[:-2], strict=True):
+        _unify_heads(call, mine, its)
+    call.unify(query[-1], key[-1])
+    call.unify(key[-2], value[-2])
+    call.renormalise(key[-2], "a softmax over these positions")
+    result = [*query[:-1], value[-1]]
+    mask = next((call.arguments[n] for n in ("attn_mask", "attn_bias") if call.arguments.get(n) is not None), None)
+    if mask is not None:
+        _unify_mask(call, call.layouts_of(mask), [*query[:-1], key[-2]])
+    return [result, query[:-1]]
+
+
+def _unify_heads(call: Call, query: Layout, key: Layout) -> None:
+    repeats = size_of(query) // size_of(key)
+    call.unify(query, key if repeats == 1 else Product((key, Axis(repeats))))
+
+
+def _unify_mask(call: Call, mask: Layouts, scores: Layouts) -> None:
+    for mine, its in zip(reversed(mask), reversed(scores), strict=False):
+        if size_of(mine) > 1:
+            call.unify(mine, its)

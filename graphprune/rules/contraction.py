@@ -1,0 +1,38 @@
+"""Products of matrices, convolutions and look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphprune.rules.pattern import Pattern, pattern
+from graphprune.rules.pointwise import broadcast
+from graphprune.rules.registry import Call, Layouts, rule
+
+aten = torch.ops.aten
+
+MATMUL = pattern("m k, k n -> m n", aten.mm)
+BATCHED = pattern("b m k, b k n -> b m n", aten.bmm)
+pattern("m k, k -> m", aten.mv)
+pattern("k, k -> ", aten.dot, aten.vdot)
+pattern("*b i, o i, o? -> *b o", aten.linear)
+pattern("0 d, *b -> *b d", aten.embedding)
+pattern("0 d, *n, *m -> b d", aten._embedding_bag, aten._embedding_bag_forward_only)
+
+CONVOLUTION = Pattern.parse("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t")
+TRANSPOSED = Pattern.parse("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t")
+
+
+@rule(aten.convolution)
+def convolution(call: Call) -> Sequence[Layouts]:
+    """Sum over the input channels of each group; a transposed weight has its channels exchanged."""
+    return (TRANSPOSED if call["transposed"] else CONVOLUTION)(call)
+
+
+@rule(aten.addmm, aten.baddbmm)
+def added_product(call: Call) -> Sequence[Layouts]:
+    """Add a broadcast tensor to a product of matrices."""
+    bias, *factors = call.tensors
+    product = (MATMUL if factors[0].dim() == 2 else BATCHED).apply(call, factors)
+    return [broadcast(call, [product[0], call.layouts_of(bias)], call.outputs[0].shape)]

@@ -1,0 +1,171 @@
+"""Rules as patterns: `b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t` is a convolution.
+
+Operands and results are separated by commas, dimensions by spaces. A name that stands in several
+places is one layout. `(g i)` is a dimension made of two factors, `*s` any number of dimensions, `n?`
+an operand that may be absent, and a number a dimension that is fixed. A starred name that stands on
+one side only is an extent (a kernel window, a spatial size): it is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from graphprune.layout import Axis, Layout, Product, size_of
+from graphprune.rules.registry import Call, Layouts, Operator, register
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The dimensions of one operand or result, each a tuple of factor names."""
+
+    dims: tuple[tuple[str, ...], ...]
+    star: str | None
+    star_at: int
+    optional: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Operand:
+        """Return the operand written as `text`."""
+        optional = text.strip().endswith("?")
+        words = text.replace("?", "").replace("(", " ( ").replace(")", " ) ").split()
+        dims: list[tuple[str, ...]] = []
+        star, star_at, open_group = None, 0, None
+        for word in words:
+            if word == "(":
+                open_group = []
+            elif word == ")":
+                dims.append(tuple(open_group or ()))
+                open_group = None
+            elif open_group is not None:
+                open_group.append(word)
+            elif word.startswith("*"):
+                star, star_at = word[1:], len(dims)
+            else:
+                dims.append((word,))
+        return cls(tuple(dims), star, star_at, optional)
+
+    def fits(self, rank: int) -> bool:
+        """Say whether a tensor of that rank can be read so."""
+        return rank == len(self.dims) or (self.star is not None and rank >= len(self.dims))
+
+    def align(self, rank: int) -> list[tuple[str, ...] | None]:
+        """Return the factor names of each of `rank` dimensions; None for those under the star."""
+        starred = [None] * (rank - len(self.dims))
+        return [*self.dims[: self.star_at], *starred, *self.dims[self.star_at :]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A rule read from a pattern; call it with an operator call to get the results' layouts."""
+
+    text: str
+    operands: tuple[Operand, ...]
+    results: tuple[Operand, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Return the pattern written as `operands -> results`."""
+        left, right = text.split("->")
+        sides = [tuple(map(Operand.parse, side.split(","))) for side in (left, right)]
+        return cls(text, *sides)
+
+    def __call__(self, call: Call) -> Sequence[Layouts]:
+        """Unify what the pattern says is the same; return the layouts of the results."""
+        arguments = [value for value in call.arguments.values() if value is None or _is_tensor(value)]
+        return self.apply(call, arguments)
+
+    def apply(self, call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Layouts]:
+        """Do the same for operands that are given one by one."""
+        match = _Match(call, {operand.star for operand in self.operands if operand.star}
+                       & {result.star for result in self.results if result.star})
+        present = [
+            (operand, call.layouts_of(tensor))
+            for operand, tensor in zip(self.operands, tensors, strict=False)
+            if tensor is not None and operand.fits(tensor.dim())
+        ]
+        for operand, layouts in present:
+            match.read(operand, layouts)
+        match.solve()
+        return [
+            match.write(result, list(output.shape))
+            for result, output in zip(self.results, call.outputs, strict=False)
+        ]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+class _Match:
+    """The layouts that names stand for in one call."""
+
+    def __init__(self, call: Call, shared_stars: set[str | None]) -> None:
+        self.call = call
+        self.shared_stars = shared_stars
+        self.names: dict[str, Layout] = {}
+        self.stars: dict[str, Layouts] = {}
+        self.composites: list[tuple[tuple[str, ...], Layout]] = []
+
+    def read(self, operand: Operand, layouts: Layouts) -> None:
+        starred: Layouts = []
+        for names, layout in zip(operand.align(len(layouts)), layouts, strict=True):
+            if names is None:
+                starred.append(layout)
+            elif len(names) > 1:
+                self.composites.append((names, layout))
+            elif names[0].isdigit():
+                self.call.fix(layout, "a dimension of fixed meaning")
+            else:
+                self.bind(names[0], layout)
+        if operand.star:
+            self.read_star(operand.star, starred)
+
+    def read_star(self, star: str, layouts: Layouts) -> None:
+        if star not in self.shared_stars:
+            for layout in layouts:
+                self.call.fix(layout, "a window or extent")
+            return
+        for known, layout in zip(self.stars.setdefault(star, layouts), layouts, strict=True):
+            self.call.unify(known, layout)
+
+    def bind(self, name: str, layout: Layout) -> None:
+        self.call.unify(self.names.setdefault(name, layout), layout)
+
+    def solve(self) -> None:
+        """Name the factors of composite dimensions: at most one of each is unknown."""
+        pending = self.composites
+        while pending:
+            ready = [c for c in pending if sum(n not in self.names for n in c[0]) <= 1]
+            for names, layout in ready:
+                known = prod(size_of(self.names[n]) for n in names if n in self.names)
+                for name in names:
+                    if name not in self.names:
+                        self.names[name] = Axis(size_of(layout) // known)
+                self.call.unify(Product(tuple(self.names[n] for n in names)), layout)
+            pending = [c for c in pending if c not in ready] if ready else []
+
+    def write(self, result: Operand, sizes: list[int]) -> Layouts:
+        starred = iter(self.stars.get(result.star or "", ()))
+        layouts: Layouts = []
+        for names, size in zip(result.align(len(sizes)), sizes, strict=True):
+            passed = next(starred, None) if names is None else None
+            layout: Layout
+            if passed is not None:
+                layout = passed
+            elif names is not None and all(name in self.names for name in names):
+                layout = Product(tuple(self.names[name] for name in names))
+            else:
+                layout = self.call.fixed(size, "a dimension that the operator makes")
+            layouts.append(layout)
+        return layouts
+
+
+def pattern(text: str, *operators: Operator) -> Pattern:
+    """Register a pattern as the rule of `operators` and return it."""
+    parsed = Pattern.parse(text)
+    register(parsed, *operators)
+    return parsed

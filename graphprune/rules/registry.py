@@ -1,0 +1,180 @@
+"""The registry of rules, and what a rule sees of the operator call that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+from graphprune.errors import InvalidRequestError
+from graphprune.layout import (
+    Axis,
+    Layout,
+    Reason,
+    fix,
+    mark_renormalised,
+    size_of,
+    unify,
+)
+
+Layouts: TypeAlias = list[Layout]
+Operator: TypeAlias = OpOverload | OpOverloadPacket
+
+
+@dataclass
+class Call:
+    """One operator call: its arguments by name, the layouts of its tensors, and what it returned.
+
+    Attributes:
+        func: the ATen overload that was called.
+        arguments: value of every argument of the schema by name, defaults filled in.
+        layouts_of: the layouts of a tensor argument, one a dimension.
+        outputs: the tensors that came back, in order.
+        reason: where the call stands in the model, to name in reasons.
+        renormalises: set once a statistic along an axis that could be cut was declared.
+    """
+
+    func: OpOverload
+    arguments: dict[str, Any]
+    layouts_of: Callable[[Tensor], Layouts]
+    outputs: list[Tensor]
+    reason: Reason
+    renormalises: bool = field(default=False, init=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor arguments in schema order, those inside lists included."""
+        return list(tensors_in(self.arguments.values()))
+
+    def layouts(self, name: str) -> Layouts:
+        """Return the layouts of the tensor argument of that name, one a dimension."""
+        return self.layouts_of(self.arguments[name])
+
+    def dim(self, name: str = "dim", of: str = "self") -> int:
+        """Return the argument `name` as a non-negative dimension of the tensor argument `of`."""
+        rank = self.arguments[of].dim()
+        return int(self.arguments[name]) % max(rank, 1)
+
+    def why(self, why: str) -> Reason:
+        """Return a reason that names this call."""
+        at = self.reason
+        return Reason(why, at.operator, at.module, at.source)
+
+    def unify(self, a: Layout, b: Layout, why: str = "sizes that do not fit together") -> None:
+        """Make two dimensions lose the same slots."""
+        unify(a, b, self.why(why))
+
+    def fix(self, layout: Layout, why: str) -> None:
+        """Forbid removals along a dimension."""
+        fix(layout, self.why(why))
+
+    def fixed(self, size: int, why: str) -> Axis:
+        """Return a dimension that is born fixed."""
+        return Axis(size, self.why(why))
+
+    def renormalise(self, layout: Layout, what: str) -> None:
+        """Declare that a statistic is taken along a dimension, so that cutting it is inexact."""
+        if size_of(layout) > 1:
+            mark_renormalised(layout, self.why(what))
+            self.renormalises = True
+
+
+Rule: TypeAlias = Callable[[Call], Sequence[Layouts]]
+"""From a call to the layouts of its outputs, one list an output tensor."""
+
+_RULES: dict[Operator, Rule] = {}
+
+
+def register(rule: Rule, *operators: Operator) -> None:
+    """Give `operators` a rule; a packet stands for all of its overloads.
+
+    Raises:
+        InvalidRequestError: one of them has a rule already.
+    """
+    for operator in operators:
+        if operator in _RULES:
+            raise InvalidRequestError(f"{operator} has a rule already; each operator takes one")
+        _RULES[operator] = rule
+    rule_for.cache_clear()
+
+
+def unregister(*operators: Operator) -> None:
+    """Take the rules of `operators` away again."""
+    for operator in operators:
+        _RULES.pop(operator, None)
+    rule_for.cache_clear()
+
+
+def rule(*operators: Operator) -> Callable[[Rule], Rule]:
+    """Return a decorator that registers a function as the rule of `operators`."""
+
+    def decorate(function: Rule) -> Rule:
+        register(function, *operators)
+        return function
+
+    return decorate
+
+
+def registered() -> dict[Operator, Rule]:
+    """Return the rules by operator, in order of registration."""
+    return dict(_RULES)
+
+
+@lru_cache(maxsize=4096)
+def rule_for(func: OpOverload) -> Rule | None:
+    """Return the rule of an overload: its own, its packet's, its out-of-place twin's, or None."""
+    for operator in (func, func.overloadpacket, _twin_of(func)):
+        if operator is not None and operator in _RULES:
+            return _RULES[operator]
+    if torch.Tag.pointwise in func.tags:
+        return _RULES.get(POINTWISE)
+    return None
+
+
+def _twin_of(func: OpOverload) -> OpOverloadPacket | None:
+    """Return the packet that an in-place or view-copying operator writes the result of."""
+    namespace = getattr(torch.ops, func.namespace)
+    name = func._schema.name.split("::")[1]
+    for suffix in ("_copy", "_"):
+        if name.endswith(suffix) and hasattr(namespace, name.removesuffix(suffix)):
+            return getattr(namespace, name.removesuffix(suffix))  # type: ignore[no-any-return]
+    return None
+
+
+# The operator whose rule serves every operator that is tagged pointwise.
+POINTWISE: Operator = torch.ops.aten.add
+
+
+@lru_cache(maxsize=4096)
+def is_in_place(func: OpOverload) -> bool:
+    """Say whether the first argument is written to and returned."""
+    first = func._schema.arguments[0] if func._schema.arguments else None
+    return first is not None and first.alias_info is not None and first.alias_info.is_write
+
+
+def bind_arguments(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their schema names, with defaults."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(func._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among values and in the lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)

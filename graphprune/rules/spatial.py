@@ -1,0 +1,72 @@
+"""Pooling, resampling and other operators on trailing spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphprune.rules.pattern import pattern
+from graphprune.rules.registry import Call, Layouts, Rule, register
+
+aten = torch.ops.aten
+
+
+def _over_last(count: int) -> Rule:
+    """Return the rule of operators that mix only the last `count` dimensions."""
+
+    def spatial(call: Call) -> Sequence[Layouts]:
+        layouts = call.layouts_of(call.tensors[0])
+        for layout in layouts[len(layouts) - count :]:
+            call.fix(layout, "a spatial extent")
+        leading = layouts[: len(layouts) - count]
+        return [
+            [*leading, *(call.fixed(size, "a spatial extent") for size in output.shape[-count:])]
+            for output in call.outputs
+        ]
+
+    return spatial
+
+
+register(
+    _over_last(1),
+    aten.avg_pool1d,
+    aten.adaptive_avg_pool1d,
+    aten.max_pool1d,
+    aten.reflection_pad1d,
+    aten.replication_pad1d,
+    aten.upsample_linear1d,
+    aten.upsample_nearest1d,
+    aten._upsample_nearest_exact1d,
+)
+register(
+    _over_last(2),
+    aten.avg_pool2d,
+    aten._adaptive_avg_pool2d,
+    aten.adaptive_avg_pool2d,
+    aten.adaptive_max_pool2d,
+    aten.fractional_max_pool2d,
+    aten.max_pool2d,
+    aten.max_pool2d_with_indices,
+    aten.reflection_pad2d,
+    aten.replication_pad2d,
+    aten.upsample_bicubic2d,
+    aten.upsample_bilinear2d,
+    aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa,
+    aten.upsample_nearest2d,
+    aten._upsample_nearest_exact2d,
+)
+register(
+    _over_last(3),
+    aten.avg_pool3d,
+    aten._adaptive_avg_pool3d,
+    aten.adaptive_max_pool3d,
+    aten.max_pool3d_with_indices,
+    aten.reflection_pad3d,
+    aten.replication_pad3d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact3d,
+    aten.upsample_trilinear3d,
+)
+pattern("b c *s, b *t 2 -> b c *u", aten.grid_sampler_2d, aten.grid_sampler_3d)

@@ -1,0 +1,214 @@
+"""Operators that rearrange elements: reshape, permute, slice, concatenate, pad, and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphprune.layout import (
+    EMPTY,
+    UNIT,
+    Axis,
+    Concat,
+    Layout,
+    Product,
+    can_split,
+    cut,
+    regroup,
+    size_of,
+    split,
+)
+from graphprune.rules.registry import Call, Layouts, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+def view(call: Call) -> Sequence[Layouts]:
+    """Regroup the row-major product of the dimensions."""
+    reason = call.why("a reshape that cuts across channels")
+    return [regroup(call.layouts("self"), list(call.outputs[0].shape), reason)]
+
+
+@rule(aten.permute)
+def permute(call: Call) -> Sequence[Layouts]:
+    """Reorder the dimensions."""
+    layouts = call.layouts("self")
+    return [[layouts[dim] for dim in call["dims"]]]
+
+
+@rule(aten.transpose, aten.t)
+def transpose(call: Call) -> Sequence[Layouts]:
+    """Exchange two dimensions; `t` exchanges the only two there are."""
+    layouts = list(call.layouts("self"))
+    if "dim0" not in call.arguments:
+        return [layouts[::-1]]
+    a, b = call.dim("dim0"), call.dim("dim1")
+    if layouts:
+        layouts[a], layouts[b] = layouts[b], layouts[a]
+    return [layouts]
+
+
+@rule(aten.expand)
+def expand(call: Call) -> Sequence[Layouts]:
+    """Repeat dimensions of size 1, each along a fresh axis that no parameter has."""
+    shape = list(call.outputs[0].shape)
+    layouts = call.layouts("self")
+    added = len(shape) - len(layouts)
+    padded: Layouts = [UNIT] * added + layouts
+    return [
+        [Axis(size) if size_of(layout) == 1 else layout for layout, size in zip(padded, shape, strict=True)]
+    ]
+
+
+@rule(aten.squeeze)
+def squeeze(call: Call) -> Sequence[Layouts]:
+    """Drop dimensions of size 1."""
+    layouts = call.layouts("self")
+    dims = call.arguments.get("dim", range(len(layouts)))
+    dims = [dims] if isinstance(dims, int) else dims
+    named = {dim % max(len(layouts), 1) for dim in dims}
+    kept = [x for i, x in enumerate(layouts) if i not in named or size_of(x) != 1]
+    return [kept]
+
+
+@rule(aten.unsqueeze)
+def unsqueeze(call: Call) -> Sequence[Layouts]:
+    """Insert a dimension of size 1."""
+    layouts = list(call.layouts("self"))
+    layouts.insert(call["dim"] % (len(layouts) + 1), UNIT)
+    return [layouts]
+
+
+@rule(aten.slice)
+def slice_(call: Call) -> Sequence[Layouts]:
+    """Cut the dimension at the start and the end; a step takes one slot out of every few."""
+    layouts = list(call.layouts("self"))
+    dim = call.dim()
+    size = size_of(layouts[dim])
+    start, end, step = slice(call["start"], call["end"], call["step"]).indices(size)
+    end = max(start, end)
+    if step == 1:
+        layouts[dim] = cut(layouts[dim], [start, end])[1]
+    elif start < step and end == size and can_split(layouts[dim], step):
+        outer, inner = split(layouts[dim], step, call.why("a strided slice"))
+        call.fix(inner, "a strided slice")
+        layouts[dim] = outer
+    else:
+        call.fix(layouts[dim], "a strided slice")
+        layouts[dim] = call.fixed(call.outputs[0].shape[dim], "a strided slice")
+    return [layouts]
+
+
+@rule(aten.select)
+def select(call: Call) -> Sequence[Layouts]:
+    """Take one slot, which then stays."""
+    layouts = list(call.layouts("self"))
+    layout = layouts.pop(call.dim())
+    index = call["index"] % size_of(layout)
+    cut(layout, [index, index + 1])
+    return [layouts]
+
+
+@rule(aten.unbind)
+def unbind(call: Call) -> Sequence[Layouts]:
+    """Take every slot apart from the others."""
+    layouts = list(call.layouts("self"))
+    call.fix(layouts.pop(call.dim()), "taken apart slot by slot")
+    return [layouts] * len(call.outputs)
+
+
+@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.chunk,
+      aten.unsafe_chunk)
+def split_(call: Call) -> Sequence[Layouts]:
+    """Cut the dimension into consecutive pieces."""
+    layouts, dim = call.layouts("self"), call.dim()
+    ends, end = [], 0
+    for output in call.outputs:
+        end += output.shape[dim]
+        ends.append(end)
+    pieces = cut(layouts[dim], ends[:-1])
+    return [[*layouts[:dim], piece, *layouts[dim + 1 :]] for piece in pieces]
+
+
+@rule(aten.cat)
+def cat(call: Call) -> Sequence[Layouts]:
+    """Lay the dimension end to end; all others are the same."""
+    operands = [call.layouts_of(t) for t in call["tensors"] if tuple(t.shape) != (0,)]
+    dim = call["dim"] % max(len(operands[0]), 1)
+    first = list(operands[0])
+    for other in operands[1:]:
+        for i, layout in enumerate(other):
+            if i != dim:
+                call.unify(first[i], layout)
+    first[dim] = Concat(tuple(layouts[dim] for layouts in operands))
+    return [first]
+
+
+@rule(aten.stack)
+def stack(call: Call) -> Sequence[Layouts]:
+    """Lay tensors along a new dimension, whose slots stay; all others are the same."""
+    operands = [list(call.layouts_of(t)) for t in call["tensors"]]
+    for other in operands[1:]:
+        for mine, its in zip(operands[0], other, strict=True):
+            call.unify(mine, its)
+    dim = call["dim"] % (len(operands[0]) + 1)
+    operands[0].insert(dim, call.fixed(len(operands), "a stack of tensors"))
+    return [operands[0]]
+
+
+@rule(aten.repeat)
+def repeat(call: Call) -> Sequence[Layouts]:
+    """Repeat each dimension along a fresh axis outside of it."""
+    layouts = call.layouts("self")
+    repeats = list(call["repeats"])
+    padded: Layouts = [UNIT] * (len(repeats) - len(layouts)) + layouts
+    return [[Product((Axis(n), layout)) for n, layout in zip(repeats, padded, strict=True)]]
+
+
+@rule(aten.constant_pad_nd)
+def pad(call: Call) -> Sequence[Layouts]:
+    """Lay fresh slots before and after a dimension; negative amounts cut it."""
+    layouts = list(call.layouts("self"))
+    amounts = list(call["pad"])
+    for i in range(len(amounts) // 2):
+        dim = len(layouts) - 1 - i
+        layouts[dim] = _padded(layouts[dim], amounts[2 * i], amounts[2 * i + 1])
+    return [layouts]
+
+
+def _padded(layout: Layout, before: int, after: int) -> Layout:
+    size = size_of(layout)
+    inside = cut(layout, [max(0, -before), size - max(0, -after)])[1]
+    ends = [Axis(amount) if amount > 0 else EMPTY for amount in (before, after)]
+    return Concat((ends[0], inside, ends[1]))
+
+
+@rule(aten.flip)
+def flip(call: Call) -> Sequence[Layouts]:
+    """Reverse dimensions, which are fixed."""
+    layouts = call.layouts("self")
+    for dim in call["dims"]:
+        call.fix(layouts[dim], "the order of slots is reversed")
+    return [layouts]
+
+
+@rule(aten.roll)
+def roll(call: Call) -> Sequence[Layouts]:
+    """Rotate dimensions, which are fixed; with no dimension named, all of them."""
+    layouts = call.layouts("self")
+    for dim in call["dims"] or range(len(layouts)):
+        call.fix(layouts[dim], "slots are rotated")
+    return [layouts]
+
+
+@rule(aten.unfold)
+def unfold(call: Call) -> Sequence[Layouts]:
+    """Make windows of a dimension, which is fixed."""
+    layouts = list(call.layouts("self"))
+    dim = call.dim("dimension")
+    call.fix(layouts[dim], "cut into overlapping windows")
+    sizes = call.outputs[0].shape
+    layouts[dim] = call.fixed(sizes[dim], "windows")
+    return [[*layouts, call.fixed(sizes[-1], "a window")]]

@@ -1,0 +1,80 @@
+"""The tensors that a model holds, by name, and copies of a model with other tensors in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from graphprune.errors import CaptureError, InvalidRequestError
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter, buffer and tensor attribute by its dotted name.
+
+    A tensor that has several names (tied weights, a shared module) stands under each of them.
+
+    Raises:
+        InvalidRequestError: a lazy module has not seen its first input yet.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in _own_tensors(module):
+            found[f"{path}.{name}" if path else name] = tensor
+    lazy = sorted(name for name, tensor in found.items() if isinstance(tensor, UninitializedTensorMixin))
+    if lazy:
+        raise InvalidRequestError(
+            f"{', '.join(lazy)} have no shape yet; run the model once on an example input first"
+        )
+    return found
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for held in (module._parameters, module._buffers, vars(module)):
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                yield name, value
+
+
+def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, tied ones under their first name only."""
+    return dict(model.named_parameters())
+
+
+def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """Return a deep copy of the model in which `replace(name, tensor)` stands for every tensor.
+
+    The original's tensors are never copied; ties stay ties, because each tensor is replaced once.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _like(tensor, replace(name, tensor))
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied by copy.deepcopy, and graphprune never changes "
+            f"the model it was given: {error}"
+        ) from error
+
+
+def _like(original: Tensor, value: Tensor) -> Tensor:
+    """Return the value as a parameter if the original is one."""
+    if value is original or not isinstance(original, nn.Parameter):
+        return value
+    if type(value) is type(original):
+        return value
+    trains = original.requires_grad and value.is_floating_point()
+    return nn.Parameter(value.detach(), requires_grad=trains)
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    """Return a floating-point tensor in float64, any other as it is."""
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor

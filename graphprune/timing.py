@@ -1,0 +1,175 @@
+"""Latency of ONNX files in ONNX Runtime, measured in turns so that the machine's moods cancel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from graphprune.errors import InvalidRequestError
+from graphprune.onnx import CPU, CUDA, Feed, open_session
+
+SAMPLE_SECONDS = 5e-3  # one sample repeats the model for at least this long
+WARM_UPS = 5
+LEAST_ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Seconds a run: the median of the samples, their quartiles and the smallest."""
+
+    median: float
+    low: float
+    high: float
+    minimum: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Return the spread of some samples, in seconds a run."""
+        low, median, high = (float(q) for q in np.quantile(samples, [0.25, 0.5, 0.75]))
+        return cls(median, low, high, min(samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """What one model took on one provider: `rounds` samples of `runs` runs each.
+
+    `cpu` is the processor time of the calling thread, which does all the work when there is one
+    thread on the CPU provider, and leaves out the time other processes took; otherwise None.
+    """
+
+    wall: Spread
+    cpu: Spread | None
+    rounds: int
+    runs: int
+
+    @property
+    def steadiest(self) -> Spread:
+        """The processor time where it was measured, else the time on the wall."""
+        return self.cpu or self.wall
+
+
+def default_providers() -> list[str]:
+    """Return the CPU provider and, where ONNX Runtime has it, CUDA's."""
+    return [CPU, *(name for name in ort.get_available_providers() if name == CUDA)]
+
+
+def time_onnx(
+    models: Mapping[str, Path],
+    feeds: Mapping[str, Feed],
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int = 1,
+    seconds: float = 3.0,
+) -> dict[str, dict[str, Latency]]:
+    """Return the latency of each model, by provider and then by the model's name.
+
+    The models take turns, in a new random order each round, after a warm-up. A sample repeats the
+    model until it lasts 5 ms; CUDA samples run on inputs and outputs that stay on the device.
+
+    Args:
+        models: a name and an ONNX file each.
+        feeds: for each name, the arrays that the file's inputs take.
+        providers: ONNX Runtime's execution providers; by default CPU, and CUDA if there is one.
+        threads: threads inside an operator, on the CPU provider.
+        seconds: time to spend on each model and provider, exceeded only by models so slow that
+            three rounds take longer.
+
+    Raises:
+        InvalidRequestError: a model has no feed, or ONNX Runtime has no such provider.
+    """
+    missing = sorted(set(models) - set(feeds))
+    if missing:
+        raise InvalidRequestError(f"no feeds for {', '.join(missing)}; each model needs its own")
+    chosen = default_providers() if providers is None else providers
+    return {provider: _time_on(provider, models, feeds, threads, seconds) for provider in chosen}
+
+
+class _Subject:
+    """One model under measurement."""
+
+    def __init__(self, run: Callable[[], Any], budget: float) -> None:
+        self.run = run
+        self.walls: list[float] = []
+        self.cpus: list[float] = []
+        self.runs = max(1, math.ceil(SAMPLE_SECONDS / self._warm(budget)))
+
+    def _warm(self, budget: float) -> float:
+        """Run a few times, and return the shortest run in seconds."""
+        start = time.perf_counter()
+        shortest = math.inf
+        for _ in range(WARM_UPS):
+            before = time.perf_counter()
+            self.run()
+            shortest = min(shortest, time.perf_counter() - before)
+            if time.perf_counter() - start > budget / 4:
+                break
+        return shortest
+
+    def sample(self) -> None:
+        """Take one sample: seconds a run, by both clocks."""
+        cpu, wall = time.thread_time(), time.perf_counter()
+        for _ in range(self.runs):
+            self.run()
+        self.walls.append((time.perf_counter() - wall) / self.runs)
+        self.cpus.append((time.thread_time() - cpu) / self.runs)
+
+    def latency(self, one_thread: bool) -> Latency:
+        """Return the samples' spread; the thread's clock counts if it did all the work."""
+        cpu = Spread.of(self.cpus) if one_thread else None
+        return Latency(Spread.of(self.walls), cpu, len(self.walls), self.runs)
+
+
+def _time_on(
+    provider: str,
+    models: Mapping[str, Path],
+    feeds: Mapping[str, Feed],
+    threads: int,
+    seconds: float,
+) -> dict[str, Latency]:
+    """Return the latency of each model on one provider."""
+    subjects = {
+        name: _Subject(_runner(path, feeds[name], provider, threads), seconds)
+        for name, path in models.items()
+    }
+    order = list(subjects.values())
+    shuffle = random.Random(0).shuffle
+    end = time.perf_counter() + seconds * len(order)
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        shuffle(order)
+        for subject in order:
+            subject.sample()
+        rounds += 1
+    one_thread = provider == CPU and threads == 1
+    return {name: subject.latency(one_thread) for name, subject in subjects.items()}
+
+
+def _runner(path: Path, feed: Feed, provider: str, threads: int) -> Callable[[], Any]:
+    """Return a call that runs the file once, to the end."""
+    session = open_session(path, provider, threads)
+    if provider == CUDA:
+        return _runner_on_device(session, feed, "cuda")
+    return lambda: session.run(None, feed)
+
+
+def _runner_on_device(session: ort.InferenceSession, feed: Feed, device: str) -> Callable[[], Any]:
+    """Return a call that runs the session once, with its inputs and outputs kept on the device."""
+    binding = session.io_binding()
+    for name, array in feed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
+    for value in session.get_outputs():
+        binding.bind_output(value.name, device)
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return run
