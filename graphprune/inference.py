@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Layout, Reason, fix, mark_renormalised, size_of, unify
+from graphprune.layout import Axis, Reason, fix, size_of
 from graphprune.rules import Call, Layouts, Rule, bind_arguments, is_in_place, tensors_in
 from graphprune.state import as_double, copy_with, named_tensors
 
@@ -63,6 +62,7 @@ class Inference:
 
     Attributes:
         parameters: by name, the layouts of every parameter, buffer and tensor attribute.
+        trainable: which of those names are parameters.
         names: for tensors that have several names, all of them by the first.
         inputs: layouts of the model's input tensors by name.
         outputs: layouts of the model's output tensors by name.
@@ -73,6 +73,7 @@ class Inference:
     """
 
     parameters: dict[str, Layouts] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
     names: dict[str, list[str]] = field(default_factory=dict)
     inputs: dict[str, Layouts] = field(default_factory=dict)
     outputs: dict[str, Layouts] = field(default_factory=dict)
@@ -120,7 +121,9 @@ class LayoutInference(Interpretation):
             return result
         call = Call(func, arguments, self.layouts_of, outputs, self.place(func))
         layouts = self._apply(rule, call)
-        if is_in_place(func):
+        if torch.Tag.inplace_view in func.tags:
+            values = [self.declare(operands[0], layouts[0], len(self.found.steps))]
+        elif is_in_place(func):
             self._write_back(call, operands[0], layouts)
             values = [inputs[0]]
         else:
@@ -165,7 +168,7 @@ def _opaque(call: Call, why: str) -> list[Layouts]:
     return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]
 
 
-def infer(model: nn.Module, inputs: Inputs, *, free: Iterable[str] = ()) -> Inference:
+def infer(model: nn.Module, inputs: Inputs) -> Inference:
     """Return the layouts of a model's tensors, found by running it on tensors without data.
 
     Where the model's Python code asks for values (data-dependent control flow), it is run on its
@@ -174,7 +177,6 @@ def infer(model: nn.Module, inputs: Inputs, *, free: Iterable[str] = ()) -> Infe
     Args:
         model: any module; it is not changed, and its weights are not read unless values are asked for.
         inputs: example inputs; only shapes and types matter, unless values are asked for.
-        free: names of inputs and outputs whose dimensions may be cut.
 
     Raises:
         CaptureError: the model does not run on the inputs.
@@ -184,13 +186,13 @@ def infer(model: nn.Module, inputs: Inputs, *, free: Iterable[str] = ()) -> Infe
         fake_inputs = inputs.map(_stand_in)
     try:
         with fake:
-            return _infer(fake_model, fake_inputs, set(free))
+            return _infer(fake_model, fake_inputs)
     except Exception as failure:
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
             raise _not_runnable(model, inputs, failure) from failure
     real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
     try:
-        return _infer(real_model, inputs.map(as_double), set(free))
+        return _infer(real_model, inputs.map(as_double))
     except Exception as failure:
         raise _not_runnable(model, inputs, failure) from failure
 
@@ -210,7 +212,7 @@ def _not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> Captu
     )
 
 
-def _infer(model: nn.Module, inputs: Inputs, free: set[str]) -> Inference:
+def _infer(model: nn.Module, inputs: Inputs) -> Inference:
     mode = LayoutInference()
     found = mode.found
     holders: dict[int, str] = {}
@@ -218,18 +220,18 @@ def _infer(model: nn.Module, inputs: Inputs, free: set[str]) -> Inference:
         first = holders.setdefault(id(tensor), name)
         if first == name:
             found.parameters[name] = mode.declare(tensor, [Axis(n) for n in tensor.shape], name).layouts
+            found.trainable.update([name] if isinstance(tensor, nn.Parameter) else [])
         found.names.setdefault(first, []).append(name)
     for position, tensor in enumerate(inputs.tensors()):
         name = f"input[{position}]"
-        why = None if name in free else Reason("a dimension of the model's input", name)
+        why = Reason("a dimension of the model's input", name)
         found.inputs[name] = mode.declare(tensor, [Axis(n, why) for n in tensor.shape], name).layouts
     model.eval()
     output = interpret(model, inputs, mode)
     for name, tensor in output_tensors(output):
         found.outputs[name] = mode.layouts_of(tensor)
-        if name not in free:
-            for layout in found.outputs[name]:
-                fix(layout, Reason("a dimension of the model's output", name))
+        for layout in found.outputs[name]:
+            fix(layout, Reason("a dimension of the model's output", name))
     _fix_unused(model, found)
     return found
 
@@ -242,6 +244,3 @@ def _fix_unused(model: nn.Module, found: Inference) -> None:
             found.unused.append(name)
             for layout in layouts:
                 fix(layout, Reason("not used in this run of the model", name))
-
-
-__all__ = ["Inference", "Step", "Value", "infer", "mark_renormalised", "unify", "Layout"]

@@ -70,7 +70,8 @@ class Interpretation(TorchDispatchMode):
         """Return where the current call stands: operator, module path and source line."""
         name = func._schema.name.replace("::", ".")
         if self.node is not None:
-            return Reason("", name, self.node.name, _source_of(self.node))
+            owner = str(self.node.target) if self.node.op == "call_module" else self.node.name
+            return Reason("", name, owner, _source_of(self.node))
         path = self.module_path[-1] if self.module_path else ""
         return Reason("", name, path, _source_line())
 

@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import logging
 import re
+import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ from graphprune.inputs import Inputs, output_tensors
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
+Model = nn.Module | torch.export.ExportedProgram
 Feed = dict[str, NDArray[Any]]
 
 
@@ -56,7 +60,7 @@ class Exported:
 
 
 def export(
-    model: nn.Module | torch.export.ExportedProgram,
+    model: Model,
     example_inputs: Any,
     path: str | Path,
     *,
@@ -78,15 +82,19 @@ def export(
         tolerance: largest difference accepted, relative to the largest value of the output.
 
     Raises:
-        ExportError: the model cannot be run or exported, or the file disagrees with PyTorch, in
-            which case it is removed.
+        ExportError: the model cannot be run or exported, or the file disagrees with PyTorch;
+            what was at the path before is left alone.
     """
-    module = model if isinstance(model, nn.Module) else model.module(check_guards=False)
+    module = as_module(model)
     with _evaluating(module):
         flat = _Flat(module, Inputs.of(example_inputs))
-        first = _first_case(flat)
-        written = _write_free(flat, first, Path(path), opset)
-    return _checked(written, tolerance)
+        request = _Request(flat, Path(path), opset, tolerance)
+        return _export_free(request, _first_case(flat))
+
+
+def as_module(model: Model) -> nn.Module:
+    """Return the model as a module: itself, or the graph module of an exported program."""
+    return model if isinstance(model, nn.Module) else model.module(check_guards=False)
 
 
 def open_session(path: Path, provider: str = CPU, threads: int = 1) -> ort.InferenceSession:
@@ -154,16 +162,6 @@ class _Case:
             return cls(flat.batch * times, tensors, flat.outputs(tensors))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    """A file just written, and what ONNX Runtime makes of each case."""
-
-    path: Path
-    model: ir.Model
-    cases: list[_Case]
-    found: list[list[NDArray[Any]]]
-
-
 class _FixedBatchError(Exception):
     """The exported graph holds at one batch size only."""
 
@@ -181,46 +179,80 @@ def _first_case(flat: _Flat) -> _Case:
     return case
 
 
-def _write_free(flat: _Flat, first: _Case, path: Path, opset: int | None) -> _Written:
-    """Write the file with a free batch or, with a warning, a fixed one."""
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What the caller asked for."""
+
+    flat: _Flat
+    path: Path
+    opset: int | None
+    tolerance: float
+
+
+def _export_free(request: _Request, first: _Case) -> Exported:
+    """Write a checked file with a free batch or, with a warning, a fixed one."""
+    flat = request.flat
+    fixed = [name for name, batched in zip(flat.names, flat.batched, strict=True) if batched]
+    if not fixed:
+        return _export_fixed(request, first)
     try:
-        return _write(flat, [first, _Case.of(flat, 2)], path, opset)
+        return _export_cases(request, [first, _Case.of(flat, 2)])
     except Exception as error:
         obstacle = _reason(error)
-    written = _write_fixed(flat, first, path, opset)
-    fixed = [name for name, batched in zip(flat.names, flat.batched, strict=True) if batched]
+    exported = _export_fixed(request, first)
     warnings.warn(
-        f"{path.name} takes only batch size {flat.batch} (dimension 0 of {', '.join(fixed)}), "
-        f"because the export with a free batch failed: {obstacle}",
+        f"dimension 0 of {', '.join(fixed)} is fixed to {flat.batch} in {request.path.name}, "
+        f"because exporting it free did not work: {obstacle}",
         GraphPruneWarning,
         stacklevel=3,
     )
-    return written
+    return exported
 
 
-def _write_fixed(flat: _Flat, first: _Case, path: Path, opset: int | None) -> _Written:
-    """Write the file for the example's batch size alone."""
+def _export_fixed(request: _Request, first: _Case) -> Exported:
+    """Write a checked file for the example's batch size alone."""
     try:
-        return _write(flat, [first], path, opset)
+        return _export_cases(request, [first])
+    except ExportError:
+        raise
     except Exception as error:
-        _remove(path)
         raise ExportError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
 
 
-def _write(flat: _Flat, cases: list[_Case], path: Path, opset: int | None) -> _Written:
-    """Write the file and run it on every case; the batch is free if there are several."""
-    free = len(cases) > 1
-    program = _translated(flat, cases[-1].tensors, opset, free)
+def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
+    """Write a file that agrees with PyTorch on the cases; the batch is free if there are two."""
+    flat, free = request.flat, len(cases) > 1
+    program = _translated(flat, cases[-1].tensors, request.opset, free)
     if free:
-        _require_free(flat, program.model)
+        _free_batch(flat, program.model)
     _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path)
-    session = open_session(path)
-    names = [value.name for value in session.get_inputs()]
-    arrays = [[_array(t) for t in case.tensors] for case in cases]
-    found = [session.run(None, dict(zip(names, feed, strict=True))) for feed in arrays]
-    return _Written(path, program.model, cases, found)
+    size, difference = _save(program, request, cases)
+    graph = program.model.graph
+    return Exported(
+        path=request.path,
+        bytes=size,
+        opset=program.model.opset_imports[""],
+        batch_free=free,
+        checked=tuple(case.batch for case in cases),
+        difference=difference,
+        inputs=tuple(str(value.name) for value in graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.outputs),
+    )
+
+
+def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
+    """Check the file elsewhere and put it in its place; return its bytes and its difference."""
+    folder = request.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
+        draft = Path(elsewhere) / request.path.name
+        program.save(draft)
+        difference = _difference(draft, cases, request.tolerance)
+        files = list(Path(elsewhere).iterdir())  # above 2 GB the weights have a file of their own
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            file.replace(folder / file.name)
+    return size, difference
 
 
 def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool) -> ONNXProgram:
@@ -231,45 +263,62 @@ def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: boo
     with _quiet(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
-    return cast(ONNXProgram, exported)
+    given = cast(ONNXProgram, exported)
+    version = given.model.opset_imports[""]
+    if opset not in (None, version):
+        raise ExportError(f"opset {opset} was asked for, but PyTorch could only write {version}")
+    return given
 
 
-def _require_free(flat: _Flat, model: ir.Model) -> None:
-    """Raise if the exporter made the batch of an input a number."""
-    for name, batched, value in zip(flat.names, flat.batched, model.graph.inputs, strict=True):
-        if batched and value.shape is not None and isinstance(value.shape[0], int):
-            raise _FixedBatchError(f"the traced graph of {name} holds at this batch size only")
+def _free_batch(flat: _Flat, model: ir.Model) -> None:
+    """Name the free dimension `batch`, or raise if the exporter made a number of it."""
+    pairs = zip(flat.batched, model.graph.inputs, strict=True)
+    sizes = {value.shape[0] for batched, value in pairs if batched and value.shape is not None}
+    if any(isinstance(size, int) for size in sizes):
+        raise _FixedBatchError("the traced graph holds at one batch size only")
+    symbols = "|".join(re.escape(str(size)) for size in sizes)
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
 
 
-def _tidy(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
-    """Name inputs and outputs as the caller does, and drop stack traces and local paths."""
-    values = _values(model.graph)
-    taken = {str(value.name) for value in values}
-    names = [*inputs, *map(_output_name, outputs)]
-    for value, name in zip([*model.graph.inputs, *model.graph.outputs], names, strict=True):
-        if value.name != name:
-            value.name = _unused(name, taken)
-    for place in (model, model.graph, *model.graph.all_nodes(), *values):
-        _strip(place)
-
-
-def _strip(place: ir.Model | ir.Graph | ir.Node | ir.Value) -> None:
-    place.metadata_props.clear()
-    place.doc_string = None
+def _renamed(dim: int | ir.SymbolicDim, symbols: str) -> int | str | None:
+    """Return a dimension with its symbols for the batch size renamed to `batch`."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    return re.sub(rf"\b({symbols})\b", "batch", str(dim))
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
-    """Return the inputs, weights and results of a graph."""
+    """Return the inputs, weights and results of a graph, each once."""
     results = [value for node in graph.all_nodes() for value in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *results]
+    return list(dict.fromkeys([*graph.inputs, *graph.initializers.values(), *results]))
 
 
-def _unused(name: str, taken: set[str]) -> str:
-    """Return `name`, or the first of `name_2`, `name_3`... that is free, and take it."""
-    candidates = (name if n == 1 else f"{name}_{n}" for n in range(1, len(taken) + 2))
-    chosen = next(candidate for candidate in candidates if candidate not in taken)
-    taken.add(chosen)
-    return chosen
+def _tidy(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
+    """Name inputs, outputs and weights as the caller does; drop stack traces and local paths."""
+    graph = model.graph
+    ends = [*graph.inputs, *graph.outputs]
+    inner = [value for value in _values(graph) if value not in ends]
+    names = _unique([*inputs, *map(_output_name, outputs)], set())
+    names += _unique([str(value.name).removeprefix("model.") for value in inner], set(names))
+    for value, name in zip([*ends, *inner], names, strict=True):
+        value.name = name
+    places: list[ir.Model | ir.Graph | ir.Node | ir.Value]
+    places = [model, graph, *graph.all_nodes(), *ends, *inner]
+    for place in places:
+        place.metadata_props.clear()
+        place.doc_string = None
+
+
+def _unique(names: Iterable[str], taken: set[str]) -> list[str]:
+    """Return the names, those already taken or given before with _2, _3... at the end."""
+    given: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+        given.append(next(candidate for candidate in candidates if candidate not in taken))
+        taken.add(given[-1])
+    return given
 
 
 def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -290,41 +339,32 @@ def _output_name(name: str) -> str:
     return "_".join(words[1:] if len(words) > 1 and not words[1].isdigit() else words)
 
 
-def _checked(written: _Written, tolerance: float) -> Exported:
-    """Return the file's description, if it agrees with PyTorch."""
-    try:
-        difference = max(_differences(written, tolerance))
-    except ExportError:
-        _remove(written.path)
-        raise
-    graph = written.model.graph
-    return Exported(
-        path=written.path,
-        bytes=sum(file.stat().st_size for file in _files(written.path)),
-        opset=written.model.opset_imports[""],
-        batch_free=len(written.cases) > 1,
-        checked=tuple(case.batch for case in written.cases),
-        difference=difference,
-        inputs=tuple(str(value.name) for value in graph.inputs),
-        outputs=tuple(str(value.name) for value in graph.outputs),
-    )
+def _difference(path: Path, cases: list[_Case], tolerance: float) -> float:
+    """Return the largest difference between PyTorch and ONNX Runtime, within the tolerance."""
+    session = open_session(path)
+    names = [value.name for value in session.get_inputs()]
+    largest = 0.0
+    for case in cases:
+        found = session.run(None, dict(zip(names, map(_array, case.tensors), strict=True)))
+        for (name, tensor), array in zip(case.expected, found, strict=True):
+            where = f"{name} at batch {case.batch}"
+            largest = max(largest, _require_equal(where, _array(tensor), array, tolerance))
+    return largest
 
 
-def _differences(written: _Written, tolerance: float) -> Iterator[float]:
-    """Yield the difference of each output in each case, all within the tolerance."""
-    for case, arrays in zip(written.cases, written.found, strict=True):
-        for (name, tensor), b in zip(case.expected, arrays, strict=True):
-            a = _array(tensor)
-            where = f"{name} at batch {case.batch} differs between PyTorch and ONNX Runtime"
-            if a.shape != b.shape:
-                raise ExportError(f"{where}: shape {list(a.shape)} there, {list(b.shape)} here")
-            difference = relative_difference(a, b)
-            if not difference <= tolerance:
-                raise ExportError(
-                    f"{where}, shape {list(a.shape)}: largest difference {difference:.3g} of the "
-                    f"largest value, more than the tolerance {tolerance:g}"
-                )
-            yield difference
+def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], tolerance: float) -> float:
+    """Return the relative difference between PyTorch's array and ONNX Runtime's."""
+    if a.shape != b.shape:
+        raise ExportError(
+            f"{where} has shape {list(a.shape)} in PyTorch and {list(b.shape)} in ONNX Runtime"
+        )
+    difference = relative_difference(a, b)
+    if not difference <= tolerance:
+        raise ExportError(
+            f"{where}, shape {list(a.shape)}, differs between PyTorch and ONNX Runtime by "
+            f"{difference:.3g} of its largest value; the tolerance is {tolerance:g}"
+        )
+    return difference
 
 
 def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -341,20 +381,10 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().numpy()
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the file and, where there is one, the file of its external weights."""
-    return [file for file in (path, path.with_name(path.name + ".data")) if file.exists()]
-
-
-def _remove(path: Path) -> None:
-    for file in _files(path):
-        file.unlink()
-
-
 def _reason(error: Exception) -> str:
     """Return an error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
 
 
 @contextlib.contextmanager

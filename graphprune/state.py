@@ -44,10 +44,11 @@ def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
-def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
+def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None]) -> nn.Module:
     """Return a deep copy of the model in which `replace(name, tensor)` stands for every tensor.
 
-    The original's tensors are never copied; ties stay ties, because each tensor is replaced once.
+    Where `replace` gives None the tensor is copied as it is. Each tensor is replaced once, under its
+    first name, so that ties stay ties.
 
     Raises:
         CaptureError: the model cannot be copied.
@@ -55,7 +56,9 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in memo:
-            memo[id(tensor)] = _like(tensor, replace(name, tensor))
+            value = replace(name, tensor)
+            if value is not None:
+                memo[id(tensor)] = _like(tensor, value)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -66,13 +69,13 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
 
 
 def _like(original: Tensor, value: Tensor) -> Tensor:
-    """Return the value as a parameter if the original is one."""
-    if value is original or not isinstance(original, nn.Parameter):
-        return value
-    if type(value) is type(original):
+    """Return the value as a parameter if the original is one, with the attributes users gave it."""
+    if not isinstance(original, nn.Parameter):
         return value
     trains = original.requires_grad and value.is_floating_point()
-    return nn.Parameter(value.detach(), requires_grad=trains)
+    parameter = nn.Parameter(value.detach(), requires_grad=trains)
+    parameter.__dict__.update(original.__dict__)
+    return parameter
 
 
 def as_double(tensor: Tensor) -> Tensor:

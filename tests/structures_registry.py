@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.models import randomise
 
-type Arguments = tuple[Tensor, ...] | dict[str, Tensor]
+Arguments = tuple[Tensor, ...] | dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,24 @@ def both(*parts: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor,
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
     """Return a convolution that keeps the image's size (at stride 1)."""
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+image = normal(3, 9, 8)
+vector = normal(14)
+series = normal(6, 11)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(conv(3, 24), nn.BatchNorm2d(24), nn.ReLU())
+
+
+def out(channels: int = 24) -> nn.Module:
+    return conv(channels, 7, 1)
+
+
+def hidden() -> nn.Module:
+    return nn.Sequential(nn.Linear(14, 20), nn.ReLU())
+
+
+def head(features: int = 20) -> nn.Module:
+    return nn.Linear(features, 5)

@@ -1,0 +1,286 @@
+"""From a model and example inputs to a graph in one dialect; the only place that traces."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import CaptureError, InvalidRequestError
+from graphprune.inputs import Inputs, call, output_tensors
+from graphprune.interpretation import plain_kernels
+from graphprune.state import copy_with, named_tensors
+
+# Sizes of images that published networks take.
+_IMAGE_SIZES = (224, 32, 28, 64, 128, 256, 299, 384)
+_SEQUENCE_LENGTHS = (16, 64, 128, 512)
+_BATCH = 2
+
+# A captured graph repeats the model's own float32 operators, at most in another order.
+_TOLERANCE = 1e-4
+
+
+def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
+    """Return the module to work on and its inputs, once both are known to make sense.
+
+    Raises:
+        InvalidRequestError: the model is not one, or holds nothing.
+        CaptureError: no inputs were given and none that were tried fit.
+    """
+    if isinstance(model, ExportedProgram):
+        given = model.example_inputs
+        if example_inputs is None and given is not None:
+            example_inputs = Inputs(*given[0], **given[1])
+        return unlifted(model), Inputs.of(example_inputs)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidRequestError(
+            "a TorchScript module has no Python code to trace; pass the nn.Module that it was made from"
+        )
+    if not isinstance(model, nn.Module):
+        raise InvalidRequestError(
+            "the model must be an nn.Module, an fx.GraphModule or a torch.export.ExportedProgram, "
+            f"not {type(model).__name__}"
+        )
+    if not named_tensors(model):
+        raise InvalidRequestError(f"{type(model).__name__} holds no parameters, so there is nothing to cut")
+    if example_inputs is None:
+        return model, guessed_inputs(model)
+    return model, Inputs.of(example_inputs)
+
+
+def guessed_inputs(model: nn.Module) -> Inputs:
+    """Return inputs that the model runs on: an image, a vector, a sequence or token numbers.
+
+    What is tried follows from the model's first layer; each is run on tensors without data.
+
+    Raises:
+        CaptureError: the model runs on none of them.
+    """
+    tried: list[str] = []
+    for inputs in _candidates(model):
+        if _runs_without_data(model, inputs):
+            return inputs
+        tried.append(str(inputs))
+    raise CaptureError(
+        f"{type(model).__name__} needs example_inputs: "
+        + (f"none of {', '.join(tried)} fits" if tried else "its first layer does not tell what they are")
+    )
+
+
+def _candidates(model: nn.Module) -> Iterator[Inputs]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Inputs:
+        return Inputs(torch.randn(_BATCH, *shape, generator=generator))
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            for length in _SEQUENCE_LENGTHS:
+                shape = (_BATCH, length)
+                yield Inputs(torch.randint(module.num_embeddings, shape, generator=generator))
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            rank = len(module.kernel_size)
+            sizes = {1: _SEQUENCE_LENGTHS, 2: _IMAGE_SIZES, 3: (16, 32)}[rank]
+            yield from (random(module.in_channels, *[size] * rank) for size in sizes)
+        elif isinstance(module, nn.Linear):
+            yield random(module.in_features)
+            yield random(_SEQUENCE_LENGTHS[0], module.in_features)
+        elif isinstance(module, nn.RNNBase):
+            yield random(_SEQUENCE_LENGTHS[0], module.input_size)
+        else:
+            continue
+        return
+
+
+def _runs_without_data(model: nn.Module, inputs: Inputs) -> bool:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = copy_with(model, lambda _, t: torch.empty(t.shape, dtype=t.dtype)).eval()
+        try:
+            call(fake, inputs.map(lambda t: torch.empty(t.shape, dtype=t.dtype)))
+        except Exception:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph of a model.
+
+    Attributes:
+        graph_module: calls ATen operators; its parameters are the model's own tensors under their names.
+        route: "torch.export" or "given".
+        batch_free: whether it runs at another batch size.
+    """
+
+    graph_module: fx.GraphModule
+    route: str
+    batch_free: bool
+
+
+def capture(model: nn.Module, inputs: Inputs) -> Captured:
+    """Return a graph of the model that gives what the model gives, checked on the inputs.
+
+    The graph follows `.train()` and `.eval()`: dropout and batch norm read the module's own flag.
+
+    Raises:
+        CaptureError: the model cannot be traced, or the graph gives something else.
+    """
+    quiet = shared_copy(model).eval()
+    quiet.forward = _plain_outputs(quiet.forward)  # type: ignore[method-assign]
+    problems: list[str] = []
+    for name, shapes, free in _shape_choices(inputs):
+        traced_on = _at_least_two(inputs) if free else inputs
+        try:
+            with plain_kernels(), hushed():
+                program = torch.export.export(
+                    quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
+                )
+                graph_module = unlifted(program)
+            _check_same(quiet, graph_module, inputs, free)
+        except Exception as failure:
+            problems.append(f"  {name}: {type(failure).__name__}: {str(failure).splitlines()[0:1]}")
+            continue
+        return Captured(graph_module, "torch.export", free)
+    raise CaptureError(
+        f"{type(model).__name__} cannot be traced by torch.export:\n" + "\n".join(problems)
+    )
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model's modules that holds the same tensors."""
+    return copy_with(model, lambda _, tensor: tensor)
+
+
+def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
+    """Yield what to leave free in tracing, from most to nothing."""
+    batch = inputs.tensors()[0].shape[:1] if inputs.tensors() else ()
+
+    def shapes(dims_of: Any) -> Any:
+        return pytree.tree_map(
+            lambda leaf: dims_of(leaf) if isinstance(leaf, Tensor) else None,
+            (tuple(inputs.args), dict(inputs.kwargs)),
+        )
+
+    def merged(pair: Any) -> Any:
+        args, kwargs = pair
+        return (*args, *kwargs.values()) if not kwargs else (args if not kwargs else None) or kwargs
+
+    if not inputs.kwargs or not inputs.args:
+        yield "all sizes free", merged(shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))), True
+        yield (
+            "batch free",
+            merged(shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch else {})),
+            True,
+        )
+    yield "all sizes as given", None, False
+
+
+def _at_least_two(inputs: Inputs) -> Inputs:
+    """Return inputs of batch two where it was one: a size of one is taken for a constant."""
+    first = inputs.tensors()[0]
+    return inputs.repeated(2) if first.dim() and first.shape[0] == 1 else inputs
+
+
+def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, free: bool) -> None:
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        return
+    for batch in (inputs, inputs.repeated(2)) if free else (inputs,):
+        try:
+            wanted = list(output_tensors(call(model, batch)))
+        except Exception:
+            if batch is inputs:
+                raise
+            continue
+        given = list(output_tensors(call(graph_module, batch)))
+        for (name, a), (_, b) in zip(wanted, given, strict=True):
+            torch.testing.assert_close(
+                b, a, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max() or 1) if a.numel() else 0,
+                equal_nan=True, msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+def _plain_outputs(forward: Any) -> Any:
+    """Return the forward with everything but tensors in containers left out of its result."""
+
+    @functools.wraps(forward)
+    def plain_forward(*args: Any, **kwargs: Any) -> Any:
+        return _plain(forward(*args, **kwargs))
+
+    return plain_forward
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Tensor) or output is None:
+        return output
+    if isinstance(output, Mapping):
+        kept = {key: value for key, value in ((k, _plain(v)) for k, v in output.items()) if value is not None}
+        return kept if type(output) is dict else type(output)(**kept)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(_plain, output))
+    if isinstance(output, (tuple, list)):
+        return type(output)(map(_plain, output))
+    if dataclasses.is_dataclass(output):
+        return {field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)}
+    return None
+
+
+def unlifted(program: ExportedProgram) -> fx.GraphModule:
+    """Return an exported program as a graph module that trains, moves, copies and pickles."""
+    module = program.module(check_guards=False)
+    graph = copy.deepcopy(module.graph)
+    graph_module = fx.GraphModule(module, graph)
+    graph._codegen = module.graph._codegen
+    graph_module.graph._tracer_cls = None
+    follow_training(graph_module)
+    return graph_module
+
+
+_TRAINING_ARGUMENTS = ("train", "training")
+
+
+def follow_training(graph_module: fx.GraphModule) -> None:
+    """Make dropout, batch norm and recurrent operators read the module's `training` flag."""
+    graph = graph_module.graph
+    flag: fx.Node | None = None
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema else ()):
+            given = node.args[position] if position < len(node.args) else None
+            if argument.name in _TRAINING_ARGUMENTS and given is False:
+                if flag is None:
+                    flag = _training_flag(graph)
+                node.update_arg(position, flag)
+    graph_module.recompile()
+
+
+def _training_flag(graph: fx.Graph) -> fx.Node:
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return graph.create_node("get_attr", "training", name="training")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep the tracer's own logging and warnings from the user."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,83 @@
+"""What a model costs, as a function of how many slots of each axis are kept.
+
+Parameters and MACs (one multiply and add) are both sums of products of dimension sizes, so both are
+lists of terms over layouts, and both are true when several axes of one layer shrink together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.inference import Inference, Step, infer
+from graphprune.inputs import Inputs
+from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A sum of products of dimension sizes."""
+
+    constant: int
+    terms: tuple[tuple[int, tuple[Layout, ...]], ...]
+
+    @classmethod
+    def of(cls, products: Iterator[list[Layout]]) -> Cost:
+        """Return the cost whose terms are the given products of dimensions."""
+        constant, terms = 0, []
+        for dims in products:
+            varying = tuple(dim for dim in dims if free_axes(dim))
+            factor = prod(size_of(dim) for dim in dims if not free_axes(dim))
+            if varying:
+                terms.append((factor, varying))
+            else:
+                constant += factor
+        return cls(constant, tuple(terms))
+
+    def total(self, kept: Mapping[Axis, int] | None = None) -> int:
+        """Return the cost once only `kept[axis]` slots of each axis are left."""
+        left = kept or {}
+        varying = (f * prod(kept_size(dim, left) for dim in dims) for f, dims in self.terms)
+        return self.constant + sum(varying)
+
+
+def parameter_cost(inference: Inference) -> Cost:
+    """Return the number of parameters, tied ones counted once."""
+    return Cost.of(list(inference.parameters[name]) for name in sorted(inference.trainable))
+
+
+def mac_cost(inference: Inference) -> Cost:
+    """Return the multiply-adds of convolutions and matrix products for the example inputs."""
+    return Cost.of(dims for step in inference.steps for dims in _mac_terms(step))
+
+
+def _mac_terms(step: Step) -> Iterator[list[Layout]]:
+    packet = step.func.overloadpacket
+    if packet is aten.convolution:
+        data, weight = step.inputs[0].layouts, step.inputs[1].layouts
+        outside = data if step.arguments["transposed"] else step.outputs[0].layouts
+        yield [*outside, *weight[1:]]
+    elif packet in (aten.mm, aten.bmm, aten.mv, aten.dot):
+        yield [*step.outputs[0].layouts, step.inputs[0].layouts[-1]]
+    elif packet in (aten.addmm, aten.baddbmm):
+        yield [*step.outputs[0].layouts, step.inputs[1].layouts[-1]]
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Return the multiply-adds of a model's convolutions and matrix products on the inputs.
+
+    Units: MACs, one multiply and one add, for the whole batch of the example inputs.
+    """
+    return mac_cost(infer(model, Inputs.of(example_inputs))).total()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

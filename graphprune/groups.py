@@ -1,0 +1,249 @@
+"""The dependency graph as people see it: groups of channels that go together, and why others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import nn
+
+from graphprune.errors import InvalidRequestError
+from graphprune.inference import Inference, Value, infer
+from graphprune.inputs import Inputs
+from graphprune.layout import Axis, Concat, Layout, Product, Reason, describe, free_axes, resolve, why_fixed
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a parameter or buffer that loses slots when its group does."""
+
+    parameter: str
+    dim: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can be removed, one by one, from everything that they run through.
+
+    Attributes:
+        name: the first member, as `parameter:dim`, and which factor of it where it has several.
+        axis: the axis of the layouts that this group is.
+        members: every parameter and buffer dimension that the channels run through.
+        inner: whether the channels lie inside larger units that are cut by default instead (the
+            features of a head, the channels of a convolution group).
+        renormalised: operators that take a statistic over the channels, so that a cut is inexact.
+    """
+
+    name: str
+    axis: Axis
+    members: tuple[Member, ...]
+    inner: bool
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return self.axis.size
+
+    @property
+    def renormalised(self) -> tuple[Reason, ...]:
+        """Operators that take a statistic over the channels."""
+        return self.axis.renormalised
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model without some channels equals the model with them silenced."""
+        return not self.renormalised
+
+    def __str__(self) -> str:
+        kind = "exact" if self.exact else "renormalised"
+        places = ", ".join(f"{member.parameter}:{member.dim}" for member in self.members[:6])
+        more = f" and {len(self.members) - 6} more" if len(self.members) > 6 else ""
+        return f"{self.name}  {self.size} channels, {kind}{', inner' if self.inner else ''}: {places}{more}"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A dimension of a parameter that keeps all of its slots, and why."""
+
+    parameter: str
+    dim: int
+    size: int
+    reason: Reason
+
+    def __str__(self) -> str:
+        return f"{self.parameter}:{self.dim}  {self.size} fixed: {self.reason}"
+
+
+class DependencyGraph:
+    """Which channels of a model go together, which stay, and why; made by `analyze`.
+
+    Attributes:
+        inference: the layouts that everything here is read from.
+        groups: what can be cut, in the order of the model's parameters.
+        fixed: parameter dimensions in which nothing can be cut.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+        self.groups = _groups(inference)
+        self.fixed = list(_fixed(inference))
+
+    @cached_property
+    def by_axis(self) -> dict[Axis, Group]:
+        """The group of each axis."""
+        return {group.axis: group for group in self.groups}
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        """The group of each name."""
+        return {group.name: group for group in self.groups}
+
+    @property
+    def unknown(self) -> list[Reason]:
+        """Operators that have no rule, so that everything they touch is fixed."""
+        return self.inference.unknown
+
+    def explain(self, parameter: str, dim: int) -> str:
+        """Return in words what a parameter's dimension is made of, what it is tied to, or why it stays.
+
+        Raises:
+            InvalidRequestError: the model has no such parameter or dimension.
+        """
+        layouts = self.inference.parameters.get(self._first_name(parameter))
+        if layouts is None or not -len(layouts) <= dim < len(layouts):
+            raise InvalidRequestError(
+                f"there is no dimension {dim} of a parameter {parameter!r}; "
+                f"the model has {len(self.inference.parameters)} named tensors, among them "
+                f"{', '.join(sorted(self.inference.parameters)[:5])}"
+            )
+        layout = layouts[dim]
+        names = {axis: group.name for axis, group in self.by_axis.items()}
+        lines = [f"{parameter}:{dim} is {describe(layout, names)}"]
+        lines += [f"  {self.by_axis[axis]}" for axis in free_axes(layout)]
+        reason = why_fixed(layout)
+        if reason is not None:
+            lines.append(f"  fixed: {reason}")
+        elif not free_axes(layout):
+            lines.append("  every slot stands alone: nothing to cut")
+        return "\n".join(lines)
+
+    def _first_name(self, parameter: str) -> str:
+        for first, names in self.inference.names.items():
+            if parameter in names:
+                return first
+        return parameter
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Return operators and tensors as nodes, and the flow of values between them as edges.
+
+        Nodes carry `kind` ("operator", "parameter", "input"), `label`, `module`, `source` and, where
+        channels can be cut, `groups`; edges carry `layout`, one description a dimension.
+        """
+        graph = nx.MultiDiGraph()
+        for name, layouts in self.inference.parameters.items():
+            graph.add_node(name, kind="parameter", label=name, groups=self._groups_in(layouts))
+        for name in self.inference.inputs:
+            graph.add_node(name, kind="input", label=name)
+        for number, step in enumerate(self.inference.steps):
+            graph.add_node(
+                number,
+                kind="operator",
+                label=step.place.operator,
+                module=step.place.module,
+                source=step.place.source,
+                groups=self._groups_in([x for value in step.outputs for x in value.layouts]),
+            )
+            for value in step.inputs:
+                self._add_edge(graph, value, number)
+        return graph
+
+    def _add_edge(self, graph: nx.MultiDiGraph, value: Value, number: int) -> None:
+        if value.source not in graph:
+            graph.add_node(value.source, kind="constant", label=str(value.source))
+        names = {axis: group.name for axis, group in self.by_axis.items()}
+        graph.add_edge(value.source, number, layout=[describe(x, names) for x in value.layouts])
+
+    def _groups_in(self, layouts: list[Layout]) -> list[str]:
+        axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout))
+        return [self.by_axis[axis].name for axis in axes if axis in self.by_axis]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups can be cut:"]
+        lines += [f"  {group}" for group in self.groups]
+        lines += [f"{len(self.fixed)} parameter dimensions are fixed:"]
+        lines += [f"  {fixed}" for fixed in self.fixed]
+        if self.unknown:
+            lines.append(f"{len(self.unknown)} operators have no rule, so their channels stay whole:")
+            lines += [f"  {place.operator}  {place.module}  {place.source}" for place in self.unknown]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<DependencyGraph: {len(self.groups)} groups, {len(self.fixed)} fixed dimensions>"
+
+
+def _groups(inference: Inference) -> list[Group]:
+    members: dict[Axis, list[Member]] = {}
+    names: dict[Axis, str] = {}
+    inner: set[Axis] = set()
+    for parameter in sorted(inference.parameters, key=lambda p: p not in inference.trainable):
+        for dim, layout in enumerate(inference.parameters[parameter]):
+            axes = free_axes(layout)
+            inner.update(_inner_axes(layout, inner))
+            for number, axis in enumerate(axes):
+                members.setdefault(axis, []).append(Member(parameter, dim, resolve(layout)))
+                suffix = f".{number}" if len(axes) > 1 else ""
+                names.setdefault(axis, f"{parameter}:{dim}{suffix}")
+    return [Group(names[axis], axis, tuple(found), axis in inner) for axis, found in members.items()]
+
+
+def _inner_axes(layout: Layout, known: set[Axis]) -> Iterator[Axis]:
+    """Yield the free axes that stand to the right of a free axis in a product.
+
+    Axes known to be inner elsewhere do not count as outer ones, so that of two axes that stand in
+    both orders in different places, the one seen first as the outer one is cut.
+    """
+    layout = resolve(layout)
+    if isinstance(layout, Concat):
+        for part in layout.parts:
+            yield from _inner_axes(part, known)
+    elif isinstance(layout, Product):
+        below = False
+        for factor in layout.factors:
+            if below:
+                yield from free_axes(factor)
+            else:
+                yield from _inner_axes(factor, known)
+                below = any(axis not in known for axis in free_axes(factor))
+
+
+def _fixed(inference: Inference) -> Iterator[Fixed]:
+    for parameter, layouts in inference.parameters.items():
+        for dim, layout in enumerate(layouts):
+            reason = why_fixed(layout)
+            if reason is not None and not free_axes(layout):
+                resolved = resolve(layout)
+                size = resolved.size if isinstance(resolved, Axis) else 0
+                yield Fixed(parameter, dim, size, reason)
+
+
+def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
+    """Return the dependency graph of a model: groups of channels, and why others are fixed.
+
+    Args:
+        model: any module; its weights are not read, so one on the meta device will do.
+        example_inputs: a tensor, a tuple, a dict or `Inputs`; None where they can be guessed.
+
+    Raises:
+        CaptureError: the model does not run on the inputs, or none were given and none fit.
+    """
+    from graphprune.capture import prepared
+
+    module, inputs = prepared(model, example_inputs)
+    return DependencyGraph(infer(module, inputs))
+
+
+__all__ = ["DependencyGraph", "Fixed", "Group", "Member", "analyze", "Inputs"]

@@ -1,0 +1,95 @@
+"""A plan: which slots of each group stay. It prints, saves and loads, and decides nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphprune.errors import PlanError
+from graphprune.groups import DependencyGraph
+from graphprune.layout import Axis, Mask
+
+FORMAT = "graphprune-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which slots of each group stay.
+
+    Attributes:
+        keep: by group name, the kept slots, sorted and unique; groups not named stay whole.
+        sizes: by group name, the number of slots before.
+        request: what was asked for, for people to read.
+    """
+
+    keep: dict[str, list[int]]
+    sizes: dict[str, int]
+    request: dict[str, Any] = field(default_factory=dict)
+
+    def masks(self, graph: DependencyGraph) -> dict[Axis, Mask]:
+        """Return the kept slots of each axis that loses some.
+
+        Raises:
+            PlanError: the plan names a group that the graph lacks, or that has another size there.
+        """
+        masks: dict[Axis, Mask] = {}
+        for name, kept in self.keep.items():
+            group = graph.by_name.get(name)
+            if group is None or group.size != self.sizes[name]:
+                found = "no such group" if group is None else f"{group.size} channels"
+                raise PlanError(
+                    f"the plan keeps {len(kept)} of {self.sizes[name]} channels of group {name!r}, "
+                    f"but the model has {found}; a plan fits the model that it was made for"
+                )
+            if len(kept) < group.size:
+                masks[group.axis] = np.isin(np.arange(group.size), kept)
+        return masks
+
+    @property
+    def removed(self) -> int:
+        """Number of slots that go, over all groups."""
+        return sum(self.sizes[name] - len(kept) for name, kept in self.keep.items())
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        content = {"format": FORMAT, "version": VERSION, "request": self.request}
+        groups = {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()}
+        Path(path).write_text(json.dumps({**content, "groups": groups}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            PlanError: the file is not such a plan.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != FORMAT or content["version"] != VERSION:
+                raise ValueError(f"format {content['format']!r} version {content['version']!r}")
+            groups: Mapping[str, Any] = content["groups"]
+            keep = {name: _slots(name, entry) for name, entry in groups.items()}
+            sizes = {name: int(entry["size"]) for name, entry in groups.items()}
+            return cls(keep, sizes, dict(content["request"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a plan that graphprune saved: {error}") from error
+
+    def __str__(self) -> str:
+        asked = ", ".join(f"{name}={value}" for name, value in self.request.items())
+        lines = [f"Plan({asked}): {self.removed} channels go"]
+        for name, kept in self.keep.items():
+            lines.append(f"  {name}: {self.sizes[name]} -> {len(kept)}")
+        return "\n".join(lines)
+
+
+def _slots(name: str, entry: Mapping[str, Any]) -> list[int]:
+    kept = [int(slot) for slot in entry["keep"]]
+    if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= int(entry["size"]):
+        raise ValueError(f"group {name!r} does not keep sorted slots of its {entry['size']}")
+    return kept

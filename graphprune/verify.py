@@ -1,0 +1,215 @@
+"""Translation validation: the slim model against the original with the removed slots silenced.
+
+The original is run operator by operator in float64. Every removed entry of a parameter or buffer,
+and every removed slot of what an operator makes, is set to zero; an operator that takes a statistic
+along a cut axis is given the kept slots alone. Its result, without the removed slots, must be the
+slim model's. Slicing and rewritten literals play no part on this side, so they are what is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import GraphPruneError, VerificationError
+from graphprune.inference import Inference, Step, Value
+from graphprune.inputs import Inputs, output_tensors
+from graphprune.interpretation import Interpretation, interpret
+from graphprune.layout import Axis, Layout, Mask, mask_of, touches
+from graphprune.literals import restricted_arguments
+from graphprune.rules import Rule, is_in_place, tensors_in
+from graphprune.shrink import sliced
+from graphprune.state import as_double, copy_with
+
+# Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
+# each operation in a row; a wrong slot differs by far more than this.
+TOLERANCE = 1e-7
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification saw.
+
+    Attributes:
+        difference: largest absolute difference of an output, over the largest absolute value in it.
+        outputs: number of output tensors compared.
+    """
+
+    difference: float
+    outputs: int
+
+
+class Silencing(Interpretation):
+    """Runs the recorded operators again, on data, with the removed slots of every result at zero."""
+
+    def __init__(self, inference: Inference, masks: Mapping[Axis, Mask]) -> None:
+        super().__init__()
+        self.inference = inference
+        self.masks = masks
+        self.number = 0
+
+    def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one operator and zero what is removed from its result."""
+        if not self._is_recorded(func):
+            return self.run(func, args, kwargs)
+        step = self.inference.steps[self.number]
+        self.number += 1
+        if step.renormalises and any(self._is_cut(value) for value in step.inputs):
+            return self._on_kept_slots(step, args, kwargs)
+        result = self.run(func, args, kwargs)
+        if not func.is_view:
+            for tensor, value in zip(_tensors(result), step.outputs, strict=False):
+                self._silence(tensor, value)
+        return result
+
+    def _is_recorded(self, func: OpOverload) -> bool:
+        """Say whether this is the next recorded operator; one that made no tensor was not recorded."""
+        steps = self.inference.steps
+        if self.number < len(steps) and steps[self.number].func is func:
+            return True
+        if any("Tensor" in str(result.type) for result in func._schema.returns):
+            at = f"{func}, where the analysis saw " + (
+                str(steps[self.number].func) if self.number < len(steps) else "the end"
+            )
+            raise VerificationError(
+                f"the model ran other operators than when it was analysed: step {self.number} is {at}; "
+                "its control flow depends on values, so pass example_inputs that take the usual path"
+            )
+        return False
+
+    def _is_cut(self, value: Value) -> bool:
+        return any(touches(layout, self.masks) for layout in value.layouts)
+
+    def _silence(self, tensor: Tensor, value: Value) -> None:
+        for dim, layout in enumerate(value.layouts):
+            if touches(layout, self.masks):
+                gone = torch.from_numpy((~mask_of(layout, self.masks)).nonzero()[0])
+                tensor.index_fill_(dim, gone, 0)
+
+    def _on_kept_slots(self, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the operator on the kept slots alone and put the result back among zeros."""
+        kept = {axis: int(mask.sum()) for axis, mask in self.masks.items()}
+        values = iter(step.inputs)
+
+        def cut(tensor: Tensor) -> Tensor:
+            found = sliced(tensor, next(values).layouts, self.masks)
+            return tensor if found is None else found
+
+        small_args, small_kwargs = pytree.tree_map_only(Tensor, cut, (args, kwargs))
+        small = restricted_arguments(step, small_args, small_kwargs, kept)
+        result = self.run(step.func, *small)
+        if is_in_place(step.func):
+            raise VerificationError(f"{step.place}: an in-place statistic along a cut axis")
+        return pytree.tree_map_only(Tensor, _Embed(step.outputs, self.masks), result)
+
+
+class _Embed:
+    """Puts the kept slots of successive results back among zeros."""
+
+    def __init__(self, values: Sequence[Value], masks: Mapping[Axis, Mask]) -> None:
+        self.values = iter(values)
+        self.masks = masks
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for dim, layout in enumerate(next(self.values).layouts):
+            if touches(layout, self.masks):
+                tensor = _spread(tensor, dim, layout, self.masks)
+        return tensor
+
+
+def _spread(tensor: Tensor, dim: int, layout: Layout, masks: Mapping[Axis, Mask]) -> Tensor:
+    mask = mask_of(layout, masks)
+    shape = list(tensor.shape)
+    shape[dim] = len(mask)
+    where = torch.from_numpy(mask.nonzero()[0])
+    return tensor.new_zeros(shape).index_copy_(dim, where, tensor)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
+
+
+def verify(
+    model: nn.Module,
+    slimmer: nn.Module,
+    inputs: Inputs,
+    inference: Inference,
+    masks: Mapping[Axis, Mask],
+) -> Verification:
+    """Compare a slim model with the silenced original in float64.
+
+    Raises:
+        VerificationError: they differ by more than rounding, or the slim model does not run.
+    """
+    expected = silenced_outputs(model, inputs, inference, masks)
+    found = _slim_outputs(slimmer, inputs)
+    worst = 0.0
+    for (name, wanted), (_, given) in zip(expected, found, strict=True):
+        worst = max(worst, _difference(name, wanted, given))
+    return Verification(worst, len(expected))
+
+
+def silenced_outputs(
+    model: nn.Module, inputs: Inputs, inference: Inference, masks: Mapping[Axis, Mask]
+) -> list[tuple[str, Tensor]]:
+    """Return the outputs of the original, in float64, with the removed slots silenced."""
+    mode = Silencing(inference, masks)
+
+    def silent(name: str, tensor: Tensor) -> Tensor:
+        double = as_double(tensor.detach()).clone()
+        mode._silence(double, Value(inference.parameters[name], name))
+        return double
+
+    reference = copy_with(model, silent).eval()
+    return list(output_tensors(interpret(reference, inputs.map(as_double), mode)))
+
+
+class _InDouble(Interpretation):
+    """Runs a model in float64 and changes nothing else."""
+
+    def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the operator."""
+        return self.run(func, args, kwargs)
+
+
+def _slim_outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
+    double = copy_with(slimmer, lambda _, tensor: as_double(tensor.detach()).clone()).eval()
+    try:
+        return list(output_tensors(interpret(double, inputs.map(as_double), _InDouble())))
+    except GraphPruneError:
+        raise
+    except Exception as failure:
+        raise VerificationError(
+            f"the slim model does not run: {type(failure).__name__}: {failure}"
+        ) from failure
+
+
+def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
+    """Return the largest difference over the largest value; raise where it is not rounding."""
+    if wanted.shape != given.shape:
+        raise VerificationError(
+            f"{name} of the slim model has shape {list(given.shape)}, not {list(wanted.shape)}"
+        )
+    if not wanted.is_floating_point():
+        if not torch.equal(wanted, given):
+            count = int((wanted != given).sum())
+            raise VerificationError(f"{name} of the slim model differs in {count} of {wanted.numel()} entries")
+        return 0.0
+    if wanted.numel() == 0 or torch.equal(wanted, given):
+        return 0.0
+    finite = torch.isfinite(wanted)
+    same_elsewhere = torch.equal(wanted[~finite].nan_to_num(7.0), given[~finite].nan_to_num(7.0))
+    scale = float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
+    gap = float((wanted - given)[finite].abs().max()) if bool(finite.any()) else 0.0
+    if not same_elsewhere or not gap <= TOLERANCE * max(scale, 1e-30):
+        raise VerificationError(
+            f"{name} of the slim model differs by {gap:.3g} from the original with the removed channels "
+            f"silenced, whose largest value is {scale:.3g}"
+        )
+    return gap / scale if scale else 0.0

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphprune.compare import Comparison, compare
+from graphprune.onnx import CPU
+
+X = torch.randn(2, 16)
+
+
+def net(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+class Refused(nn.Module):
+    """A model that PyTorch runs and cannot export."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() + 1)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compared")
+
+
+@pytest.fixture(scope="module")
+def comparison(kept: Path) -> Comparison:
+    return compare(net(32), net(8), X, seconds=0.1, path=kept)
+
+
+def test_sizes_are_counted_for_both_models(comparison: Comparison) -> None:
+    assert comparison.original.parameters == 16 * 32 + 32 + 32 * 4 + 4
+    assert comparison.slim.parameters == 16 * 8 + 8 + 8 * 4 + 4
+    assert comparison.original.macs > comparison.slim.macs > 0
+
+
+def test_the_files_are_kept_where_a_folder_is_given(comparison: Comparison, kept: Path) -> None:
+    assert sorted(file.name for file in kept.iterdir()) == ["original.onnx", "slim.onnx"]
+    assert comparison.slim.file is not None
+    assert comparison.slim.file.bytes == (kept / "slim.onnx").stat().st_size
+
+
+def test_the_speed_up_is_the_ratio_of_the_medians(comparison: Comparison) -> None:
+    before, after = (side.latency[CPU] for side in (comparison.original, comparison.slim))
+    assert comparison.speedups() == {CPU: before.steadiest.median / after.steadiest.median}
+
+
+def test_json_holds_everything(comparison: Comparison) -> None:
+    read = json.loads(comparison.to_json())
+    assert read == comparison.as_dict()
+    assert read["original"]["latency"][CPU]["cpu"]["median"] > 0
+    assert read["inputs"] == "(float32[2, 16])"
+    assert set(read["versions"]) == {"graphprune", "torch", "onnxruntime"}
+    assert read["machine"]["cpu"]
+
+
+def test_the_table_has_a_row_for_each_quantity(comparison: Comparison) -> None:
+    text = str(comparison)
+    for words in ("parameters", "multiply-adds", "bytes of ONNX", "CPU latency", "torch 2"):
+        assert words in text
+    row = next(line for line in text.splitlines() if "parameters" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["parameters", "676", "172", "0.254"]
+
+
+def test_a_model_that_cannot_be_exported_is_reported_with_the_reason() -> None:
+    comparison = compare(Refused(), nn.ReLU(), X, seconds=0.1)
+    assert comparison.original.file is None
+    assert comparison.original.latency == {}
+    assert comparison.slim.latency
+    assert comparison.speedups() == {}
+    assert "original is not exported: the model cannot be exported to ONNX:" in str(comparison)
+    assert "not exported" in str(comparison).split("CPU latency")[1].splitlines()[0]
+
+
+def test_exported_programs_are_compared_as_modules_with_shared_parameters_counted_once() -> None:
+    shared = nn.Linear(16, 16, bias=False)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    comparison = compare(model, torch.export.export(model, (X,)), X, seconds=0.1)
+    assert comparison.original.parameters == comparison.slim.parameters == 256
+    assert comparison.original.macs == comparison.slim.macs == 2 * 2 * 16 * 16
+    assert "slim is exported for this batch size only" in str(comparison)
