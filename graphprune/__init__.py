@@ -1,0 +1,44 @@
+"""graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
+
+from graphprune.compare import Comparison, compare
+from graphprune.cost import count_macs, count_parameters
+from graphprune.errors import (
+    CaptureError,
+    ExportError,
+    GraphPruneError,
+    GraphPruneWarning,
+    InvalidRequestError,
+    PlanError,
+    UnknownOperatorError,
+    VerificationError,
+)
+from graphprune.groups import DependencyGraph, Group, analyze
+from graphprune.inputs import Inputs
+from graphprune.onnx import Exported, export
+from graphprune.plan import Plan
+from graphprune.slim import Slimmed, slim, slimmed
+
+__all__ = [
+    "CaptureError",
+    "Comparison",
+    "DependencyGraph",
+    "ExportError",
+    "Exported",
+    "GraphPruneError",
+    "GraphPruneWarning",
+    "Group",
+    "Inputs",
+    "InvalidRequestError",
+    "Plan",
+    "PlanError",
+    "Slimmed",
+    "UnknownOperatorError",
+    "VerificationError",
+    "analyze",
+    "compare",
+    "count_macs",
+    "count_parameters",
+    "export",
+    "slim",
+    "slimmed",
+]

@@ -173,15 +173,11 @@ def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
             (tuple(inputs.args), dict(inputs.kwargs)),
         )
 
-    def merged(pair: Any) -> Any:
-        args, kwargs = pair
-        return (*args, *kwargs.values()) if not kwargs else (args if not kwargs else None) or kwargs
-
     if not inputs.kwargs or not inputs.args:
-        yield "all sizes free", merged(shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))), True
+        yield "all sizes free", _merged(*shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))), True
         yield (
             "batch free",
-            merged(shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch else {})),
+            _merged(*shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch else {})),
             True,
         )
     yield "all sizes as given", None, False
@@ -245,6 +241,36 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     graph_module.graph._tracer_cls = None
     follow_training(graph_module)
     return graph_module
+
+
+def reexported(original: ExportedProgram, slimmer: nn.Module, example_inputs: Any) -> ExportedProgram:
+    """Return a slim graph as an exported program with the original's free sizes."""
+    inputs = prepared(original, example_inputs)[1]
+    sizes = [node.meta["val"] for node in original.graph.find_nodes(op="placeholder")]
+    user = {spec.arg.name for spec in original.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    names = [node.name for node in original.graph.find_nodes(op="placeholder")]
+    free = iter([value for name, value in zip(names, sizes, strict=True) if name in user])
+
+    def shape(leaf: Any) -> Any:
+        value = next(free)
+        if not isinstance(leaf, Tensor):
+            return None
+        return {d: Dim.AUTO for d, size in enumerate(value.shape) if not isinstance(size, int)}
+
+    args, kwargs = pytree.tree_map(shape, (tuple(inputs.args), dict(inputs.kwargs)))
+    with hushed():
+        return torch.export.export(
+            slimmer.eval(),
+            tuple(inputs.args),
+            dict(inputs.kwargs),
+            dynamic_shapes=_merged(args, kwargs),
+            strict=False,
+        )
+
+
+def _merged(args: Any, kwargs: Any) -> Any:
+    """Return the dynamic shapes of positional and keyword arguments as torch.export takes them."""
+    return {**{str(i): shape for i, shape in enumerate(args)}, **kwargs} if args and kwargs else args or kwargs
 
 
 _TRAINING_ARGUMENTS = ("train", "training")

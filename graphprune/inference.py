@@ -67,7 +67,7 @@ class Inference:
         inputs: layouts of the model's input tensors by name.
         outputs: layouts of the model's output tensors by name.
         steps: the operator calls in order.
-        nodes: for a graph, the layouts of what each node gave, in the structure it gave it.
+        nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
     """
@@ -78,7 +78,7 @@ class Inference:
     inputs: dict[str, Layouts] = field(default_factory=dict)
     outputs: dict[str, Layouts] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
-    nodes: dict[fx.Node, Any] = field(default_factory=dict)
+    nodes: dict[str, Any] = field(default_factory=dict)
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
@@ -157,7 +157,7 @@ class LayoutInference(Interpretation):
 
     def after_node(self, node: fx.Node, result: Any) -> None:
         """Keep the layouts of what a graph node gave."""
-        self.found.nodes[node] = pytree.tree_map_only(Tensor, self.layouts_of, result)
+        self.found.nodes[node.name] = pytree.tree_map_only(Tensor, self.layouts_of, result)
 
 
 def _opaque(call: Call, why: str) -> list[Layouts]:

@@ -55,13 +55,13 @@ class _Site:
 
     def layouts(self, name: str) -> Layouts:
         """Return the layouts of the tensor argument of that name."""
-        found = self.nodes.get(self.arguments[name])
+        found = self.nodes.get(self.arguments[name].name)
         return found if found is not None else []
 
     @property
     def output(self) -> Any:
         """The layouts of the node's result, in the structure of the result."""
-        return self.nodes[self.node]
+        return self.nodes[self.node.name]
 
     def is_cut(self, layout: Layout) -> bool:
         """Say whether a dimension of this layout gets smaller."""
@@ -114,7 +114,7 @@ def rewrite_literals(
     """
     changed = []
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node not in inference.nodes:
+        if node.op != "call_function" or node.name not in inference.nodes:
             continue
         before = (node.target, node.args, dict(node.kwargs))
         if node.target is aten.sym_size.int:
@@ -131,7 +131,7 @@ def rewrite_literals(
 def _restore_size(node: fx.Node, inference: Inference, kept: Mapping[Axis, int]) -> None:
     """Give the users of a size the original one."""
     tensor, dim = node.args
-    layout = inference.nodes[tensor][dim]  # type: ignore[index]
+    layout = inference.nodes[tensor.name][dim]  # type: ignore[union-attr,index]
     if not touches(layout, kept):
         return
     users = list(node.users)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphprune.capture import capture, prepared
+from graphprune.capture import capture, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
-from graphprune.errors import GraphPruneError, VerificationError
+from graphprune.errors import GraphPruneError, InvalidRequestError, VerificationError
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, scores
 from graphprune.inference import infer
@@ -35,7 +34,7 @@ class Slimmed:
         plan: which channels stayed.
         graph: the dependency graph that the plan is about.
         form: "module" (the model's own class) or "graph" (an fx.GraphModule).
-        why_graph: what kept the module form from working, for a graph; else "".
+        why_graph: for a graph, what kept the module form from working; else "".
         verification: what was compared, or None where that was not asked for or not possible.
     """
 
@@ -48,38 +47,149 @@ class Slimmed:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is the same for every form that is tried."""
+class Job:
+    """What is the same for every form that is tried.
+
+    Attributes:
+        module: the model, never changed.
+        inputs: its example inputs.
+        plan_for: gives the plan for a dependency graph of the model.
+        check: whether to verify the result.
+    """
 
     module: nn.Module
     inputs: Inputs
-    request: Request
-    importance: Importance
-    plan: Plan | None
-    seed: int
+    plan_for: Callable[[DependencyGraph], Plan]
     check: bool
 
-    def plan_for(self, module: nn.Module, graph: DependencyGraph) -> Plan:
-        if self.plan is not None:
-            return self.plan
-        return choose(graph, scores(module, graph, self.importance, self.seed), self.request)
+
+def slim(
+    model: Any,
+    ratio: float = 0.5,
+    example_inputs: Any = None,
+    *,
+    of: Unit = "channels",
+    importance: Importance = "l2",
+    align: Align = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renormalised: bool = False,
+    plan: Plan | None = None,
+    form: Form = "auto",
+    verify: bool = True,
+    seed: int = 0,
+) -> Any:
+    """Return a smaller copy of a model, checked against the original; the original is not changed.
+
+    Args:
+        model: an nn.Module, fx.GraphModule or torch.export.ExportedProgram.
+        ratio: fraction to remove, 0 <= ratio < 1, counted in what `of` names.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments or
+            `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
+        of: "channels" cuts every group by the same fraction; "parameters" and "macs" rank all
+            channels together until that fraction of the model's total is gone.
+        importance: "l2", "l1", "random", or a function from model and dependency graph to scores.
+        align: numbers of convolution channels to keep: "auto" for what ONNX Runtime runs fast
+            (multiples of 8, of 4 in groups under 16), or a number; 1 for any.
+        include: cut only groups whose name or a member parameter's name fits one of these globs.
+        exclude: do not cut groups whose name or a member parameter's name fits one of these globs.
+        renormalised: also cut channels along which a norm, mean or softmax runs; the slim model then
+            differs from the silenced original by that statistic, and a warning names the groups.
+        plan: cut exactly this instead of choosing.
+        form: "module" keeps the model's class and code; "graph" gives an fx.GraphModule whose sizes
+            are rewritten; "auto" prefers the first where it works.
+        verify: compare with the original, removed channels silenced, in float64.
+        seed: for importance "random".
+
+    Returns:
+        An nn.Module; for an ExportedProgram, an ExportedProgram.
+
+    Raises:
+        InvalidRequestError: an argument makes no sense.
+        CaptureError: the model does not run on the inputs, or cannot be traced where that is needed.
+        VerificationError: the slim model is not what it should be; none is returned.
+    """
+    result = slimmed(
+        model, ratio, example_inputs, of=of, importance=importance, align=align, include=include,
+        exclude=exclude, renormalised=renormalised, plan=plan, form=form, verify=verify, seed=seed,
+    )  # fmt: skip
+    if isinstance(model, ExportedProgram):
+        return reexported(model, result.model, example_inputs)
+    return result.model
 
 
-def _as_module(job: _Job) -> Slimmed:
+def slimmed(
+    model: Any,
+    ratio: float = 0.5,
+    example_inputs: Any = None,
+    *,
+    of: Unit = "channels",
+    importance: Importance = "l2",
+    align: Align = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    renormalised: bool = False,
+    plan: Plan | None = None,
+    form: Form = "auto",
+    verify: bool = True,
+    seed: int = 0,
+) -> Slimmed:
+    """Return what `slim` returns together with its plan, graph, form and verification."""
+    if form not in ("auto", "module", "graph"):
+        raise InvalidRequestError(f"form={form!r} must be 'auto', 'module' or 'graph'")
+    request = Request(ratio, of, align, include, exclude, renormalised)
+    module, inputs = prepared(model, example_inputs)
+    has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
+
+    def plan_for(graph: DependencyGraph) -> Plan:
+        return plan or choose(graph, scores(module, graph, importance, seed), request)
+
+    job = Job(module, inputs, plan_for, verify and has_data)
+    if isinstance(module, fx.GraphModule):
+        return as_graph(job, "the model is a graph")
+    if form == "graph":
+        return as_graph(job, "asked for")
+    try:
+        return as_module(job)
+    except VerificationError as failure:
+        if form == "module":
+            raise
+        return as_graph(job, str(failure))
+
+
+def as_module(job: Job) -> Slimmed:
+    """Return the model's own class with smaller tensors.
+
+    Raises:
+        VerificationError: its code does not follow: it holds a size that no attribute gives.
+    """
     graph = DependencyGraph(infer(job.module, job.inputs))
-    plan = job.plan_for(job.module, graph)
+    plan = job.plan_for(graph)
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
-    seen = None
-    if job.check:
-        seen = verify(job.module, slimmer, job.inputs, graph.inference, masks)
+    seen = verify(job.module, slimmer, job.inputs, graph.inference, masks) if job.check else None
     return Slimmed(slimmer, plan, graph, "module", "", seen)
 
 
-def _as_graph(job: _Job, why: str) -> Slimmed:
-    module = job.module
-    if not isinstance(module, fx.GraphModule):
-        module = capture(module, job.inputs).graph_module
+def as_graph(job: Job, why: str) -> Slimmed:
+    """Return a graph of the model with smaller tensors and every size in it rewritten.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        VerificationError: the graph is not what it should be.
+    """
+    try:
+        module = job.module
+        if not isinstance(module, fx.GraphModule):
+            module = capture(module, job.inputs).graph_module
+    except GraphPruneError as failure:
+        raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
     graph = DependencyGraph(infer(module, job.inputs))
-    ...
-    raise NotImplementedError
+    plan = job.plan_for(graph)
+    masks = plan.masks(graph)
+    slimmer = shrunk(module, graph.inference, masks)
+    kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
+    rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
+    seen = verify(module, slimmer, job.inputs, graph.inference, masks) if job.check else None
+    slimmer.train(job.module.training)
+    return Slimmed(slimmer, plan, graph, "graph", why, seen)
