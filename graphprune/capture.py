@@ -240,7 +240,7 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     graph._codegen = module.graph._codegen
     graph_module.graph._tracer_cls = None
     follow_training(graph_module)
-    return graph_module
+    return graph_module.eval()
 
 
 def reexported(original: ExportedProgram, slimmer: nn.Module, example_inputs: Any) -> ExportedProgram:
