@@ -38,6 +38,7 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
     Raises:
         InvalidRequestError: the model is not one, or holds nothing.
         CaptureError: no inputs were given and none that were tried fit.
+
     """
     if isinstance(model, ExportedProgram):
         given = model.example_inputs
@@ -54,7 +55,9 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
             f"not {type(model).__name__}"
         )
     if not named_tensors(model):
-        raise InvalidRequestError(f"{type(model).__name__} holds no parameters, so there is nothing to cut")
+        raise InvalidRequestError(
+            f"{type(model).__name__} holds no parameters, so there is nothing to cut"
+        )
     if example_inputs is None:
         return model, guessed_inputs(model)
     return model, Inputs.of(example_inputs)
@@ -67,6 +70,7 @@ def guessed_inputs(model: nn.Module) -> Inputs:
 
     Raises:
         CaptureError: the model runs on none of them.
+
     """
     tried: list[str] = []
     for inputs in _candidates(model):
@@ -75,7 +79,11 @@ def guessed_inputs(model: nn.Module) -> Inputs:
         tried.append(str(inputs))
     raise CaptureError(
         f"{type(model).__name__} needs example_inputs: "
-        + (f"none of {', '.join(tried)} fits" if tried else "its first layer does not tell what they are")
+        + (
+            f"none of {', '.join(tried)} fits"
+            if tried
+            else "its first layer does not tell what they are"
+        )
     )
 
 
@@ -122,6 +130,7 @@ class Captured:
         graph_module: calls ATen operators; its parameters are the model's own tensors under their names.
         route: "torch.export" or "given".
         batch_free: whether it runs at another batch size.
+
     """
 
     graph_module: fx.GraphModule
@@ -136,6 +145,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
 
     Raises:
         CaptureError: the model cannot be traced, or the graph gives something else.
+
     """
     quiet = shared_copy(model).eval()
     quiet.forward = _plain_outputs(quiet.forward)  # type: ignore[method-assign]
@@ -174,7 +184,11 @@ def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
         )
 
     if not inputs.kwargs or not inputs.args:
-        yield "all sizes free", _merged(*shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))), True
+        yield (
+            "all sizes free",
+            _merged(*shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))),
+            True,
+        )
         yield (
             "batch free",
             _merged(*shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch else {})),
@@ -202,8 +216,12 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
         given = list(output_tensors(call(graph_module, batch)))
         for (name, a), (_, b) in zip(wanted, given, strict=True):
             torch.testing.assert_close(
-                b, a, rtol=_TOLERANCE, atol=_TOLERANCE * float(a.abs().max() or 1) if a.numel() else 0,
-                equal_nan=True, msg=lambda text, name=name: f"{name}: {text}",
+                b,
+                a,
+                rtol=_TOLERANCE,
+                atol=_TOLERANCE * float(a.abs().max() or 1) if a.numel() else 0,
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
@@ -221,14 +239,20 @@ def _plain(output: Any) -> Any:
     if isinstance(output, Tensor) or output is None:
         return output
     if isinstance(output, Mapping):
-        kept = {key: value for key, value in ((k, _plain(v)) for k, v in output.items()) if value is not None}
+        kept = {
+            key: value
+            for key, value in ((k, _plain(v)) for k, v in output.items())
+            if value is not None
+        }
         return kept if type(output) is dict else type(output)(**kept)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return type(output)(*map(_plain, output))
     if isinstance(output, (tuple, list)):
         return type(output)(map(_plain, output))
     if dataclasses.is_dataclass(output):
-        return {field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)}
+        return {
+            field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)
+        }
     return None
 
 
@@ -243,11 +267,17 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     return graph_module.eval()
 
 
-def reexported(original: ExportedProgram, slimmer: nn.Module, example_inputs: Any) -> ExportedProgram:
+def reexported(
+    original: ExportedProgram, slimmer: nn.Module, example_inputs: Any
+) -> ExportedProgram:
     """Return a slim graph as an exported program with the original's free sizes."""
     inputs = prepared(original, example_inputs)[1]
     sizes = [node.meta["val"] for node in original.graph.find_nodes(op="placeholder")]
-    user = {spec.arg.name for spec in original.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    user = {
+        spec.arg.name
+        for spec in original.graph_signature.input_specs
+        if spec.kind.name == "USER_INPUT"
+    }
     names = [node.name for node in original.graph.find_nodes(op="placeholder")]
     free = iter([value for name, value in zip(names, sizes, strict=True) if name in user])
 
@@ -270,7 +300,11 @@ def reexported(original: ExportedProgram, slimmer: nn.Module, example_inputs: An
 
 def _merged(args: Any, kwargs: Any) -> Any:
     """Return the dynamic shapes of positional and keyword arguments as torch.export takes them."""
-    return {**{str(i): shape for i, shape in enumerate(args)}, **kwargs} if args and kwargs else args or kwargs
+    return (
+        {**{str(i): shape for i, shape in enumerate(args)}, **kwargs}
+        if args and kwargs
+        else args or kwargs
+    )
 
 
 _TRAINING_ARGUMENTS = ("train", "training")

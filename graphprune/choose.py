@@ -42,6 +42,7 @@ class Request:
         include: cut only groups with a name, or a member parameter's name, that fits one of these globs.
         exclude: never cut groups with such a name.
         renormalised: also cut groups that a norm, mean or softmax runs along.
+
     """
 
     ratio: float
@@ -60,7 +61,9 @@ class Request:
         if self.of not in ("channels", "parameters", "macs"):
             raise InvalidRequestError(f"of={self.of!r} must be 'channels', 'parameters' or 'macs'")
         if self.align != "auto" and (not isinstance(self.align, int) or self.align < 1):
-            raise InvalidRequestError(f"align={self.align!r} must be 'auto' or a whole number from 1")
+            raise InvalidRequestError(
+                f"align={self.align!r} must be 'auto' or a whole number from 1"
+            )
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise InvalidRequestError(f"{name} must be a list of patterns, not the text alone")
@@ -71,6 +74,7 @@ def choose(graph: DependencyGraph, scores: Scores, request: Request) -> Plan:
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
+
     """
     groups = eligible(graph, request)
     if not groups and request.ratio > 0:

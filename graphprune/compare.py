@@ -81,7 +81,7 @@ class Comparison:
         sink = io.StringIO()
         console = Console(file=sink, width=100, color_system=None, markup=False, emoji=False)
         console.print(_table(self))
-        return sink.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in sink.getvalue().splitlines())
 
 
 def compare(
@@ -109,6 +109,7 @@ def compare(
 
     Raises:
         InvalidRequestError: ONNX Runtime does not have one of the providers.
+
     """
     inputs = Inputs.of(example_inputs)
     models = {"original": as_module(model), "slim": as_module(slimmer)}
@@ -186,7 +187,7 @@ def _table(comparison: Comparison) -> Table:
     table = Table(
         Column(""),
         *(Column(heading, justify="right") for heading in headings),
-        title=f"on {comparison.inputs}",
+        title=f"inputs {comparison.inputs}",
         caption="\n".join(_notes(comparison)),
         caption_justify="left",
     )

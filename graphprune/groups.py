@@ -13,7 +13,17 @@ from torch import nn
 from graphprune.errors import InvalidRequestError
 from graphprune.inference import Inference, Value, infer
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Concat, Layout, Product, Reason, describe, free_axes, resolve, why_fixed
+from graphprune.layout import (
+    Axis,
+    Concat,
+    Layout,
+    Product,
+    Reason,
+    describe,
+    free_axes,
+    resolve,
+    why_fixed,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Group:
         inner: whether the channels lie inside larger units that are cut by default instead (the
             features of a head, the channels of a convolution group).
         renormalised: operators that take a statistic over the channels, so that a cut is inexact.
+
     """
 
     name: str
@@ -85,6 +96,7 @@ class DependencyGraph:
         inference: the layouts that everything here is read from.
         groups: what can be cut, in the order of the model's parameters.
         fixed: parameter dimensions in which nothing can be cut.
+
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -112,6 +124,7 @@ class DependencyGraph:
 
         Raises:
             InvalidRequestError: the model has no such parameter or dimension.
+
         """
         layouts = self.inference.parameters.get(self._first_name(parameter))
         if layouts is None or not -len(layouts) <= dim < len(layouts):
@@ -177,8 +190,12 @@ class DependencyGraph:
         lines += [f"{len(self.fixed)} parameter dimensions are fixed:"]
         lines += [f"  {fixed}" for fixed in self.fixed]
         if self.unknown:
-            lines.append(f"{len(self.unknown)} operators have no rule, so their channels stay whole:")
-            lines += [f"  {place.operator}  {place.module}  {place.source}" for place in self.unknown]
+            lines.append(
+                f"{len(self.unknown)} operators have no rule, so their channels stay whole:"
+            )
+            lines += [
+                f"  {place.operator}  {place.module}  {place.source}" for place in self.unknown
+            ]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -197,7 +214,9 @@ def _groups(inference: Inference) -> list[Group]:
                 members.setdefault(axis, []).append(Member(parameter, dim, resolve(layout)))
                 suffix = f".{number}" if len(axes) > 1 else ""
                 names.setdefault(axis, f"{parameter}:{dim}{suffix}")
-    return [Group(names[axis], axis, tuple(found), axis in inner) for axis, found in members.items()]
+    return [
+        Group(names[axis], axis, tuple(found), axis in inner) for axis, found in members.items()
+    ]
 
 
 def _inner_axes(layout: Layout, known: set[Axis]) -> Iterator[Axis]:
@@ -239,6 +258,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
 
     Raises:
         CaptureError: the model does not run on the inputs, or none were given and none fit.
+
     """
     from graphprune.capture import prepared
 
@@ -246,4 +266,4 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
     return DependencyGraph(infer(module, inputs))
 
 
-__all__ = ["DependencyGraph", "Fixed", "Group", "Member", "analyze", "Inputs"]
+__all__ = ["DependencyGraph", "Fixed", "Group", "Inputs", "Member", "analyze"]

@@ -29,6 +29,7 @@ class Value:
     Attributes:
         layouts: one layout a dimension.
         source: the name of a parameter, buffer, attribute or input, or the number of a step.
+
     """
 
     layouts: Layouts
@@ -46,6 +47,7 @@ class Step:
         outputs: what it returned.
         arguments: its arguments by schema name, tensors replaced by their values.
         renormalises: whether it takes a statistic along an axis.
+
     """
 
     func: OpOverload
@@ -70,6 +72,7 @@ class Inference:
         nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
+
     """
 
     parameters: dict[str, Layouts] = field(default_factory=dict)
@@ -132,7 +135,9 @@ class LayoutInference(Interpretation):
                 for tensor, dims in zip(outputs, layouts, strict=True)
             ]
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
-        self.found.steps.append(Step(func, call.reason, inputs, values, recorded, call.renormalises))
+        self.found.steps.append(
+            Step(func, call.reason, inputs, values, recorded, call.renormalises)
+        )
         return result
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
@@ -180,6 +185,7 @@ def infer(model: nn.Module, inputs: Inputs) -> Inference:
 
     Raises:
         CaptureError: the model does not run on the inputs.
+
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor))
@@ -219,13 +225,17 @@ def _infer(model: nn.Module, inputs: Inputs) -> Inference:
     for name, tensor in named_tensors(model).items():
         first = holders.setdefault(id(tensor), name)
         if first == name:
-            found.parameters[name] = mode.declare(tensor, [Axis(n) for n in tensor.shape], name).layouts
+            found.parameters[name] = mode.declare(
+                tensor, [Axis(n) for n in tensor.shape], name
+            ).layouts
             found.trainable.update([name] if isinstance(tensor, nn.Parameter) else [])
         found.names.setdefault(first, []).append(name)
     for position, tensor in enumerate(inputs.tensors()):
         name = f"input[{position}]"
         why = Reason("a dimension of the model's input", name)
-        found.inputs[name] = mode.declare(tensor, [Axis(n, why) for n in tensor.shape], name).layouts
+        found.inputs[name] = mode.declare(
+            tensor, [Axis(n, why) for n in tensor.shape], name
+        ).layouts
     model.eval()
     output = interpret(model, inputs, mode)
     for name, tensor in output_tensors(output):

@@ -30,6 +30,7 @@ class Inputs:
 
         Raises:
             InvalidRequestError: it is neither a tensor, a tuple, a list, a dict nor `Inputs`.
+
         """
         if isinstance(example_inputs, Inputs):
             return example_inputs

@@ -108,7 +108,9 @@ def _source_line() -> str:
 
 def _source_of(node: fx.Node) -> str:
     """Return file and line of the code that a graph node came from, where the tracer kept it."""
-    lines = [line for line in (node.stack_trace or "").splitlines() if line.lstrip().startswith("File")]
+    lines = [
+        line for line in (node.stack_trace or "").splitlines() if line.lstrip().startswith("File")
+    ]
     for line in reversed(lines):
         path, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
         if not path.startswith(_LIBRARIES):
@@ -138,6 +140,7 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
     Args:
         model: a copy that may be given hooks; a graph module is run node by node, so that the mode
             knows the node.
+
     """
     with plain_kernels(), mode:
         if isinstance(model, fx.GraphModule):
@@ -198,5 +201,7 @@ def flat_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for node in placeholders[len(values) :]:
         name = str(node.target)
-        values.append(inputs.kwargs[name] if name in inputs.kwargs else node.args[0] if node.args else None)
+        values.append(
+            inputs.kwargs[name] if name in inputs.kwargs else node.args[0] if node.args else None
+        )
     return values

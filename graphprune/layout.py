@@ -54,6 +54,7 @@ class Axis(_NotANumber):
         fixed: why no slot may be removed, or None.
         renormalised: operators that take a statistic along the axis, so that cutting it is inexact.
         bound: the layout that this axis turned out to be, or None.
+
     """
 
     __slots__ = ("bound", "fixed", "renormalised", "size")
@@ -261,7 +262,10 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
     if inner == size_of(layout):
         return UNIT, layout
     if isinstance(layout, Axis):
-        outer_axis, inner_axis = _fresh_like(layout, layout.size // inner), _fresh_like(layout, inner)
+        outer_axis, inner_axis = (
+            _fresh_like(layout, layout.size // inner),
+            _fresh_like(layout, inner),
+        )
         if layout.fixed is None:
             layout.bound = Product((outer_axis, inner_axis))
         return outer_axis, inner_axis
@@ -459,5 +463,7 @@ def describe(layout: Layout, names: Mapping[Axis, str] | None = None) -> str:
     if isinstance(layout, Axis):
         return (names or {}).get(layout, str(layout.size))
     if isinstance(layout, Product):
-        return f"({' '.join(describe(f, names) for f in layout.factors)})" if layout.factors else "1"
+        return (
+            f"({' '.join(describe(f, names) for f in layout.factors)})" if layout.factors else "1"
+        )
     return f"({' + '.join(describe(part, names) for part in layout.parts)})"

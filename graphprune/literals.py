@@ -15,7 +15,17 @@ import torch
 from torch import fx
 
 from graphprune.inference import Inference, Step
-from graphprune.layout import Axis, Layout, Reason, can_split, cut, kept_size, size_of, split, touches
+from graphprune.layout import (
+    Axis,
+    Layout,
+    Reason,
+    can_split,
+    cut,
+    kept_size,
+    size_of,
+    split,
+    touches,
+)
 from graphprune.rules import Layouts, bind_arguments
 from graphprune.shrink import kept_groups
 
@@ -111,6 +121,7 @@ def rewrite_literals(
         graph_module: the graph, in the ATen dialect, whose tensors are slim already.
         inference: layouts by node of this graph.
         kept: how many slots of each cut axis are left.
+
     """
     changed = []
     for node in list(graph_module.graph.nodes):
@@ -228,7 +239,10 @@ def _pad(site: _Site) -> None:
 def _normalized_shape(site: _Site) -> None:
     shape = site.arguments["normalized_shape"]
     layouts = site.layouts("input")[-len(shape) :]
-    site.set("normalized_shape", [site.resized(s, layout) for s, layout in zip(shape, layouts, strict=True)])
+    site.set(
+        "normalized_shape",
+        [site.resized(s, layout) for s, layout in zip(shape, layouts, strict=True)],
+    )
 
 
 def _group_norm(site: _Site) -> None:
@@ -259,7 +273,9 @@ def _shuffle_groups(site: _Site) -> None:
 
 
 _REWRITES: dict[Any, Callable[[_Site], None]] = {
-    **dict.fromkeys([aten.view, aten.expand, aten.zeros, aten.ones, aten.empty, aten.full], _sizes("size")),
+    **dict.fromkeys(
+        [aten.view, aten.expand, aten.zeros, aten.ones, aten.empty, aten.full], _sizes("size")
+    ),
     **dict.fromkeys([aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full], _sizes("size")),
     **dict.fromkeys([aten._unsafe_view], _sizes("size")),
     aten.reshape: _sizes("shape"),

@@ -84,6 +84,7 @@ def export(
     Raises:
         ExportError: the model cannot be run or exported, or the file disagrees with PyTorch;
             what was at the path before is left alone.
+
     """
     module = as_module(model)
     with _evaluating(module):
@@ -102,6 +103,7 @@ def open_session(path: Path, provider: str = CPU, threads: int = 1) -> ort.Infer
 
     Raises:
         InvalidRequestError: ONNX Runtime does not have the provider, or cannot start it here.
+
     """
     available = ort.get_available_providers()
     if provider not in available:

@@ -26,6 +26,7 @@ class Plan:
         keep: by group name, the kept slots, sorted and unique; groups not named stay whole.
         sizes: by group name, the number of slots before.
         request: what was asked for, for people to read.
+
     """
 
     keep: dict[str, list[int]]
@@ -37,6 +38,7 @@ class Plan:
 
         Raises:
             PlanError: the plan names a group that the graph lacks, or that has another size there.
+
         """
         masks: dict[Axis, Mask] = {}
         for name, kept in self.keep.items():
@@ -59,7 +61,9 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         content = {"format": FORMAT, "version": VERSION, "request": self.request}
-        groups = {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()}
+        groups = {
+            name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()
+        }
         Path(path).write_text(json.dumps({**content, "groups": groups}, indent=1) + "\n")
 
     @classmethod
@@ -68,6 +72,7 @@ class Plan:
 
         Raises:
             PlanError: the file is not such a plan.
+
         """
         try:
             content = json.loads(Path(path).read_text())

@@ -36,6 +36,7 @@ class Slimmed:
         form: "module" (the model's own class) or "graph" (an fx.GraphModule).
         why_graph: for a graph, what kept the module form from working; else "".
         verification: what was compared, or None where that was not asked for or not possible.
+
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Job:
         inputs: its example inputs.
         plan_for: gives the plan for a dependency graph of the model.
         check: whether to verify the result.
+
     """
 
     module: nn.Module
@@ -108,6 +110,7 @@ def slim(
         InvalidRequestError: an argument makes no sense.
         CaptureError: the model does not run on the inputs, or cannot be traced where that is needed.
         VerificationError: the slim model is not what it should be; none is returned.
+
     """
     result = slimmed(
         model, ratio, example_inputs, of=of, importance=importance, align=align, include=include,
@@ -162,6 +165,7 @@ def as_module(job: Job) -> Slimmed:
 
     Raises:
         VerificationError: its code does not follow: it holds a size that no attribute gives.
+
     """
     graph = DependencyGraph(infer(job.module, job.inputs))
     plan = job.plan_for(graph)
@@ -177,6 +181,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
     Raises:
         CaptureError: the model cannot be traced.
         VerificationError: the graph is not what it should be.
+
     """
     try:
         module = job.module

@@ -19,12 +19,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         InvalidRequestError: a lazy module has not seen its first input yet.
+
     """
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in _own_tensors(module):
             found[f"{path}.{name}" if path else name] = tensor
-    lazy = sorted(name for name, tensor in found.items() if isinstance(tensor, UninitializedTensorMixin))
+    lazy = sorted(
+        name for name, tensor in found.items() if isinstance(tensor, UninitializedTensorMixin)
+    )
     if lazy:
         raise InvalidRequestError(
             f"{', '.join(lazy)} have no shape yet; run the model once on an example input first"
@@ -52,6 +55,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
 
     Raises:
         CaptureError: the model cannot be copied.
+
     """
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model).items():

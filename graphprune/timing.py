@@ -84,6 +84,7 @@ def time_onnx(
 
     Raises:
         InvalidRequestError: a model has no feed, or ONNX Runtime has no such provider.
+
     """
     missing = sorted(set(models) - set(feeds))
     if missing:

@@ -39,6 +39,7 @@ class Verification:
     Attributes:
         difference: largest absolute difference of an output, over the largest absolute value in it.
         outputs: number of output tensors compared.
+
     """
 
     difference: float
@@ -146,6 +147,7 @@ def verify(
 
     Raises:
         VerificationError: they differ by more than rounding, or the slim model does not run.
+
     """
     expected = silenced_outputs(model, inputs, inference, masks)
     found = _slim_outputs(slimmer, inputs)
@@ -199,7 +201,9 @@ def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
     if not wanted.is_floating_point():
         if not torch.equal(wanted, given):
             count = int((wanted != given).sum())
-            raise VerificationError(f"{name} of the slim model differs in {count} of {wanted.numel()} entries")
+            raise VerificationError(
+                f"{name} of the slim model differs in {count} of {wanted.numel()} entries"
+            )
         return 0.0
     if wanted.numel() == 0 or torch.equal(wanted, given):
         return 0.0

@@ -19,7 +19,9 @@ from graphprune.state import named_tensors
 Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
 """By group name, one score a slot."""
 
-Importance: TypeAlias = str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
+Importance: TypeAlias = (
+    str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
+)
 """The name of a criterion, or a function from a model and its graph to scores."""
 
 
@@ -53,7 +55,9 @@ CRITERIA: dict[str, Callable[[nn.Module, DependencyGraph, int], Scores]] = {
 }
 
 
-def scores(model: nn.Module, graph: DependencyGraph, importance: Importance, seed: int = 0) -> Scores:
+def scores(
+    model: nn.Module, graph: DependencyGraph, importance: Importance, seed: int = 0
+) -> Scores:
     """Return a score for every slot of every group, higher for slots that matter more.
 
     Args:
@@ -65,6 +69,7 @@ def scores(model: nn.Module, graph: DependencyGraph, importance: Importance, see
     Raises:
         InvalidRequestError: there is no such criterion, it needs weights and the model has none, or
             a function returned scores that do not fit the groups.
+
     """
     if isinstance(importance, str):
         if importance not in CRITERIA:

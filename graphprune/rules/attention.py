@@ -34,7 +34,14 @@ def attention(call: Call) -> Sequence[Layouts]:
     call.unify(key[-2], value[-2])
     call.renormalise(key[-2], "a softmax over these positions")
     result = [*query[:-1], value[-1]]
-    mask = next((call.arguments[n] for n in ("attn_mask", "attn_bias") if call.arguments.get(n) is not None), None)
+    mask = next(
+        (
+            call.arguments[n]
+            for n in ("attn_mask", "attn_bias")
+            if call.arguments.get(n) is not None
+        ),
+        None,
+    )
     if mask is not None:
         _unify_mask(call, call.layouts_of(mask), [*query[:-1], key[-2]])
     return [result, query[:-1]]

@@ -12,16 +12,41 @@ from graphprune.rules.registry import Call, Layouts, rule
 aten = torch.ops.aten
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.new_zeros, aten.new_ones,
-      aten.new_full, aten.new_empty, aten.new_empty_strided, aten.empty_permuted)
+@rule(
+    aten.zeros,
+    aten.ones,
+    aten.full,
+    aten.empty,
+    aten.empty_strided,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.empty_permuted,
+)
 def uniform(call: Call) -> Sequence[Layouts]:
     """Fill with one value: every slot is like every other, so the dimensions are free."""
     return [[Axis(size) for size in output.shape] for output in call.outputs]
 
 
-@rule(aten.arange, aten.linspace, aten.logspace, aten.eye, aten.rand, aten.randn, aten.randint,
-      aten.randperm, aten.rand_like, aten.randn_like, aten.randint_like, aten.bernoulli, aten.tril_indices,
-      aten.triu_indices, aten.scalar_tensor)
+@rule(
+    aten.arange,
+    aten.linspace,
+    aten.logspace,
+    aten.eye,
+    aten.rand,
+    aten.randn,
+    aten.randint,
+    aten.randperm,
+    aten.rand_like,
+    aten.randn_like,
+    aten.randint_like,
+    aten.bernoulli,
+    aten.tril_indices,
+    aten.triu_indices,
+    aten.scalar_tensor,
+)
 def numbered(call: Call) -> Sequence[Layouts]:
     """Make values that depend on the position (or on chance): the dimensions are fixed."""
     for tensor in call.tensors:

@@ -75,13 +75,18 @@ class Pattern:
 
     def __call__(self, call: Call) -> Sequence[Layouts]:
         """Unify what the pattern says is the same; return the layouts of the results."""
-        arguments = [value for value in call.arguments.values() if value is None or _is_tensor(value)]
+        arguments = [
+            value for value in call.arguments.values() if value is None or _is_tensor(value)
+        ]
         return self.apply(call, arguments)
 
     def apply(self, call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Layouts]:
         """Do the same for operands that are given one by one."""
-        match = _Match(call, {operand.star for operand in self.operands if operand.star}
-                       & {result.star for result in self.results if result.star})
+        match = _Match(
+            call,
+            {operand.star for operand in self.operands if operand.star}
+            & {result.star for result in self.results if result.star},
+        )
         present = [
             (operand, call.layouts_of(tensor))
             for operand, tensor in zip(self.operands, tensors, strict=False)

@@ -47,8 +47,19 @@ def total(call: Call) -> Sequence[Layouts]:
     return _without(call, layouts, dims)
 
 
-@rule(aten.mean, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.amax, aten.amin, aten.prod,
-      aten.logsumexp, aten.all, aten.aminmax)
+@rule(
+    aten.mean,
+    aten.var,
+    aten.std,
+    aten.var_mean,
+    aten.std_mean,
+    aten.amax,
+    aten.amin,
+    aten.prod,
+    aten.logsumexp,
+    aten.all,
+    aten.aminmax,
+)
 def statistic(call: Call) -> Sequence[Layouts]:
     """Reduce to a statistic over the slots that are there."""
     layouts, dims = call.layouts_of(_operand(call)), _dims(call)

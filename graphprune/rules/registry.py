@@ -37,6 +37,7 @@ class Call:
         outputs: the tensors that came back, in order.
         reason: where the call stands in the model, to name in reasons.
         renormalises: set once a statistic along an axis that could be cut was declared.
+
     """
 
     func: OpOverload
@@ -98,6 +99,7 @@ def register(rule: Rule, *operators: Operator) -> None:
 
     Raises:
         InvalidRequestError: one of them has a rule already.
+
     """
     for operator in operators:
         if operator in _RULES:

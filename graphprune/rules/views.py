@@ -58,7 +58,10 @@ def expand(call: Call) -> Sequence[Layouts]:
     added = len(shape) - len(layouts)
     padded: Layouts = [UNIT] * added + layouts
     return [
-        [Axis(size) if size_of(layout) == 1 else layout for layout, size in zip(padded, shape, strict=True)]
+        [
+            Axis(size) if size_of(layout) == 1 else layout
+            for layout, size in zip(padded, shape, strict=True)
+        ]
     ]
 
 
@@ -119,8 +122,14 @@ def unbind(call: Call) -> Sequence[Layouts]:
     return [layouts] * len(call.outputs)
 
 
-@rule(aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.chunk,
-      aten.unsafe_chunk)
+@rule(
+    aten.split,
+    aten.split_with_sizes,
+    aten.unsafe_split,
+    aten.unsafe_split_with_sizes,
+    aten.chunk,
+    aten.unsafe_chunk,
+)
 def split_(call: Call) -> Sequence[Layouts]:
     """Cut the dimension into consecutive pieces."""
     layouts, dim = call.layouts("self"), call.dim()
