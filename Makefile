@@ -31,7 +31,7 @@ lint: $(INSTALLED) ## does the linter agree?
 	$(BIN)/ruff check .
 
 types: $(INSTALLED) ## do the strict types hold?
-	$(BIN)/mypy -p graphprune
+	$(BIN)/mypy
 
 sweep: $(INSTALLED) ## ten thousand random networks
 	$(BIN)/python -m pytest -n 2 -m sweep

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
@@ -148,7 +149,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
 
     """
     quiet = shared_copy(model).eval()
-    quiet.forward = _plain_outputs(quiet.forward)  # type: ignore[method-assign]
+    quiet.forward = _plain_outputs(quiet.forward)
     problems: list[str] = []
     for name, shapes, free in _shape_choices(inputs):
         traced_on = _at_least_two(inputs) if free else inputs
@@ -166,6 +167,21 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     raise CaptureError(
         f"{type(model).__name__} cannot be traced by torch.export:\n" + "\n".join(problems)
     )
+
+
+def is_aten_graph(model: nn.Module) -> bool:
+    """Say whether the model is a graph that calls ATen operators alone, whose sizes can be rewritten."""
+    if not isinstance(model, fx.GraphModule):
+        return False
+    return all(
+        node.op not in ("call_module", "call_method")
+        and (node.op != "call_function" or isinstance(node.target, OpOverload) or _is_arithmetic(node))
+        for node in model.graph.nodes
+    )
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -221,7 +237,7 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
                 rtol=_TOLERANCE,
                 atol=_TOLERANCE * float(a.abs().max() or 1) if a.numel() else 0,
                 equal_nan=True,
-                msg=lambda text, name=name: f"{name}: {text}",
+                msg=f"{name} of the graph differs from the model's",
             )
 
 

@@ -25,6 +25,10 @@ class VerificationError(GraphPruneError):
     """The slim model does not compute what the original computes with the removed slots silenced."""
 
 
+class OtherOperatorsError(VerificationError):
+    """On data, the model ran other operators than without."""
+
+
 class ExportError(GraphPruneError):
     """A model could not be exported to ONNX, or the ONNX model disagrees with PyTorch."""
 

@@ -173,7 +173,7 @@ def _opaque(call: Call, why: str) -> list[Layouts]:
     return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]
 
 
-def infer(model: nn.Module, inputs: Inputs) -> Inference:
+def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Inference:
     """Return the layouts of a model's tensors, found by running it on tensors without data.
 
     Where the model's Python code asks for values (data-dependent control flow), it is run on its
@@ -182,11 +182,14 @@ def infer(model: nn.Module, inputs: Inputs) -> Inference:
     Args:
         model: any module; it is not changed, and its weights are not read unless values are asked for.
         inputs: example inputs; only shapes and types matter, unless values are asked for.
+        with_data: run it on its real tensors at once.
 
     Raises:
         CaptureError: the model does not run on the inputs.
 
     """
+    if with_data:
+        return _infer_with_data(model, inputs)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor))
         fake_inputs = inputs.map(_stand_in)
@@ -196,6 +199,10 @@ def infer(model: nn.Module, inputs: Inputs) -> Inference:
     except Exception as failure:
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
             raise _not_runnable(model, inputs, failure) from failure
+    return _infer_with_data(model, inputs)
+
+
+def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
     real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
     try:
         return _infer(real_model, inputs.map(as_double))

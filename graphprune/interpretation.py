@@ -26,9 +26,7 @@ from graphprune.layout import Reason
 from graphprune.rules import Rule, is_in_place, rule_for
 
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(m.__file__ or "")) for m in (torch,)) + (
-    os.path.dirname(os.path.abspath(__file__)),
-)
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
 
 class Interpretation(TorchDispatchMode):
@@ -39,7 +37,7 @@ class Interpretation(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.module_path: list[str] = []
         self.node: fx.Node | None = None
 
@@ -140,6 +138,8 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
     Args:
         model: a copy that may be given hooks; a graph module is run node by node, so that the mode
             knows the node.
+        inputs: what to run it on.
+        mode: sees the operators.
 
     """
     with plain_kernels(), mode:

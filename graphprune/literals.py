@@ -208,15 +208,20 @@ def _narrow(site: _Site) -> None:
         site.set("length", site.left(site.output[dim]))
 
 
-def _repeat(site: _Site) -> None:
-    repeats = site.arguments["repeats"]
-    layouts = site.layouts("self")
-    padded = [None] * (len(repeats) - len(layouts)) + layouts
-    new = []
-    for times, before, after in zip(repeats, padded, site.output, strict=True):
-        each = 1 if before is None else site.left(before)
-        new.append(site.left(after) // each if site.is_cut(after) else times)
-    site.set("repeats", new)
+def _repeat_by(name: str) -> Callable[[_Site], None]:
+    """Return the rewrite of operators that repeat their last dimensions so many times."""
+
+    def rewrite(site: _Site) -> None:
+        repeats = list(site.arguments[name])
+        layouts: list[Layout | None] = [None] * len(repeats) + list(site.layouts("self"))
+        given = zip(repeats, layouts[-len(repeats) :], site.output[-len(repeats) :], strict=True)
+        new = []
+        for times, before, after in given:
+            each = 1 if before is None else site.left(before)
+            new.append(site.left(after) // each if site.is_cut(after) else times)
+        site.set(name, new)
+
+    return rewrite
 
 
 def _repeat_interleave(site: _Site) -> None:
@@ -285,7 +290,8 @@ _REWRITES: dict[Any, Callable[[_Site], None]] = {
     aten.slice: _slice,
     aten.select: _select,
     aten.narrow: _narrow,
-    aten.repeat: _repeat,
+    aten.repeat: _repeat_by("repeats"),
+    aten.tile: _repeat_by("dims"),
     aten.repeat_interleave: _repeat_interleave,
     **dict.fromkeys([aten.pad, aten.constant_pad_nd], _pad),
     **dict.fromkeys([aten.layer_norm, aten.rms_norm, aten.native_layer_norm], _normalized_shape),

@@ -9,9 +9,14 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphprune.capture import capture, prepared, reexported
+from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
-from graphprune.errors import GraphPruneError, InvalidRequestError, VerificationError
+from graphprune.errors import (
+    GraphPruneError,
+    InvalidRequestError,
+    OtherOperatorsError,
+    VerificationError,
+)
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, scores
 from graphprune.inference import infer
@@ -148,7 +153,7 @@ def slimmed(
         return plan or choose(graph, scores(module, graph, importance, seed), request)
 
     job = Job(module, inputs, plan_for, verify and has_data)
-    if isinstance(module, fx.GraphModule):
+    if is_aten_graph(module):
         return as_graph(job, "the model is a graph")
     if form == "graph":
         return as_graph(job, "asked for")
@@ -171,7 +176,7 @@ def as_module(job: Job) -> Slimmed:
     plan = job.plan_for(graph)
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
-    seen = verify(job.module, slimmer, job.inputs, graph.inference, masks) if job.check else None
+    seen = _checked(job, job.module, slimmer, plan, graph)
     return Slimmed(slimmer, plan, graph, "module", "", seen)
 
 
@@ -185,7 +190,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
     """
     try:
         module = job.module
-        if not isinstance(module, fx.GraphModule):
+        if not is_aten_graph(module):
             module = capture(module, job.inputs).graph_module
     except GraphPruneError as failure:
         raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
@@ -195,6 +200,19 @@ def as_graph(job: Job, why: str) -> Slimmed:
     slimmer = shrunk(module, graph.inference, masks)
     kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
-    seen = verify(module, slimmer, job.inputs, graph.inference, masks) if job.check else None
+    seen = _checked(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)
     return Slimmed(slimmer, plan, graph, "graph", why, seen)
+
+
+def _checked(
+    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
+) -> Verification | None:
+    """Verify, analysing the model on its data where it runs other operators there."""
+    if not job.check:
+        return None
+    try:
+        return verify(module, slimmer, job.inputs, graph.inference, plan.masks(graph))
+    except OtherOperatorsError:
+        on_data = DependencyGraph(infer(module, job.inputs, with_data=True))
+        return verify(module, slimmer, job.inputs, on_data.inference, plan.masks(on_data))

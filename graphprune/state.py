@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from graphprune.errors import CaptureError, InvalidRequestError
 
@@ -26,7 +26,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in _own_tensors(module):
             found[f"{path}.{name}" if path else name] = tensor
     lazy = sorted(
-        name for name, tensor in found.items() if isinstance(tensor, UninitializedTensorMixin)
+        name for name, tensor in found.items() if is_lazy(tensor)
     )
     if lazy:
         raise InvalidRequestError(

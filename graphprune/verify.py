@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import GraphPruneError, VerificationError
+from graphprune.errors import GraphPruneError, OtherOperatorsError, VerificationError
 from graphprune.inference import Inference, Step, Value
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
@@ -78,7 +78,7 @@ class Silencing(Interpretation):
             at = f"{func}, where the analysis saw " + (
                 str(steps[self.number].func) if self.number < len(steps) else "the end"
             )
-            raise VerificationError(
+            raise OtherOperatorsError(
                 f"the model ran other operators than when it was analysed: step {self.number} is {at}; "
                 "its control flow depends on values, so pass example_inputs that take the usual path"
             )

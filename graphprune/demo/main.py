@@ -141,7 +141,7 @@ def tune(slim: nn.Module, original: nn.Module, images: Tensor, seed: int = 0) ->
             given = F.log_softmax(slim(views) / TEMPERATURE, dim=1)
             loss = F.kl_div(given, wanted, reduction="batchmean", log_target=True)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
     slim.eval()

@@ -21,7 +21,7 @@ aten = torch.ops.aten
     aten.scaled_dot_product_attention,
 )
 def attention(call: Call) -> Sequence[Layouts]:
-    """Queries `[*batch, heads, time, size]` meet keys of the same size; a mask shares the heads.
+    """Let queries `[*batch, heads, time, size]` meet keys of that size; a mask shares the heads.
 
     With grouped queries, the query heads are the key heads times the queries of each.
     """

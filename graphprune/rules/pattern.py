@@ -33,7 +33,8 @@ class Operand:
         optional = text.strip().endswith("?")
         words = text.replace("?", "").replace("(", " ( ").replace(")", " ) ").split()
         dims: list[tuple[str, ...]] = []
-        star, star_at, open_group = None, 0, None
+        star, star_at = None, 0
+        open_group: list[str] | None = None
         for word in words:
             if word == "(":
                 open_group = []
@@ -108,7 +109,7 @@ def _is_tensor(value: object) -> bool:
 class _Match:
     """The layouts that names stand for in one call."""
 
-    def __init__(self, call: Call, shared_stars: set[str | None]) -> None:
+    def __init__(self, call: Call, shared_stars: set[str]) -> None:
         self.call = call
         self.shared_stars = shared_stars
         self.names: dict[str, Layout] = {}

@@ -61,7 +61,7 @@ class Call:
 
     def dim(self, name: str = "dim", of: str = "self") -> int:
         """Return the argument `name` as a non-negative dimension of the tensor argument `of`."""
-        rank = self.arguments[of].dim()
+        rank: int = self.arguments[of].dim()
         return int(self.arguments[name]) % max(rank, 1)
 
     def why(self, why: str) -> Reason:
