@@ -15,7 +15,9 @@ from graphprune.errors import (
 from graphprune.groups import DependencyGraph, Group, analyze
 from graphprune.inputs import Inputs
 from graphprune.onnx import Exported, export
+from graphprune.pipeline import Pass, Pipeline
 from graphprune.plan import Plan
+from graphprune.rules import pattern, rule
 from graphprune.slim import Slimmed, slim, slimmed
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "Group",
     "Inputs",
     "InvalidRequestError",
+    "Pass",
+    "Pipeline",
     "Plan",
     "PlanError",
     "Slimmed",
@@ -39,6 +43,8 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "export",
+    "pattern",
+    "rule",
     "slim",
     "slimmed",
 ]

@@ -175,7 +175,11 @@ def is_aten_graph(model: nn.Module) -> bool:
         return False
     return all(
         node.op not in ("call_module", "call_method")
-        and (node.op != "call_function" or isinstance(node.target, OpOverload) or _is_arithmetic(node))
+        and (
+            node.op != "call_function"
+            or isinstance(node.target, OpOverload)
+            or _is_arithmetic(node)
+        )
         for node in model.graph.nodes
     )
 
@@ -279,8 +283,17 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     graph_module = fx.GraphModule(module, graph)
     graph._codegen = module.graph._codegen
     graph_module.graph._tracer_cls = None
+    _drop_assertions(graph_module.graph)
     follow_training(graph_module)
     return graph_module.eval()
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Remove the tracer's notes of dtype and device, which would keep the graph from moving."""
+    for node in graph.find_nodes(
+        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+    ):
+        graph.erase_node(node)
 
 
 def reexported(

@@ -118,11 +118,12 @@ class LayoutInference(Interpretation):
         arguments = bind_arguments(func, args, kwargs)
         operands = list(tensors_in(arguments.values()))
         inputs = [self.value_of(tensor) for tensor in operands]
+        strides = operands[0].stride() if operands else ()
         result = self.run(func, args, kwargs)
         outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
         if not outputs:
             return result
-        call = Call(func, arguments, self.layouts_of, outputs, self.place(func))
+        call = Call(func, arguments, self.layouts_of, outputs, self.place(func), strides)
         layouts = self._apply(rule, call)
         if torch.Tag.inplace_view in func.tags:
             values = [self.declare(operands[0], layouts[0], len(self.found.steps))]

@@ -38,6 +38,7 @@ class Slimmed:
         model: the slim model.
         plan: which channels stayed.
         graph: the dependency graph that the plan is about.
+        inputs: the example inputs that were used, given or guessed.
         form: "module" (the model's own class) or "graph" (an fx.GraphModule).
         why_graph: for a graph, what kept the module form from working; else "".
         verification: what was compared, or None where that was not asked for or not possible.
@@ -47,6 +48,7 @@ class Slimmed:
     model: nn.Module
     plan: Plan
     graph: DependencyGraph
+    inputs: Inputs
     form: str
     why_graph: str
     verification: Verification | None
@@ -177,7 +179,7 @@ def as_module(job: Job) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     seen = _checked(job, job.module, slimmer, plan, graph)
-    return Slimmed(slimmer, plan, graph, "module", "", seen)
+    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
 
 
 def as_graph(job: Job, why: str) -> Slimmed:
@@ -202,7 +204,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
     seen = _checked(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)
-    return Slimmed(slimmer, plan, graph, "graph", why, seen)
+    return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
 
 
 def _checked(

@@ -25,9 +25,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in _own_tensors(module):
             found[f"{path}.{name}" if path else name] = tensor
-    lazy = sorted(
-        name for name, tensor in found.items() if is_lazy(tensor)
-    )
+    lazy = sorted(name for name, tensor in found.items() if is_lazy(tensor))
     if lazy:
         raise InvalidRequestError(
             f"{', '.join(lazy)} have no shape yet; run the model once on an example input first"

@@ -1,1 +1,5 @@
 """Passes: each rewrites a graph into a smaller or faster one that computes what it promises."""
+
+from graphprune.passes.slim_channels import SlimChannels
+
+__all__ = ["SlimChannels"]

@@ -36,6 +36,7 @@ class Call:
         layouts_of: the layouts of a tensor argument, one a dimension.
         outputs: the tensors that came back, in order.
         reason: where the call stands in the model, to name in reasons.
+        strides: of the first tensor argument, as they were before the call.
         renormalises: set once a statistic along an axis that could be cut was declared.
 
     """
@@ -45,6 +46,7 @@ class Call:
     layouts_of: Callable[[Tensor], Layouts]
     outputs: list[Tensor]
     reason: Reason
+    strides: tuple[int, ...] = ()
     renormalises: bool = field(default=False, init=False)
 
     def __getitem__(self, name: str) -> Any:

@@ -221,3 +221,18 @@ def unfold(call: Call) -> Sequence[Layouts]:
     sizes = call.outputs[0].shape
     layouts[dim] = call.fixed(sizes[dim], "windows")
     return [[*layouts, call.fixed(sizes[-1], "a window")]]
+
+
+@rule(aten.as_strided)
+def as_strided(call: Call) -> Sequence[Layouts]:
+    """Pass a tensor on that is read as it lies; any other reading of memory fixes it."""
+    layouts, sizes = call.layouts("self"), list(call["size"])
+    strides = [(n, s) for n, s in zip(sizes, call["stride"], strict=True) if n > 1]
+    old_sizes = [size_of(layout) for layout in layouts]
+    if sizes == old_sizes and not call["storage_offset"]:
+        before = [(n, s) for n, s in zip(old_sizes, call.strides, strict=True) if n > 1]
+        if strides == before:
+            return [layouts]
+    for layout in layouts:
+        call.fix(layout, "memory read by strides")
+    return [[call.fixed(size, "memory read by strides") for size in sizes]]

@@ -1,0 +1,224 @@
+"""The command line: graphprune slim | inspect | compare | demo."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from graphprune.compare import compare as compare_models
+from graphprune.cost import count_macs, count_parameters
+from graphprune.errors import GraphPruneError, InvalidRequestError
+from graphprune.groups import DependencyGraph, analyze
+from graphprune.inputs import Inputs
+from graphprune.onnx import export
+from graphprune.slim import slimmed
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make PyTorch models smaller.")
+
+Model = Annotated[
+    str,
+    typer.Argument(help="package.module:callable that returns a model, or a file torch.save wrote"),
+]
+Shapes = Annotated[
+    list[str],
+    typer.Option(
+        "--input", help="shape of an example input, as 2,3,224,224; int:2,16 for token numbers"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Ratio = Annotated[float, typer.Option(help="fraction to remove")]
+
+
+@app.command()
+def slim(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")],
+    ratio: Ratio = 0.5,
+    of: Annotated[str, typer.Option(help="channels, parameters or macs")] = "channels",
+    importance: Annotated[str, typer.Option(help="l2, l1 or random")] = "l2",
+    renormalised: Annotated[bool, typer.Option(help="also cut along norms")] = False,
+    shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
+    as_json: AsJson = False,
+) -> None:
+    """Write a smaller, checked copy of a model."""
+    with told():
+        original, inputs = loaded(model), example_inputs(shapes)
+        with working("slimming and verifying"):
+            result = slimmed(
+                original, ratio, inputs, of=of, importance=importance, renormalised=renormalised
+            )  # type: ignore[arg-type]
+        if out.suffix == ".onnx":
+            with working("exporting"):
+                export(result.model, inputs or result.inputs, out)
+        else:
+            torch.save(result.model, out)
+        report = {
+            "parameters": [count_parameters(original), count_parameters(result.model)],
+            "macs": [count_macs(original, result.inputs), count_macs(result.model, result.inputs)],
+        }
+        facts = {
+            "form": result.form,
+            "why": result.why_graph,
+            "verified": result.verification is not None,
+            "file": str(out),
+        }
+        if as_json:
+            print(json.dumps(report | facts))
+            return
+        table = Table("", "original", "slim", "ratio")
+        for name, (before, after) in report.items():
+            table.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.2f}")
+        Console().print(table)
+        for name, fact in facts.items():
+            if fact != "":
+                Console().print(f"{name}: {fact}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    parameter: Annotated[str, typer.Option(help="explain this parameter's dimensions")] = "",
+    shapes: Shapes = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Print what can be cut from a model, what goes with it, and why the rest stays."""
+    with told():
+        with working("analysing"):
+            graph = analyze(loaded(model), example_inputs(shapes))
+        if parameter:
+            dims = len(graph.inference.parameters.get(parameter, [None]))
+            print("\n".join(graph.explain(parameter, dim) for dim in range(dims)))
+        elif as_json:
+            print(json.dumps(as_dict(graph)))
+        else:
+            print(graph)
+
+
+def as_dict(graph: DependencyGraph) -> dict[str, Any]:
+    """Return the groups and what is fixed, in plain types."""
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "exact": group.exact,
+                "inner": group.inner,
+                "members": [[member.parameter, member.dim] for member in group.members],
+            }
+            for group in graph.groups
+        ],
+        "fixed": [[fixed.parameter, fixed.dim, str(fixed.reason)] for fixed in graph.fixed],
+        "unknown": [str(place) for place in graph.unknown],
+    }
+
+
+@app.command()
+def compare(
+    model: Model,
+    slimmer: Model,
+    shapes: Shapes = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models: parameters, MACs, file, latency in ONNX Runtime, agreement with PyTorch."""
+    with told():
+        first, second = loaded(model), loaded(slimmer)
+        from graphprune.capture import prepared
+
+        inputs = prepared(first, example_inputs(shapes))[1]
+        with working("exporting and timing"):
+            found = compare_models(first, second, inputs)
+        print(found.to_json() if as_json else found)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the ONNX files")] = Path("demo-output"),
+) -> None:
+    """Run the main job on a trained network and real images that come with the package."""
+    from graphprune.demo.main import run
+
+    with told():
+        run(out)
+
+
+def loaded(name: str) -> nn.Module:
+    """Return the model that a name stands for.
+
+    Raises:
+        InvalidRequestError: there is no such module, callable or file, or it gives no model.
+
+    """
+    path = Path(name)
+    if path.suffix in (".pt", ".pth", ".pt2"):
+        if not path.exists():
+            raise InvalidRequestError(f"there is no file {name}")
+        model = (
+            torch.export.load(path)
+            if path.suffix == ".pt2"
+            else torch.load(path, weights_only=False)
+        )
+    else:
+        model = _called(name)
+    if not isinstance(model, (nn.Module, torch.export.ExportedProgram)):
+        raise InvalidRequestError(f"{name} gives a {type(model).__name__}, not a model")
+    return model  # type: ignore[return-value]
+
+
+def _called(name: str) -> Any:
+    module, _, function = name.partition(":")
+    if not function:
+        raise InvalidRequestError(
+            f"{name!r} names no model; write package.module:callable, or a file ending in .pt or .pt2"
+        )
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InvalidRequestError(f"{name!r} does not give a model: {error}") from error
+
+
+def example_inputs(shapes: list[str]) -> Inputs | None:
+    """Return inputs of the given shapes, or None where none are given.
+
+    Raises:
+        InvalidRequestError: a shape is not one.
+
+    """
+    return Inputs(*map(_example_input, shapes)) if shapes else None
+
+
+def _example_input(text: str) -> torch.Tensor:
+    kind, _, numbers = text.rpartition(":")
+    try:
+        shape = [int(number) for number in numbers.split(",")]
+    except ValueError:
+        raise InvalidRequestError(f"--input {text!r} is not a shape such as 2,3,224,224") from None
+    return torch.zeros(shape, dtype=torch.int64) if kind == "int" else torch.randn(shape)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn errors that are meant for users into a line and an exit status."""
+    try:
+        yield
+    except GraphPruneError as error:
+        print(f"graphprune: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that something is going on, where a person watches."""
+    with Console(stderr=True).status(what):
+        yield

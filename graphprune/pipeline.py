@@ -1,0 +1,112 @@
+"""What a pass is, and passes in a row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from graphprune.capture import capture, is_aten_graph, prepared
+from graphprune.errors import GraphPruneError
+from graphprune.inputs import Inputs
+
+
+@dataclass
+class Program:
+    """What a pass rewrites: a graph of ATen operators and inputs that it runs on.
+
+    Attributes:
+        graph_module: the graph; a pass may edit it or put another in its place.
+        inputs: example inputs of the model.
+
+    """
+
+    graph_module: fx.GraphModule
+    inputs: Inputs
+
+
+class Pass:
+    """A rewrite of a graph. A pass is a frozen dataclass whose fields are its options.
+
+    Call it with a model and example inputs and it gives torch.fx's `PassResult`; the model that it
+    was given stays as it is. Only `rewrite` is for a pass to write.
+    """
+
+    def rewrite(self, program: Program) -> bool:
+        """Change the program; return whether anything changed."""
+        raise NotImplementedError
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name of the pass in a pipeline: `SlimChannels` is `slim-channels`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    def __call__(self, model: Any, example_inputs: Any = None) -> PassResult:
+        """Return the rewritten graph and whether it changed.
+
+        Args:
+            model: an nn.Module, fx.GraphModule or ExportedProgram.
+            example_inputs: as everywhere; None where they can be guessed.
+
+        Raises:
+            GraphPruneError: the model cannot be traced, the pass broke the graph, or it changed the
+                graph and said that it did not.
+
+        """
+        program = program_of(model, example_inputs)
+        before = program.graph_module.code
+        modified = self.rewrite(program)
+        after = program.graph_module
+        try:
+            after.graph.lint()
+        except RuntimeError as error:
+            raise GraphPruneError(
+                f"{self} left a graph that is not well formed: {error}"
+            ) from error
+        after.recompile()
+        if not modified and after.code != before:
+            raise GraphPruneError(f"{self} changed the graph and said that it did not")
+        return PassResult(after, modified)
+
+
+def program_of(model: Any, example_inputs: Any) -> Program:
+    """Return a copy of the model as a program, traced where it is not a graph of ATen operators.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+
+    """
+    module, inputs = prepared(model, example_inputs)
+    if is_aten_graph(module):
+        with torch.no_grad():
+            return Program(fx.GraphModule(module, module.graph), inputs)
+    return Program(capture(module, inputs).graph_module, inputs)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes that run one after the other: `Pipeline([a, b])(model, example_inputs)` is a model.
+
+    Attributes:
+        passes: in order; a pipeline nests in another.
+        callback: called after each pass with the pass and its result.
+
+    """
+
+    passes: Sequence[Pass]
+    callback: Callable[[Pass, PassResult], None] | None = None
+
+    def __call__(self, model: Any, example_inputs: Any = None) -> fx.GraphModule:
+        """Return the graph after all passes."""
+        inputs = prepared(model, example_inputs)[1]
+        for each in self.passes:
+            result = each(model, inputs)
+            if self.callback is not None:
+                self.callback(each, result)
+            model = result.graph_module
+        return program_of(model, inputs).graph_module if not self.passes else model  # type: ignore[no-any-return]

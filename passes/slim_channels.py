@@ -1,0 +1,53 @@
+"""Remove channels from a graph, with everything that must go along with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+
+from graphprune.choose import Align, Unit
+from graphprune.importance import Importance
+from graphprune.pipeline import Pass, Program
+from graphprune.slim import slimmed
+
+
+@dataclass(frozen=True)
+class SlimChannels(Pass):
+    """`graphprune.slim` as a pass: the same choice, the same check, on a graph.
+
+    1. Parameters and buffers lose the removed slots.
+    2. Sizes in the graph (views, splits, slices, norm shapes, group counts) become the slim ones.
+    3. A default attention scale becomes a number, so that it does not change with the head size.
+
+    Left alone: groups that a norm runs along, unless `renormalised`; whatever is fixed.
+
+    Attributes:
+        ratio: fraction to remove, 0 <= ratio < 1.
+        of: what the ratio counts: "channels", "parameters" or "macs".
+        importance: the criterion.
+        align: "auto", or keep multiples of this many convolution channels.
+        include: globs of groups or parameters to cut.
+        exclude: globs of groups or parameters to leave.
+        renormalised: also cut channels along which a statistic is taken.
+        verify: compare with the original, removed channels silenced.
+        seed: for importance "random".
+
+    """
+
+    ratio: float = 0.5
+    of: Unit = "channels"
+    importance: Importance = "l2"
+    align: Align = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    renormalised: bool = False
+    verify: bool = True
+    seed: int = 0
+
+    def rewrite(self, program: Program) -> bool:
+        """Replace the graph by a slim one."""
+        result = slimmed(program.graph_module, example_inputs=program.inputs, **vars(self))
+        program.graph_module = cast(fx.GraphModule, result.model)
+        return result.plan.removed > 0
