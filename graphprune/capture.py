@@ -73,6 +73,9 @@ def guessed_inputs(model: nn.Module) -> Inputs:
         CaptureError: the model runs on none of them.
 
     """
+    noted = _inputs_noted(model)
+    if noted is not None:
+        return noted
     tried: list[str] = []
     for inputs in _candidates(model):
         if _runs_without_data(model, inputs):
@@ -86,6 +89,23 @@ def guessed_inputs(model: nn.Module) -> Inputs:
             else "its first layer does not tell what they are"
         )
     )
+
+
+def _inputs_noted(model: nn.Module) -> Inputs | None:
+    """Return inputs of the shapes that a traced graph notes at its placeholders."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    values = [node.meta.get("val") for node in model.graph.find_nodes(op="placeholder")]
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        return None
+    shapes = [([_hint(size) for size in value.shape], value.dtype) for value in values]
+    return Inputs(
+        *(torch.randn(s, dtype=d) if d.is_floating_point else torch.zeros(s, dtype=d) for s, d in shapes)
+    )
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or _BATCH)
 
 
 def _candidates(model: nn.Module) -> Iterator[Inputs]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from graphprune.compare import compare as compare_models
+from graphprune.choose import Unit
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import GraphPruneError, InvalidRequestError
 from graphprune.groups import DependencyGraph, analyze
@@ -45,7 +46,7 @@ def slim(
     model: Model,
     out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")],
     ratio: Ratio = 0.5,
-    of: Annotated[str, typer.Option(help="channels, parameters or macs")] = "channels",
+    of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
     importance: Annotated[str, typer.Option(help="l2, l1 or random")] = "l2",
     renormalised: Annotated[bool, typer.Option(help="also cut along norms")] = False,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
@@ -57,7 +58,7 @@ def slim(
         with working("slimming and verifying"):
             result = slimmed(
                 original, ratio, inputs, of=of, importance=importance, renormalised=renormalised
-            )  # type: ignore[arg-type]
+            )
         if out.suffix == ".onnx":
             with working("exporting"):
                 export(result.model, inputs or result.inputs, out)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture import capture, is_aten_graph, prepared
+from graphprune.capture import capture, is_aten_graph, prepared, shared_copy
 from graphprune.errors import GraphPruneError
 from graphprune.inputs import Inputs
 
@@ -83,8 +82,7 @@ def program_of(model: Any, example_inputs: Any) -> Program:
     """
     module, inputs = prepared(model, example_inputs)
     if is_aten_graph(module):
-        with torch.no_grad():
-            return Program(fx.GraphModule(module, module.graph), inputs)
+        return Program(cast(fx.GraphModule, shared_copy(module)), inputs)
     return Program(capture(module, inputs).graph_module, inputs)
 
 
@@ -109,4 +107,4 @@ class Pipeline:
             if self.callback is not None:
                 self.callback(each, result)
             model = result.graph_module
-        return program_of(model, inputs).graph_module if not self.passes else model  # type: ignore[no-any-return]
+        return program_of(model, inputs).graph_module if not self.passes else model
