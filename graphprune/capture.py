@@ -100,7 +100,10 @@ def _inputs_noted(model: nn.Module) -> Inputs | None:
         return None
     shapes = [([_hint(size) for size in value.shape], value.dtype) for value in values]
     return Inputs(
-        *(torch.randn(s, dtype=d) if d.is_floating_point else torch.zeros(s, dtype=d) for s, d in shapes)
+        *(
+            torch.randn(s, dtype=d) if d.is_floating_point else torch.zeros(s, dtype=d)
+            for s, d in shapes
+        )
     )
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from graphprune.compare import compare as compare_models
 from graphprune.choose import Unit
+from graphprune.compare import compare as compare_models
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import GraphPruneError, InvalidRequestError
 from graphprune.groups import DependencyGraph, analyze

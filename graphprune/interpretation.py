@@ -190,11 +190,16 @@ class _NodeByNode(fx.Interpreter):
         return result
 
 
+def _second(spec: Any) -> Any:
+    """Return the second child of a tree spec, whose fields became methods after torch 2.9."""
+    return spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
+
+
 def flat_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """Return the values of the graph's placeholders for the given arguments."""
     info = getattr(graph_module.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec.type is tuple and info.in_spec.num_children == 2:
-        order = info.in_spec.children_specs[1].context or []
+        order = _second(info.in_spec).context or []
         kwargs = {name: inputs.kwargs[name] for name in order if name in inputs.kwargs}
         return pytree.tree_leaves((tuple(inputs.args), kwargs), is_leaf=lambda leaf: leaf is None)
     values = list(inputs.args)
