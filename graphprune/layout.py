@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-# A dimension cut into more pieces than this has no structure that anyone would prune by.
+# A dimension cut into more pieces than this, or nested deeper, has no structure that anyone would
+# prune by.
 MAX_PIECES = 128
 
 
@@ -113,6 +114,8 @@ def resolve(layout: Layout) -> Layout:
         factors: list[Layout] = []
         for factor in map(resolve, layout.factors):
             factors.extend(factor.factors if isinstance(factor, Product) else (factor,))
+        if EMPTY in factors:
+            return EMPTY
         return factors[0] if len(factors) == 1 else Product(tuple(factors))
     parts: list[Layout] = []
     for part in map(resolve, layout.parts):
@@ -170,10 +173,14 @@ def mark_renormalised(layout: Layout, reason: Reason) -> None:
 
 def unify(a: Layout, b: Layout, reason: Reason) -> None:
     """Make two layouts lose the same slots from now on; what does not fit is fixed, for `reason`."""
+    _unify(a, b, reason, 0)
+
+
+def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
     a, b = resolve(a), resolve(b)
     if a == b:
         return
-    if size_of(a) != size_of(b):
+    if size_of(a) != size_of(b) or depth > MAX_PIECES:
         _fix_both(a, b, reason)
     elif is_fixed(a):
         fix(b, why_fixed(a) or reason)
@@ -184,9 +191,9 @@ def unify(a: Layout, b: Layout, reason: Reason) -> None:
     elif isinstance(b, Axis):
         _bind(b, a, reason)
     elif isinstance(a, Product) and isinstance(b, Product):
-        _unify_products(a, b, reason)
+        _unify_products(a, b, reason, depth + 1)
     else:
-        _unify_pieces(a, b, reason)
+        _unify_pieces(a, b, reason, depth + 1)
 
 
 def _fix_both(a: Layout, b: Layout, reason: Reason) -> None:
@@ -205,7 +212,7 @@ def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
         fix(layout, axis.fixed)
 
 
-def _unify_products(a: Product, b: Product, reason: Reason) -> None:
+def _unify_products(a: Product, b: Product, reason: Reason, depth: int) -> None:
     left, right = list(a.factors), list(b.factors)
     while left and right:
         x, y = left.pop(), right.pop()
@@ -214,18 +221,18 @@ def _unify_products(a: Product, b: Product, reason: Reason) -> None:
             _fix_both(Product((*left, x)), Product((*right, y)), reason)
             return
         (outer_x, inner_x), (outer_y, inner_y) = (split(z, small, reason) for z in (x, y))
-        unify(inner_x, inner_y, reason)
+        _unify(inner_x, inner_y, reason, depth)
         left.extend([outer_x] if size_of(outer_x) > 1 else [])
         right.extend([outer_y] if size_of(outer_y) > 1 else [])
 
 
-def _unify_pieces(a: Layout, b: Layout, reason: Reason) -> None:
+def _unify_pieces(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
     cuts = sorted({*_boundaries(a), *_boundaries(b)})
     if len(cuts) > MAX_PIECES:
         _fix_both(a, b, reason)
         return
     for x, y in zip(cut(a, cuts), cut(b, cuts), strict=True):
-        unify(x, y, reason)
+        _unify(x, y, reason, depth)
 
 
 def _boundaries(layout: Layout) -> list[int]:

@@ -160,8 +160,9 @@ def written(width: int, detail: int) -> Block:
 
 def padded(width: int, detail: int) -> Block:
     more = 1 + detail % 5
+    out = width + more + detail % 3
     return Block(lambda m, x: F.pad(x, (0, 0, 0, 0, detail % 3, more)) + m.layer(x),
-                 width + more + detail % 3, layer=nn.Conv2d(width, width + more + detail % 3, 1))  # fmt: skip
+                 out, layer=nn.Conv2d(width, out, 1))  # fmt: skip
 
 
 def squeeze_excite(width: int, detail: int) -> Block:
