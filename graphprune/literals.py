@@ -235,10 +235,19 @@ def _pad(site: _Site) -> None:
     amounts = list(site.arguments["pad"])
     for i in range(len(amounts) // 2):
         layout, before, after = site.output[-1 - i], amounts[2 * i], amounts[2 * i + 1]
-        if site.is_cut(layout) and min(before, after) >= 0:
-            pieces = cut(layout, [before, size_of(layout) - after])
-            amounts[2 * i], amounts[2 * i + 1] = site.left(pieces[0]), site.left(pieces[2])
+        inside = site.layouts("self")[-1 - i]
+        if not site.is_cut(layout) and not site.is_cut(inside):
+            continue
+        pieces = cut(layout, [max(before, 0), size_of(layout) - max(after, 0)])
+        dropped = cut(inside, [max(-before, 0), size_of(inside) - max(-after, 0)])
+        for offset, side in ((0, 0), (1, 2)):
+            amounts[2 * i + offset] = site.left(pieces[side]) - site.left(dropped[side])
     site.set("pad", amounts)
+
+
+def _as_it_lies(site: _Site) -> None:
+    if any(map(site.is_cut, site.output)):
+        site.replace_by(aten.alias.default, (site.arguments["self"],))
 
 
 def _normalized_shape(site: _Site) -> None:
@@ -259,7 +268,8 @@ def _group_norm(site: _Site) -> None:
 
 def _convolution_groups(site: _Site) -> None:
     weight = site.layouts("weight")
-    outer = site.output if "transpose" in str(site.func) else site.layouts("input")
+    transposed = site.arguments.get("transposed", "transpose" in str(site.func))
+    outer = site.output if transposed else site.layouts("input")
     if site.arguments["groups"] != 1:
         site.set("groups", site.left(outer[1]) // site.left(weight[1]))
 
@@ -286,7 +296,8 @@ _REWRITES: dict[Any, Callable[[_Site], None]] = {
     aten.reshape: _sizes("shape"),
     aten.unflatten: _unflatten,
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_chunk], _pieces),
-    **dict.fromkeys([aten.unsafe_split, aten.tensor_split], _pieces),
+    **dict.fromkeys([aten.unsafe_split, aten.unsafe_split_with_sizes, aten.tensor_split], _pieces),
+    aten.as_strided: _as_it_lies,
     aten.slice: _slice,
     aten.select: _select,
     aten.narrow: _narrow,

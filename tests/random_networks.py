@@ -50,7 +50,7 @@ class Network:
         stem, names, head = KINDS[self.kind]
         layers, width = [stem(self.width)], self.width
         for name, detail in self.blocks:
-            block = names[name](width, detail)
+            block = names[name if width > 1 else next(iter(names))](width, detail)
             layers.append(block)
             width = block.width
         model = nn.Sequential(*layers, head(width, len(self.blocks)))

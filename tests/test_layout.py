@@ -118,7 +118,9 @@ def test_unified_layouts_lose_the_same_positions(
 
 
 @given(st.lists(layouts, min_size=1, max_size=3), st.data(), st.integers(0, 99))
-def test_a_reshape_keeps_row_major_order(dims: list[Layout], data: st.DataObject, seed: int) -> None:
+def test_a_reshape_keeps_row_major_order(
+    dims: list[Layout], data: st.DataObject, seed: int
+) -> None:
     rest, sizes = int(np.prod([size_of(d) for d in dims])), []
     while rest > 1:
         step = data.draw(st.sampled_from([d for d in range(2, rest + 1) if rest % d == 0]))

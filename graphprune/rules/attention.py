@@ -18,7 +18,6 @@ aten = torch.ops.aten
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
     aten._scaled_dot_product_attention_math_for_mps,
-    aten.scaled_dot_product_attention,
 )
 def attention(call: Call) -> Sequence[Layouts]:
     """Let queries `[*batch, heads, time, size]` meet keys of that size; a mask shares the heads.
@@ -31,6 +30,7 @@ def attention(call: Call) -> Sequence[Layouts]:
     for mine, its in zip(query[:-2], key[:-2], strict=True):
         _unify_heads(call, mine, its)
     call.unify(query[-1], key[-1])
+    call.unify(query[-1], value[-1])
     call.unify(key[-2], value[-2])
     call.renormalise(key[-2], "a softmax over these positions")
     result = [*query[:-1], value[-1]]

@@ -16,7 +16,7 @@ MATMUL = pattern("m k, k n -> m n", aten.mm)
 BATCHED = pattern("b m k, b k n -> b m n", aten.bmm)
 pattern("m k, k -> m", aten.mv)
 pattern("k, k -> ", aten.dot, aten.vdot)
-pattern("*b i, o i, o? -> *b o", aten.linear)
+pattern("*b i, o i, o? -> *b o")
 pattern("0 d, *b -> *b d", aten.embedding)
 pattern("0 d, *n, *m -> b d", aten._embedding_bag, aten._embedding_bag_forward_only)
 

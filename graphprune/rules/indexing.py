@@ -47,22 +47,21 @@ def index_put(call: Call) -> Sequence[Layouts]:
     indexed = [i for i, tensor in enumerate(call["indices"]) if tensor is not None]
     if any(call["indices"][i].dtype in (torch.bool, torch.uint8) for i in indexed):
         return _all_fixed(call)
-    for i in indexed:
-        call.fix(layouts[i], ADDRESSED)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     values = call.layouts("values")
-    if indexed and indexed[0] == 0:
-        _unify_from_right(call, values, untouched)
+    addressed = [layouts[i] for i in indexed]
+    addressed += [layout for i in indexed for layout in call.layouts_of(call["indices"][i])]
+    if indexed == list(range(len(indexed))):
+        shared = values[max(0, len(values) - len(untouched)) :]
+        for mine, its in zip(reversed(shared), reversed(untouched), strict=False):
+            if size_of(mine) > 1:
+                call.unify(mine, its)
+        addressed += values[: len(values) - len(shared)]
     else:
-        for layout in (*values, *untouched):
-            call.fix(layout, ADDRESSED)
+        addressed += [*values, *untouched]
+    for layout in addressed:
+        call.fix(layout, ADDRESSED)
     return [layouts]
-
-
-def _unify_from_right(call: Call, a: Layouts, b: Layouts) -> None:
-    for mine, its in zip(reversed(a), reversed(b), strict=False):
-        if size_of(mine) > 1:
-            call.unify(mine, its)
 
 
 @rule(aten.index_select)

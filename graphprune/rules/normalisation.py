@@ -6,25 +6,35 @@ from collections.abc import Sequence
 
 import torch
 
-from graphprune.layout import Product, can_split, split
-from graphprune.rules.pattern import pattern
+from graphprune.layout import UNIT, Layout, Product, can_split, split
+from graphprune.rules.pattern import Pattern
 from graphprune.rules.registry import Call, Layouts, rule
 
 aten = torch.ops.aten
 
-pattern(
-    "b c *s, c?, c?, c?, c? -> b c *s",
+BATCH_NORM = Pattern.parse("b c *s, c?, c?, c?, c? -> b c *s, c, c")
+
+
+@rule(
     aten.native_batch_norm,
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
     aten._batch_norm_with_update,
     aten._batch_norm_no_update,
     aten.cudnn_batch_norm,
-    aten.batch_norm,
 )
+def batch_norm(call: Call) -> Sequence[Layouts]:
+    """Scale and shift each channel; in training, by statistics over the batch and over space."""
+    found = BATCH_NORM(call)
+    updates = call.func.overloadpacket is aten._batch_norm_with_update
+    if call.arguments.get("training", updates):
+        for dim, layout in enumerate(found[0]):
+            if dim != 1:
+                call.renormalise(layout, "normalised over the batch")
+    return found
 
 
-@rule(aten.native_layer_norm, aten._fused_rms_norm)
+@rule(aten.native_layer_norm)
 def layer_norm(call: Call) -> Sequence[Layouts]:
     """Normalise over the last dimensions together."""
     layouts = call.layouts("input")
@@ -35,7 +45,9 @@ def layer_norm(call: Call) -> Sequence[Layouts]:
                 call.unify(mine, its)
     for layout in normalised:
         call.renormalise(layout, "normalised over these channels")
-    return [layouts]
+    units: list[Layout] = [UNIT] * len(normalised)
+    statistics = [*layouts[: len(layouts) - len(normalised)], *units]
+    return [layouts, statistics, statistics]
 
 
 @rule(aten.native_group_norm)
@@ -54,4 +66,4 @@ def group_norm(call: Call) -> Sequence[Layouts]:
     for layout in (inner, *layouts[2:]):
         call.renormalise(layout, "normalised over the channels of a group")
     layouts[1] = Product((outer, inner))
-    return [layouts]
+    return [layouts, [layouts[0], outer], [layouts[0], outer]]

@@ -68,7 +68,7 @@ def statistic(call: Call) -> Sequence[Layouts]:
     return _without(call, layouts, dims)
 
 
-@rule(aten._softmax, aten._log_softmax, aten._safe_softmax, aten.softmax, aten.log_softmax)
+@rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def softmax(call: Call) -> Sequence[Layouts]:
     """Normalise along a dimension to a distribution over the slots that are there."""
     layouts = call.layouts("self")
@@ -101,7 +101,7 @@ def choice(call: Call) -> Sequence[Layouts]:
     return _without(call, layouts, dims)
 
 
-@rule(aten.sort, aten.argsort, aten.topk)
+@rule(aten.sort, aten.topk)
 def ordering(call: Call) -> Sequence[Layouts]:
     """Order the slots along a dimension, which is fixed."""
     layouts = list(call.layouts("self"))

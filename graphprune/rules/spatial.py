@@ -30,9 +30,6 @@ def _over_last(count: int) -> Rule:
 
 register(
     _over_last(1),
-    aten.avg_pool1d,
-    aten.adaptive_avg_pool1d,
-    aten.max_pool1d,
     aten.reflection_pad1d,
     aten.replication_pad1d,
     aten.upsample_linear1d,
@@ -43,10 +40,7 @@ register(
     _over_last(2),
     aten.avg_pool2d,
     aten._adaptive_avg_pool2d,
-    aten.adaptive_avg_pool2d,
     aten.adaptive_max_pool2d,
-    aten.fractional_max_pool2d,
-    aten.max_pool2d,
     aten.max_pool2d_with_indices,
     aten.reflection_pad2d,
     aten.replication_pad2d,

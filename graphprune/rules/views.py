@@ -24,7 +24,7 @@ from graphprune.rules.registry import Call, Layouts, rule
 aten = torch.ops.aten
 
 
-@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+@rule(aten.view, aten._unsafe_view)
 def view(call: Call) -> Sequence[Layouts]:
     """Regroup the row-major product of the dimensions."""
     reason = call.why("a reshape that cuts across channels")
@@ -127,8 +127,6 @@ def unbind(call: Call) -> Sequence[Layouts]:
     aten.split_with_sizes,
     aten.unsafe_split,
     aten.unsafe_split_with_sizes,
-    aten.chunk,
-    aten.unsafe_chunk,
 )
 def split_(call: Call) -> Sequence[Layouts]:
     """Cut the dimension into consecutive pieces."""
