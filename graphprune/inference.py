@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -191,9 +191,9 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
     """
     if with_data:
         return _infer_with_data(model, inputs)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor))
-        fake_inputs = inputs.map(_stand_in)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor, fake))
+    fake_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake))
     try:
         with fake:
             return _infer(fake_model, fake_inputs)
@@ -211,12 +211,18 @@ def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
         raise _not_runnable(model, inputs, failure) from failure
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape on the CPU; call it in fake mode, where it holds no data."""
+def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    """Return a tensor of the same shape on the CPU that holds no data, a parameter for a parameter."""
     dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-    if tensor.layout is not torch.strided:
-        return torch.empty(tensor.shape, dtype=dtype)
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    if strides is None:
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    else:
+        empty = torch.empty_strided(tensor.shape, strides, dtype=dtype, device="meta")
+    stand_in = FakeTensor(fake, empty, torch.device("cpu"))
+    if isinstance(tensor, nn.Parameter):
+        stand_in._is_param = True
+    return stand_in
 
 
 def _not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:

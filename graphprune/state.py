@@ -72,7 +72,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
 
 def _like(original: Tensor, value: Tensor) -> Tensor:
     """Return the value as a parameter if the original is one, with the attributes users gave it."""
-    if not isinstance(original, nn.Parameter):
+    if not isinstance(original, nn.Parameter) or isinstance(value, nn.Parameter):
         return value
     trains = original.requires_grad and value.is_floating_point()
     parameter = nn.Parameter(value.detach(), requires_grad=trains)
