@@ -38,8 +38,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
     if name in ("resnet50", "densenet121"):
         return getattr(models, name)().eval(), torch.randn(1, 3, 224, 224)
     if name == "bert_base":
-        import transformers
-
+        transformers = models.import_transformers()
         config = transformers.BertConfig()
         model = transformers.BertForSequenceClassification(config)
         return model.eval(), {"input_ids": torch.randint(0, 30000, (1, 128))}

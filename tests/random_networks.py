@@ -1,7 +1,8 @@
 """Random networks, described by a short list that prints, shrinks and replays.
 
-A network is a kind of data ("image", "sequence", "vector"), a width, and a list of blocks, each a
-name and a number that settles its details. Sizes stand in the code of about half of the blocks.
+A network is a kind of data ("image", "sequence", "features", "vector"), a width, a list of blocks,
+each a name and a number that settles its details, and a number for its head. Sizes stand in the code
+of about half of the blocks, so that some networks slim as modules and some only as graphs.
 """
 
 from __future__ import annotations
@@ -42,18 +43,20 @@ class Network:
     kind: str
     width: int
     blocks: tuple[tuple[str, int], ...]
+    ends: int = 0
 
     def build(self) -> tuple[nn.Module, Tensor]:
         """Return the network, always the same, and its input at batch 2."""
         torch.manual_seed(0)
         x = INPUTS[self.kind]()
-        stem, names, head = KINDS[self.kind]
+        stem, names, heads = KINDS[self.kind]
         layers, width = [stem(self.width)], self.width
         for name, detail in self.blocks:
             block = names[name if width > 1 else next(iter(names))](width, detail)
             layers.append(block)
             width = block.width
-        model = nn.Sequential(*layers, head(width, len(self.blocks)))
+        head = heads[self.ends % len(heads)](width, self.ends)
+        model = nn.Sequential(*layers, head)
         return randomise(model, (x,)).eval(), x
 
 
@@ -228,6 +231,105 @@ def maxout(width: int, detail: int) -> Block:
     return Block(forward, width, layer=nn.Conv2d(width, 2 * width, 1))
 
 
+def projected(width: int, detail: int) -> Block:
+    out, stride = 4 + detail % 11, 1 + detail % 2
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.b(F.relu(m.a(x)))) + m.skip(x)
+        return F.interpolate(F.relu(y), scale_factor=stride)
+
+    return Block(forward, out, a=nn.Conv2d(width, 5, 1), norm=nn.BatchNorm2d(out),
+                 b=nn.Conv2d(5, out, 3, padding=1, stride=stride),
+                 skip=nn.Conv2d(width, out, 1, stride=stride, bias=False))  # fmt: skip
+
+
+def inception(width: int, detail: int) -> Block:
+    sizes = [2 + detail % 3, 3 + detail % 4, 1 + detail % 5]
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        branches = [m.a(x), m.b(x), m.c(F.max_pool2d(x, 3, 1, 1))]
+        return F.relu(torch.cat([*branches, x] if detail % 2 else branches, 1))
+
+    return Block(forward, sum(sizes) + width * (detail % 2), a=nn.Conv2d(width, sizes[0], 1),
+                 b=nn.Conv2d(width, sizes[1], 3, padding=1),
+                 c=nn.Conv2d(width, sizes[2], 1))  # fmt: skip
+
+
+def linear_unit(width: int, detail: int) -> Block:
+    out = 3 + detail % 7
+    return Block(lambda m, x: F.glu(m.layer(x), 1), out, layer=nn.Conv2d(width, 2 * out, 1))
+
+
+def three_pieces(width: int, detail: int) -> Block:
+    if width < 4:
+        return conv(width, detail)
+    sizes = [1, width // 2, width - width // 2 - 1]
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        if detail % 2:
+            a, b, c = x.split(sizes, 1)
+        else:
+            a, b, c = x[:, :1], x[:, 1:-(sizes[2])], x[:, -(sizes[2]):]  # fmt: skip
+        return torch.cat([c.sigmoid(), m.layer(b), a], 1)
+
+    return Block(forward, width, layer=nn.Conv2d(sizes[1], sizes[1], 1))
+
+
+def interleaved(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = torch.stack([m.a(x), m.b(x)], 2 if detail % 2 else 1)
+        return y.flatten(1, 2) + x.repeat_interleave(2, 1) if detail % 3 else y.flatten(1, 2)
+
+    return Block(forward, 2 * width, a=nn.Conv2d(width, width, 1),
+                 b=nn.Conv2d(width, width, 1))  # fmt: skip
+
+
+def every_other(width: int, detail: int) -> Block:
+    if width % 2:
+        return conv(width, detail)
+    return Block(lambda m, x: m.layer(x[:, ::2]) + x[:, 1::2], width // 2,
+                 layer=nn.Conv2d(width // 2, width // 2, 1))  # fmt: skip
+
+
+def in_order(width: int, detail: int) -> Block:
+    """The order of the channels matters here: none may go."""
+    along = [lambda x: x.roll(1, 1), lambda x: x.flip(1), lambda x: x.softmax(1) * 4,
+             lambda x: x.cumsum(1) / width, lambda x: x.sort(1)[0]]  # fmt: skip
+    return Block(lambda m, x: m.layer(along[detail % 5](x)), 6, layer=nn.Conv2d(width, 6, 1))
+
+
+def space_to_depth(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        if detail % 2:
+            y = x.reshape(b, width, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+            y = y.reshape(b, 4 * width, h // 2, w // 2)
+        else:
+            y = F.pixel_unshuffle(x, 2)
+        return F.interpolate(m.layer(y), scale_factor=2)
+
+    return Block(forward, 4 + detail % 5, layer=nn.Conv2d(4 * width, 4 + detail % 5, 1))
+
+
+def spatial_gate(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        both = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return m.layer(x) * m.gate(both).sigmoid()
+
+    return Block(forward, width, layer=nn.Conv2d(width, width, 1),
+                 gate=nn.Conv2d(2, 1, 3, padding=1))  # fmt: skip
+
+
+def gram(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        flat = m.a(x).flatten(2)
+        weights = (flat @ flat.transpose(1, 2) / 16).softmax(-1) if detail % 2 else None
+        y = flat if weights is None else weights @ m.b(x).flatten(2)
+        return y.unflatten(2, x.shape[2:]) + x
+
+    return Block(forward, width, a=nn.Conv2d(width, width, 1), b=nn.Conv2d(width, width, 1))
+
+
 # Sequences: [batch, time, channel]
 
 
@@ -344,34 +446,190 @@ def batch_normed(width: int, detail: int) -> Block:
     return Block(lambda m, x: F.relu(m.norm(x)), width, norm=nn.BatchNorm1d(width))
 
 
-def image_head(width: int, detail: int) -> nn.Module:
-    if detail % 2:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 7))
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 7))
+def directions(width: int, detail: int) -> Block:
+    """Both directions, added up after a reshape, and a second recurrent layer on them."""
+    hidden = 3 + detail % 5
+    first = (nn.LSTM, nn.GRU)[detail % 2](width, hidden, batch_first=True, bidirectional=True)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        both = m.first(x)[0].view(b, t, 2, hidden if detail % 3 else -1)
+        return m.second(both.sum(2))[0]
+
+    return Block(forward, 4, first=first, second=nn.GRU(hidden, 4, batch_first=True))
+
+
+def tied(width: int, detail: int) -> Block:
+    inner = 3 + detail % 9
+    return Block(lambda m, x: x + F.linear(F.gelu(F.linear(x, m.weight)), m.weight.t()), width,
+                 weight=torch.randn(inner, width))  # fmt: skip
+
+
+def head_norms(width: int, detail: int) -> Block:
+    heads, size = 2 + detail % 3, 2 + detail % 4
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.layer(x).unflatten(-1, (heads, size) if detail % 2 else (-1, size))
+        return m.out(m.norm(y).flatten(-2))
+
+    norm = nn.LayerNorm(size) if detail % 3 else nn.RMSNorm(size)
+    return Block(forward, width, layer=nn.Linear(width, heads * size), norm=norm,
+                 out=nn.Linear(heads * size, width))  # fmt: skip
+
+
+def paired_rotation(width: int, detail: int) -> Block:
+    heads, half = 2 + detail % 2, 1 + detail % 3
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (
+            layer(x).view(b, t, heads, 2 * half).transpose(1, 2) for layer in (m.q, m.k, m.v)
+        )
+        angle = torch.arange(t)[:, None] * m.speed
+        q, k = (rotated(part, angle.cos(), angle.sin()) for part in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + m.out(mixed.reshape(b, t, 2 * heads * half))
+
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if detail % 2:
+            a, b = x[..., ::2], x[..., 1::2]
+            return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+    wide = 2 * heads * half
+    return Block(forward, width, q=nn.Linear(width, wide), k=nn.Linear(width, wide),
+                 v=nn.Linear(width, wide), out=nn.Linear(wide, width),
+                 speed=torch.randn(half))  # fmt: skip
+
+
+def context(width: int, detail: int) -> Block:
+    return Block(lambda m, x: x + m.layer(x.mean(1, keepdim=True)).tanh(), width,
+                 layer=nn.Linear(width, width))  # fmt: skip
+
+
+def time_mixed(width: int, detail: int) -> Block:
+    return Block(lambda m, x: x + m.layer(x.transpose(1, 2)).transpose(1, 2), width,
+                 layer=nn.Linear(5, 5))  # fmt: skip
+
+
+def experts(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        weights = m.router(x).softmax(-1)
+        made = torch.stack([m.a(x), m.b(x), m.c(x)], -2)
+        if detail % 2:
+            return torch.einsum("...e,...ed->...d", weights, made)
+        return (weights.unsqueeze(-1) * made).sum(-2)
+
+    return Block(forward, width, router=nn.Linear(width, 3), a=nn.Linear(width, width),
+                 b=nn.Linear(width, width), c=nn.Linear(width, width))  # fmt: skip
+
+
+def each_group(width: int, detail: int) -> Block:
+    groups = divisor(width, detail)
+    each, out = width // groups, 1 + detail % 4
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = x.reshape(*x.shape[:-1], groups, each if detail % 2 else -1)
+        return torch.einsum("...gi,gio->...go", y, m.weight).flatten(-2).relu()
+
+    return Block(forward, groups * out, weight=torch.randn(groups, each, out))
+
+
+def outer(width: int, detail: int) -> Block:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x).unsqueeze(-1) * m.b(x).unsqueeze(-2)
+        return m.out(y.flatten(-2) if detail % 2 else y.reshape(*x.shape[:-1], 12))
+
+    return Block(forward, width, a=nn.Linear(width, 3), b=nn.Linear(width, 4),
+                 out=nn.Linear(12, width))  # fmt: skip
+
+
+def parameters(width: int, detail: int) -> Block:
+    return Block(lambda m, x: (x * m.scale).relu() + m.shift, width, scale=torch.randn(width),
+                 shift=torch.randn(1, width) if detail % 2 else torch.randn(width))  # fmt: skip
+
+
+def unit_length(width: int, detail: int) -> Block:
+    return Block(lambda m, x: m.layer(F.normalize(x, dim=-1) * 2), 5, layer=nn.Linear(width, 5))
+
+
+def swapped(width: int, detail: int) -> Block:
+    at = 1 + detail % (width - 1)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        a, b = x[..., :at], x[..., at:]
+        return torch.cat([m.layer(b), a.relu()], -1) if detail % 3 else torch.cat([b, a * 2], -1)
+
+    return Block(forward, width, layer=nn.Linear(width - at, width - at))
+
+
+def two_outputs(width: int, detail: int) -> Block:
+    """Two layers on the last dimension, and one of them on the data as it is."""
+    return Block(lambda m, x: (m.a(x), {"b": m.b(x), "raw": x} if detail % 2 else m.b(x)), 7,
+                 a=nn.Linear(width, 7), b=nn.Linear(width, 3))  # fmt: skip
+
+
+def pooled(size: int) -> Callable[[int, int], nn.Module]:
+    def head(width: int, detail: int) -> nn.Module:
+        layer = nn.Linear(size * size * width, 7)
+        return nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten(), layer)
+
+    return head
+
+
+def written_out(width: int, detail: int) -> Block:
+    return Block(lambda m, x: m.layer(x.reshape(-1, 16 * width)), 7,
+                 layer=nn.Linear(16 * width, 7))  # fmt: skip
+
+
+def two_maps(width: int, detail: int) -> Block:
+    return Block(lambda m, x: (m.a(x), m.b(x.mean((2, 3)))), 7,
+                 a=nn.Conv2d(width, 2, 1), b=nn.Linear(width, 7))  # fmt: skip
+
+
+def of_each(width: int, detail: int) -> nn.Module:
+    return nn.Linear(width, 7)
+
+
+def of_the_mean(width: int, detail: int) -> Block:
+    return Block(lambda m, x: m.layer(x.mean(1)), 7, layer=nn.Linear(width, 7))
+
+
+def of_the_last(width: int, detail: int) -> Block:
+    return Block(lambda m, x: m.layer(x[:, -1]), 7, layer=nn.Linear(width, 7))
 
 
 IMAGE: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (conv, grouped, depthwise, transposed, residual, dense, shuffle, split_and_swap, halves,
               sliced, written, padded, squeeze_excite, pixel_shuffle, normed, channels_last_norm, masked,
-              twice, resampled, scaled, stacked, maxout)
+              twice, resampled, scaled, stacked, maxout, projected, inception, linear_unit,
+              three_pieces, interleaved, every_other, in_order, space_to_depth, spatial_gate, gram)
 }  # fmt: skip
 VECTOR: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
-    for f in (linear, gated, regrouped, summed, joined, layer_norm, batch_normed)
+    for f in (linear, gated, regrouped, summed, joined, layer_norm, batch_normed, tied, head_norms,
+              experts, each_group, outer, parameters, unit_length, swapped)
 }  # fmt: skip
 SEQUENCE: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (linear, gated, attention, fused_attention, multihead, layer_norm, convolved, recurrent,
-              channel_mixed, regrouped, summed, joined)
+              channel_mixed, regrouped, summed, joined, directions, tied, head_norms,
+              paired_rotation, context, time_mixed, experts, each_group, parameters, swapped)
 }  # fmt: skip
+IMAGE_HEADS = (pooled(1), pooled(2), written_out, two_maps)
+SEQUENCE_HEADS = (of_each, of_the_mean, of_the_last, two_outputs)
+VECTOR_HEADS = (of_each, of_each, two_outputs)
 KINDS = {
-    "image": (lambda width: nn.Conv2d(3, width, 3, padding=1), IMAGE, image_head),
-    "sequence": (lambda width: nn.Embedding(11, width), SEQUENCE, lambda w, _: nn.Linear(w, 7)),
-    "vector": (lambda width: nn.Linear(6, width), VECTOR, lambda w, _: nn.Linear(w, 7)),
+    "image": (lambda width: nn.Conv2d(3, width, 3, padding=1), IMAGE, IMAGE_HEADS),
+    "sequence": (lambda width: nn.Embedding(11, width), SEQUENCE, SEQUENCE_HEADS),
+    "features": (lambda width: nn.Linear(6, width), SEQUENCE, SEQUENCE_HEADS),
+    "vector": (lambda width: nn.Linear(6, width), VECTOR, VECTOR_HEADS),
 }
 INPUTS: dict[str, Callable[[], Tensor]] = {
     "image": lambda: torch.randn(2, 3, 4, 4),
     "sequence": lambda: torch.randint(11, (2, 5)),
+    "features": lambda: torch.randn(2, 5, 6),
     "vector": lambda: torch.randn(2, 6),
 }

@@ -230,7 +230,9 @@ for norm in (aten.native_batch_norm, aten._native_batch_norm_legit):
 renormalised(aten.native_batch_norm.default, x(4, 6, 3), None, None, None, None, True, 0.1, 1e-5)
 renormalised(aten._native_batch_norm_legit.no_stats, x(4, 6, 3), *_HELD[:2], True, 0.1, 1e-5)
 exact(aten._native_batch_norm_legit_no_training.default, x(4, 6), *_HELD, 0.1, 1e-5)
-renormalised(aten._batch_norm_with_update.default, x(4, 6, 3), *_HELD[:2], x(6), positive(6), 0.1, 1e-5)
+renormalised(
+    aten._batch_norm_with_update.default, x(4, 6, 3), *_HELD[:2], x(6), positive(6), 0.1, 1e-5
+)
 exact(aten._batch_norm_no_update.default, x(4, 6, 3), *_HELD, 0.1, 1e-5)
 exact(aten.batch_norm.default, x(4, 6, 3), *_HELD, False, 0.1, 1e-5, False)
 renormalised(aten.batch_norm.default, x(4, 6), *_HELD[:2], None, None, True, 0.1, 1e-5, False)

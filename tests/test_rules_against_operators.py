@@ -6,35 +6,27 @@ equal the operator on operands that lack them. Wrong rules are planted to see th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
-import pytest
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from graphprune.inference import Inference, Step, Value
 from graphprune.layout import (
-    UNIT,
     Axis,
-    Concat,
     Mask,
-    Product,
     Reason,
-    cut,
     free_axes,
-    kept_size,
     mask_of,
-    regroup,
-    resolve,
     size_of,
 )
-from graphprune.literals import restricted_arguments, rewrite_literals
-from graphprune.rules import Call, Layouts, Pattern, Rule, bind_arguments, registered, rule_for, tensors_in
-from tests.rule_cases import CANNOT_RUN, CASES, Case, cases_of
+from graphprune.rules import (
+    Call,
+    Layouts,
+    Rule,
+    bind_arguments,
+    tensors_in,
+)
+from tests.rule_cases import Case
 
 aten = torch.ops.aten
 

@@ -1,0 +1,75 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import graphprune as gp
+from graphprune.cli import app
+
+BUILDER = "tests.test_cli:build"
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+
+
+def run(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_slim_writes_a_model_that_loads(tmp_path: Path) -> None:
+    out = tmp_path / "slim.pt"
+    report = json.loads(run("slim", BUILDER, "--out", str(out), "--ratio", "0.5", "--json"))
+    assert report["verified"]
+    assert report["form"] == "module"
+    assert torch.load(out, weights_only=False)[0].out_channels == 16
+    assert report["parameters"][1] == gp.count_parameters(torch.load(out, weights_only=False))
+
+
+def test_slim_writes_onnx_and_prints_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "slim.onnx"
+    text = run("slim", BUILDER, "--out", str(out), "--input", "1,3,16,16")
+    assert "parameters" in text
+    assert "macs" in text
+    onnx.checker.check_model(str(out))
+
+
+def test_inspect_prints_groups_and_explains_a_parameter() -> None:
+    assert "1 groups can be cut" in run("inspect", BUILDER)
+    found = json.loads(run("inspect", BUILDER, "--json"))
+    assert found["groups"][0]["members"] == [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]
+    assert "a dimension of the model's output" in run("inspect", BUILDER, "--parameter", "2.bias")
+
+
+def test_compare_gives_json(tmp_path: Path) -> None:
+    torch.save(gp.slim(build(), 0.5), tmp_path / "slim.pt")
+    found = run("compare", BUILDER, str(tmp_path / "slim.pt"), "--input", "1,3,16,16", "--json")
+    assert json.loads(found)["slim"]["parameters"] < json.loads(found)["original"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "no.such.module:build"],
+        ["inspect", "tests.test_cli"],
+        ["inspect", "missing.pt"],
+        ["inspect", BUILDER, "--input", "a,b"],
+        ["slim", BUILDER, "--out", "x.pt", "--ratio", "2"],
+    ],
+)
+def test_a_mistake_is_one_line_and_a_status(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("graphprune: ")
+    assert "Traceback" not in result.output

@@ -1,0 +1,156 @@
+"""The dependency graph as users read it, rules of their own, and the layers of the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from tests.models import ALL
+
+LAYERS = [
+    "errors",
+    "inputs",
+    "layout",
+    "rules",
+    "state",
+    "interpretation",
+    "inference",
+    "capture",
+    "groups",
+    "cost",
+    "importance",
+    "plan",
+    "choose",
+    "shrink",
+    "literals",
+    "verify",
+    "slim",
+    "pipeline",
+    "passes",
+    "onnx",
+    "timing",
+    "compare",
+    "cli",
+    "demo",
+]
+
+
+class Attention(nn.Module):
+    """Four heads of three from one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(10, 36)
+        self.out = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p.view(*x.shape[:2], 4, 3).transpose(1, 2) for p in self.qkv(x).split(12, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_heads_are_found_and_their_features_are_inner() -> None:
+    graph = gp.analyze(Attention(), torch.randn(2, 5, 10))
+    heads, features, values = graph.groups
+    assert (heads.size, features.size, values.size) == (4, 3, 3)
+    assert (heads.inner, features.inner, values.inner) == (False, True, True)
+    said = graph.explain("qkv.weight", 0)
+    assert said.startswith("qkv.weight:0 is ((qkv.weight:0.0 qkv.weight:0.1) + (qkv.weight:0.0 ")
+
+
+def test_what_is_fixed_says_why_and_where() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).sort(-1).values)
+
+    graph = gp.analyze(Sorted(), torch.randn(2, 6))
+    assert graph.groups == []
+    reason = next(f.reason for f in graph.fixed if (f.parameter, f.dim) == ("a.weight", 0))
+    assert reason.why == "slots are sorted"
+    assert reason.operator == "aten.sort"
+    assert reason.source.startswith("test_groups.py:")
+    assert "slots are sorted (aten.sort, test_groups.py:" in graph.explain("a.weight", 0)
+
+
+def test_an_operator_without_a_rule_is_named_and_one_line_frees_it() -> None:
+    @torch.library.custom_op("graphprune_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    double.register_fake(lambda x: torch.empty_like(x))
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.ops.graphprune_test.double(self.a(x)))
+
+    x = torch.randn(2, 6)
+    graph = gp.analyze(Doubled(), x)
+    assert [place.operator for place in graph.unknown] == ["graphprune_test.double"]
+    assert "1 operators have no rule" in str(graph)
+    operator = torch.ops.graphprune_test.double
+    gp.pattern("*b c -> *b c", operator)
+    try:
+        assert gp.slim(Doubled(), 0.5, x).a.out_features == 4
+    finally:
+        gp.rules.unregister(operator)
+
+
+def test_the_graph_goes_to_networkx_with_its_layouts() -> None:
+    graph = gp.analyze(Attention(), torch.randn(2, 5, 10)).to_networkx()
+    assert graph.nodes["qkv.weight"]["kind"] == "parameter"
+    operators = [data for _, data in graph.nodes(data=True) if data["kind"] == "operator"]
+    assert {"aten.addmm", "aten.bmm"} <= {data["label"] for data in operators}
+    assert all("layout" in data for *_, data in graph.edges(data=True))
+
+
+def test_a_model_without_weights_is_analysed() -> None:
+    with torch.device("meta"):
+        model = Attention()
+    assert len(gp.analyze(model, torch.randn(2, 5, 10)).groups) == 3
+
+
+def test_two_analyses_of_a_model_read_the_same() -> None:
+    example = ALL["llama"](small=True)
+    first, second = (gp.analyze(example.model, example.inputs) for _ in range(2))
+    assert str(first) == str(second)
+    assert "groups can be cut" in str(first)
+
+
+def test_an_unknown_parameter_gets_a_clear_error() -> None:
+    with pytest.raises(gp.InvalidRequestError, match="no dimension 7 of a parameter 'nothing'"):
+        gp.analyze(nn.Linear(3, 4)).explain("nothing", 7)
+
+
+def test_imports_follow_the_layers() -> None:
+    root = Path(gp.__file__).parent
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        mine = LAYERS.index(parts[0])
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphprune."):
+                other = (node.module or "").split(".")[1]
+                assert LAYERS.index(other) <= mine, f"{path.name} imports {node.module}"
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in gp.__all__:
+        assert getattr(gp, name).__doc__, name
+    for module in pkgutil.walk_packages(gp.__path__, "graphprune."):
+        assert importlib.import_module(module.name).__doc__, module.name

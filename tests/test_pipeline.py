@@ -1,0 +1,105 @@
+"""Passes and pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from graphprune.passes import SlimChannels
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import graphprune as gp
+from graphprune.pipeline import Program
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.dropout(self.first(x).mean((2, 3)).view(-1, 16), 0.5, False))
+
+
+@dataclass(frozen=True)
+class RemoveDropout(gp.Pass):
+    """Remove dropout, as in the README."""
+
+    says: bool = True
+
+    def rewrite(self, program: Program) -> bool:
+        graph = program.graph_module.graph
+        nodes = graph.find_nodes(op="call_function", target=aten.dropout.default)
+        for node in nodes:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        program.graph_module.recompile()
+        return bool(nodes) and self.says
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_pass_alone_gives_a_pass_result(model: nn.Module, x: Tensor) -> None:
+    graph_module, modified = SlimChannels(ratio=0.5)(model, x)
+    assert modified
+    assert isinstance(graph_module, fx.GraphModule)
+    sizes = [
+        n.args[1]
+        for n in graph_module.graph.find_nodes(op="call_function", target=aten.view.default)
+    ]
+    assert sizes == [[-1, 8]]
+
+
+def test_a_pipeline_runs_passes_in_order_and_tells_of_each(model: nn.Module, x: Tensor) -> None:
+    seen: list[tuple[str, bool]] = []
+    steps = [RemoveDropout(), SlimChannels(ratio=0.5), RemoveDropout()]
+    slim = gp.Pipeline(steps, lambda each, result: seen.append((each.name(), result.modified)))(
+        model, x
+    )
+    assert seen == [("remove-dropout", True), ("slim-channels", True), ("remove-dropout", False)]
+    assert not slim.graph.find_nodes(op="call_function", target=aten.dropout.default)
+    torch.testing.assert_close(slim(x), gp.slim(model, 0.5, x)(x))
+
+
+def test_a_pass_fits_torch_fx_pass_managers(model: nn.Module, x: Tensor) -> None:
+    traced, _ = gp.Pass.__call__(RemoveDropout(), model, x)
+    result = PassManager(passes=[SlimChannels(ratio=0.5)])(traced)
+    torch.testing.assert_close(result.graph_module(x), gp.slim(model, 0.5, x)(x))
+
+
+def test_the_given_graph_is_not_changed(model: nn.Module, x: Tensor) -> None:
+    traced, _ = RemoveDropout()(model, x)
+    code, width = traced.code, traced.state_dict()["first.weight"].shape
+    SlimChannels(ratio=0.5)(traced, x)
+    assert traced.code == code
+    assert traced.state_dict()["first.weight"].shape == width
+
+
+def test_a_second_run_of_nothing_changes_nothing(model: nn.Module, x: Tensor) -> None:
+    traced, _ = RemoveDropout()(model, x)
+    again, modified = SlimChannels(ratio=0)(traced, x)
+    assert not modified
+    assert again.code == traced.code
+
+
+def test_a_pass_that_hides_its_change_is_caught(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(gp.GraphPruneError, match="said that it did not"):
+        RemoveDropout(says=False)(model, x)
+
+
+def test_an_empty_pipeline_gives_the_graph(model: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(gp.Pipeline([])(model, x)(x), model(x))
