@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 MODELS = ("resnet50", "vit_b_16", "bert_base", "densenet121", "swin_t")
 TOOLS = ("graphprune", "graphprune verified", "Torch-Pruning")
@@ -58,11 +58,10 @@ def with_graphprune(model: nn.Module, inputs: Any, verify: bool) -> nn.Module:
 def with_torch_pruning(model: nn.Module, inputs: Any) -> nn.Module:
     import torch_pruning
 
-    tensors = inputs if isinstance(inputs, (Tensor, dict)) else inputs
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     pruner = torch_pruning.pruner.MagnitudePruner(
         model,
-        tensors,
+        inputs,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=0.5,
         ignored_layers=[last],
@@ -142,7 +141,8 @@ def main() -> None:
         print(name, found[name], flush=True)
     text = (
         f"# Analysis and shrinking at 50 % of channels\n\n`python benchmarks/analysis.py`, torch "
-        f"{torch.__version__}, Python {platform.python_version()}, one thread, {time.strftime('%Y-%m-%d')}.\n"
+        f"{torch.__version__}, Python {platform.python_version()}, one thread, "
+        f"{time.strftime('%Y-%m-%d')}.\n"
         f"Median of {options.repeats} after a warm-up, a process a cell.\n\n{table(found)}\n"
     )
     print(text)
