@@ -57,7 +57,7 @@ def train(model: nn.Module, data: Sample, epochs: int, seed: int) -> None:
         for batch in data.batches(BATCH, generator):
             loss = F.cross_entropy(model(augmented(batch.images, generator)), batch.labels)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
             total += loss.item() * len(batch.labels)
