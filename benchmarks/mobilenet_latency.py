@@ -1,6 +1,6 @@
 """MobileNetV2 in ONNX Runtime at 25 % of channels: aligned (the default) and not.
 
-    python benchmarks/mobilenet_latency.py --out benchmarks/results/mobilenet_latency.md
+python benchmarks/mobilenet_latency.py --out benchmarks/results/mobilenet_latency.md
 """
 
 from __future__ import annotations

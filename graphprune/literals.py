@@ -182,11 +182,12 @@ def _slice(site: _Site) -> None:
     layout = site.layouts("self")[site.arguments["dim"]]
     if not site.is_cut(layout) or site.arguments["step"] != 1:
         return
-    size = size_of(layout)
-    for name in ("start", "end"):
-        value = site.arguments[name]
-        if isinstance(value, int) and -size < value < size:
-            site.set(name, _kept_before(site, layout, value % size))
+    given = site.arguments["start"], site.arguments["end"]
+    if not all(bound is None or isinstance(bound, int) for bound in given):
+        return
+    start, end, _ = slice(*given).indices(size_of(layout))
+    site.set("start", _kept_before(site, layout, start))
+    site.set("end", _kept_before(site, layout, max(start, end)))
 
 
 def _kept_before(site: _Site, layout: Layout, position: int) -> int:

@@ -300,7 +300,7 @@ def in_order(width: int, detail: int) -> Block:
 
 def space_to_depth(width: int, detail: int) -> Block:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         if detail % 2:
             y = x.reshape(b, width, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
             y = y.reshape(b, 4 * width, h // 2, w // 2)
@@ -579,7 +579,7 @@ def pooled(size: int) -> Callable[[int, int], nn.Module]:
 
 
 def written_out(width: int, detail: int) -> Block:
-    return Block(lambda m, x: m.layer(x.reshape(-1, 16 * width)), 7,
+    return Block(lambda m, x: m.layer(x.reshape(-1, 16 * width) if detail > 5 else x.flatten(1)), 7,
                  layer=nn.Linear(16 * width, 7))  # fmt: skip
 
 

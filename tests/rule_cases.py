@@ -52,11 +52,6 @@ def fixed(func: OpOverload, *args: Any, **kwargs: Any) -> None:
     CASES.append(Case(func, args, kwargs, "fixed"))
 
 
-def cases_of(func: OpOverload) -> list[Case]:
-    """Return the cases of one overload."""
-    return [case for case in CASES if case.func is func]
-
-
 def x(*shape: int) -> Tensor:
     """Return random numbers, none of them zero."""
     return torch.randn(shape, dtype=torch.float64, generator=_GENERATOR)
@@ -76,7 +71,7 @@ def bits(*shape: int) -> Tensor:
 
 
 # Pointwise: a sample of the operators that carry the tag, then those registered by name.
-for unary in (aten.gelu, aten.sigmoid, aten.exp, aten.silu, aten.hardswish, aten.rsqrt, aten.neg):
+for unary in (aten.gelu, aten.sigmoid, aten.exp, aten.silu, aten.tanh, aten.rsqrt, aten.neg):
     exact(unary.default, positive(4, 6))
 for binary in (aten.add, aten.mul, aten.sub, aten.div, aten.remainder):
     exact(binary.Tensor, x(4, 6), x(4, 6))
@@ -100,7 +95,6 @@ exact(aten._prelu_kernel.default, x(2, 6, 3), x(6, 1))
 exact(aten._to_copy.default, x(4, 6), dtype=torch.float32)
 exact(aten.alias.default, x(4, 6))
 exact(aten.clone.default, x(4, 6), memory_format=torch.contiguous_format)
-exact(aten.contiguous.default, x(4, 6))
 exact(aten.copy.default, x(4, 6), x(6))
 exact(aten.copy.default, x(4, 6), x(4, 1))
 exact(aten.detach.default, x(4, 6))
@@ -109,7 +103,6 @@ exact(aten.fill.Scalar, x(4, 6), 2.0)
 exact(aten.fill.Tensor, x(4, 6), x())
 exact(aten.full_like.default, x(4, 6), 2.0)
 exact(aten.lift_fresh.default, x(4, 6))
-exact(aten.native_dropout.default, x(4, 6), 0.5, False)
 exact(aten.ones_like.default, x(4, 6))
 exact(aten.zero.default, x(4, 6))
 exact(aten.zeros_like.default, x(4, 6))
@@ -121,8 +114,6 @@ exact(aten.bmm.default, x(2, 3, 4), x(2, 4, 5))
 exact(aten.mv.default, x(3, 4), x(4))
 exact(aten.dot.default, x(4), x(4))
 exact(aten.vdot.default, x(4), x(4))
-exact(aten.linear.default, x(2, 3, 4), x(5, 4), x(5))
-exact(aten.linear.default, x(4), x(5, 4))
 exact(aten.addmm.default, x(5), x(3, 4), x(4, 5), beta=2)
 exact(aten.addmm.default, x(3, 1), x(3, 4), x(4, 5))
 exact(aten.baddbmm.default, x(3, 5), x(2, 3, 4), x(2, 4, 5), alpha=2)
@@ -206,7 +197,7 @@ for put in (aten.index_put, aten._index_put_impl, aten._unsafe_index_put):
     exact(put.default, x(5, 4), [whole(5, 3)], x(4))
     exact(put.default, x(5, 4), [whole(5, 3)], x())
     exact(put.default, x(5, 4, 3), [whole(5, 2), whole(4, 2)], x(2, 3))
-    exact(put.default, x(5, 4, 3), [whole(5, 2), None, whole(3, 2)], x(2, 4))
+    fixed(put.default, x(5, 4, 3), [whole(5, 2), None, whole(3, 2)], x(2, 4))
     exact(put.default, x(4, 4, 4), [whole(4, 4), whole(4, 4, 1)], x(4, 4, 1))
     fixed(put.default, x(4, 4), [None, whole(4, 4)], x(4, 4))
 fixed(aten.index_put.default, x(5), [bits(5)], x())
@@ -234,11 +225,8 @@ renormalised(
     aten._batch_norm_with_update.default, x(4, 6, 3), *_HELD[:2], x(6), positive(6), 0.1, 1e-5
 )
 exact(aten._batch_norm_no_update.default, x(4, 6, 3), *_HELD, 0.1, 1e-5)
-exact(aten.batch_norm.default, x(4, 6, 3), *_HELD, False, 0.1, 1e-5, False)
-renormalised(aten.batch_norm.default, x(4, 6), *_HELD[:2], None, None, True, 0.1, 1e-5, False)
 renormalised(aten.native_layer_norm.default, x(2, 3, 6), [6], x(6), x(6), 1e-5)
 renormalised(aten.native_layer_norm.default, x(2, 3, 6), [3, 6], x(3, 6), None, 1e-5)
-renormalised(aten._fused_rms_norm.default, x(2, 3, 6), [6], x(6), 1e-5)
 renormalised(aten.native_group_norm.default, x(2, 6, 5), x(6), x(6), 2, 6, 5, 3, 1e-5)
 renormalised(aten.native_group_norm.default, x(2, 6, 2, 2), None, None, 2, 6, 4, 1, 1e-5)
 renormalised(aten.native_group_norm.default, x(2, 6, 2, 2), x(6), None, 2, 6, 4, 6, 1e-5)
@@ -283,8 +271,7 @@ renormalised(aten.aminmax.default, x(4, 6))
 for soft in (aten._softmax.default, aten._log_softmax.default):
     renormalised(soft, x(4, 5, 6), -1, False)
     renormalised(soft, x(4, 5, 6), 1, False)
-for soft in (aten._safe_softmax.default, aten.softmax.int, aten.log_softmax.int):
-    renormalised(soft, x(4, 5, 6), -2)
+renormalised(aten._safe_softmax.default, x(4, 5, 6), -2)
 exact(aten.cumsum.default, x(4, 6), -1)
 exact(aten.cumsum.default, x(4, 6), 0)
 for scan in (aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp):
@@ -301,22 +288,14 @@ exact(aten.mode.default, x(4, 6), 0, True)
 exact(aten.kthvalue.default, x(4, 6), 2)
 exact(aten.sort.default, x(4, 6), 0)
 exact(aten.sort.stable, x(4, 6), stable=True, dim=-1)
-exact(aten.argsort.default, x(4, 6), -1)
 exact(aten.topk.default, x(4, 6), 3)
 exact(aten.topk.default, x(4, 6), 2, 0)
 
 # Pooling, padding and resampling.
-exact(aten.avg_pool1d.default, x(2, 4, 8), [2])
-exact(aten.adaptive_avg_pool1d.default, x(2, 4, 8), [3])
-exact(aten.max_pool1d.default, x(2, 4, 8), [2])
 exact(aten.avg_pool2d.default, x(2, 4, 6, 6), [3, 2], [2, 2], [1, 1])
 exact(aten.avg_pool2d.default, x(4, 6, 6), [2, 2])
 exact(aten._adaptive_avg_pool2d.default, x(2, 4, 6, 6), [1, 1])
-exact(aten.adaptive_avg_pool2d.default, x(2, 4, 6, 6), [2, 3])
 exact(aten.adaptive_max_pool2d.default, x(2, 4, 6, 6), [2, 3])
-exact(aten.fractional_max_pool2d.default, x(2, 4, 8, 8), [2, 2], [3, 3], positive(2, 4, 2) - 0.5)
-exact(aten.fractional_max_pool2d.default, x(4, 8, 8), [2, 2], [3, 3], positive(1, 4, 2) - 0.5)
-exact(aten.max_pool2d.default, x(2, 4, 6, 6), [2, 2])
 exact(aten.max_pool2d_with_indices.default, x(2, 4, 6, 6), [3, 3], [2, 2], [1, 1])
 exact(aten.avg_pool3d.default, x(2, 4, 4, 4, 4), [2, 2, 2])
 exact(aten._adaptive_avg_pool3d.default, x(2, 4, 4, 4, 4), [2, 1, 3])
@@ -343,18 +322,17 @@ exact(aten.grid_sampler_2d.default, x(2, 4, 5, 5), x(2, 3, 6, 2), 0, 0, False)
 exact(aten.grid_sampler_3d.default, x(2, 4, 3, 3, 3), x(2, 2, 3, 4, 3), 0, 1, True)
 
 # Views.
-for reshape in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+for reshape in (aten.view.default, aten._unsafe_view.default):
     exact(reshape, x(2, 12), [2, 3, 4])
     exact(reshape, x(2, 3, 4), [2, 12])
     exact(reshape, x(2, 3, 4), [-1, 4])
     exact(reshape, x(6, 4, 5), [2, 3, 20])
-    exact(reshape, x(4, 6), [6, 4])
+    exact(reshape, x(4, 6), [8, 3])
+    fixed(reshape, x(4, 6), [6, 4])
     exact(reshape, x(2, 12), [2, 1, 12, 1])
     exact(reshape, x(6, 5, 2), [30, 2])
 fixed(aten.view.default, x(4, 9), [6, 6])
-exact(aten.view.dtype, x(4, 6), torch.int64)
 fixed(aten.view.dtype, x(4, 6), torch.float32)
-exact(aten._reshape_alias.default, x(2, 12), [2, 3, 4], [12, 4, 1])
 exact(aten.permute.default, x(2, 3, 4), [2, 0, 1])
 exact(aten.permute.default, x(4, 4, 4), [-1, 0, -2])
 exact(aten.transpose.int, x(4, 4, 5), 0, -1)
@@ -377,7 +355,6 @@ exact(aten.slice.Tensor, x(8, 4), 0, 5, 3)
 exact(aten.slice.Tensor, x(4, 12), 1, 0, 12, 3)
 exact(aten.slice.Tensor, x(4, 12), -1, 2, None, 3)
 exact(aten.slice.Tensor, x(4, 12), 1, 3, 11, 2)
-exact(aten.slice.Tensor, x(4, 12), 1, -11, None, 2)
 exact(aten.select.int, x(4, 6), 0, 2)
 exact(aten.select.int, x(4, 6), -1, -2)
 exact(aten.unbind.int, x(3, 6), 0)
@@ -388,9 +365,6 @@ for cut in (aten.split.Tensor, aten.unsafe_split.Tensor):
 for cut in (aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default):
     exact(cut, x(8, 6), [3, 4, 1])
     exact(cut, x(4, 9), [2, 4, 3], -1)
-for cut in (aten.chunk.default, aten.unsafe_chunk.default):
-    exact(cut, x(8, 6), 3)
-    exact(cut, x(4, 6), 2, -1)
 exact(aten.cat.default, [x(3, 4), x(5, 4)])
 exact(aten.cat.default, [x(2, 4), x(2, 3), x(2, 4)], -1)
 exact(aten.cat.default, [x(3, 4), torch.zeros(0), x(3, 4)])
@@ -414,17 +388,9 @@ fixed(aten.as_strided.default, x(4, 6), [6, 4], [1, 6])
 fixed(aten.as_strided.default, x(4, 6), [3, 6], [6, 1], 6)
 
 # Attention.
-_FUSED = aten._scaled_dot_product_flash_attention_for_cpu.default
-for attend in (_FUSED, aten.scaled_dot_product_attention.default):
-    renormalised(attend, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8))
-    renormalised(attend, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), scale=0.3)
-    renormalised(attend, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), attn_mask=x(5, 7))
-    renormalised(attend, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), attn_mask=x(2, 4, 5, 7))
-    renormalised(attend, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), attn_mask=x(2, 1, 1, 7))
-    exact(attend, x(2, 4, 5, 8), x(2, 4, 5, 8), x(2, 4, 5, 8), is_causal=True)
-_ATTEND = aten.scaled_dot_product_attention.default
-renormalised(_ATTEND, x(2, 6, 5, 8), x(2, 2, 7, 8), x(2, 2, 7, 8), enable_gqa=True)
-renormalised(_ATTEND, x(2, 6, 5, 8), x(2, 2, 7, 8), x(2, 2, 7, 8), x(6, 5, 7), enable_gqa=True)
-renormalised(_ATTEND, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 6), bits(2, 1, 5, 7))
-renormalised(_ATTEND, x(4, 5, 8), x(4, 7, 8), x(4, 7, 3))
-exact(_ATTEND, x(2, 6, 5, 8), x(2, 2, 5, 8), x(2, 2, 5, 8), is_causal=True, enable_gqa=True)
+_ATTEND = aten._scaled_dot_product_flash_attention_for_cpu.default
+for mask in (None, x(5, 7), x(2, 4, 5, 7), x(2, 1, 1, 7)):
+    renormalised(_ATTEND, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), attn_mask=mask)
+renormalised(_ATTEND, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), scale=0.3)
+renormalised(_ATTEND, x(2, 6, 5, 8), x(2, 2, 7, 8), x(2, 2, 7, 8))
+exact(_ATTEND, x(2, 4, 5, 8), x(2, 4, 5, 8), x(2, 4, 5, 8), 0.0, True)

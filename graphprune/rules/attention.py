@@ -33,6 +33,9 @@ def attention(call: Call) -> Sequence[Layouts]:
     call.unify(query[-1], value[-1])
     call.unify(key[-2], value[-2])
     call.renormalise(key[-2], "a softmax over these positions")
+    if call.arguments.get("is_causal"):
+        for layout in (query[-2], key[-2]):
+            call.fix(layout, "positions are compared by number")
     result = [*query[:-1], value[-1]]
     mask = next(
         (

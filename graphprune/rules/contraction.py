@@ -16,10 +16,9 @@ MATMUL = pattern("m k, k n -> m n", aten.mm)
 BATCHED = pattern("b m k, b k n -> b m n", aten.bmm)
 pattern("m k, k -> m", aten.mv)
 pattern("k, k -> ", aten.dot, aten.vdot)
-pattern("*b i, o i, o? -> *b o")
 pattern("0 d, *b -> *b d", aten.embedding)
-pattern("0 d, *n, *m -> b d", aten._embedding_bag, aten._embedding_bag_forward_only)
 
+BAG = Pattern.parse("0 d, *n, *m, *w -> b d")
 CONVOLUTION = Pattern.parse("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t")
 TRANSPOSED = Pattern.parse("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t")
 
@@ -27,7 +26,15 @@ TRANSPOSED = Pattern.parse("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t")
 @rule(aten.convolution)
 def convolution(call: Call) -> Sequence[Layouts]:
     """Sum over the input channels of each group; a transposed weight has its channels exchanged."""
-    return (TRANSPOSED if call["transposed"] else CONVOLUTION)(call)
+    found = TRANSPOSED if call["transposed"] else CONVOLUTION
+    return found.apply(call, call.tensors, {"g": call["groups"]})
+
+
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(call: Call) -> Sequence[Layouts]:
+    """Sum, average or take the largest of the vectors of each bag; the last also says which."""
+    (bags,) = BAG(call)
+    return [bags, [], [], bags]
 
 
 @rule(aten.addmm, aten.baddbmm)

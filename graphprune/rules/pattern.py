@@ -8,7 +8,7 @@ one side only is an extent (a kernel window, a spatial size): it is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -81,13 +81,19 @@ class Pattern:
         ]
         return self.apply(call, arguments)
 
-    def apply(self, call: Call, tensors: Sequence[Tensor | None]) -> Sequence[Layouts]:
-        """Do the same for operands that are given one by one."""
+    def apply(
+        self,
+        call: Call,
+        tensors: Sequence[Tensor | None],
+        sizes: Mapping[str, int] | None = None,
+    ) -> Sequence[Layouts]:
+        """Do the same for operands that are given one by one, some names having known sizes."""
         match = _Match(
             call,
             {operand.star for operand in self.operands if operand.star}
             & {result.star for result in self.results if result.star},
         )
+        match.names.update({name: Axis(size) for name, size in (sizes or {}).items()})
         present = [
             (operand, call.layouts_of(tensor))
             for operand, tensor in zip(self.operands, tensors, strict=False)

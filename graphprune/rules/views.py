@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -28,7 +29,12 @@ aten = torch.ops.aten
 def view(call: Call) -> Sequence[Layouts]:
     """Regroup the row-major product of the dimensions."""
     reason = call.why("a reshape that cuts across channels")
-    return [regroup(call.layouts("self"), list(call.outputs[0].shape), reason)]
+    layouts, shape = call.layouts("self"), list(call.outputs[0].shape)
+    if prod(map(size_of, layouts)) != prod(shape):  # bytes read as numbers of another width
+        for layout in layouts:
+            call.fix(layout, reason.why)
+        return [[call.fixed(size, reason.why) for size in shape]]
+    return [regroup(layouts, shape, reason)]
 
 
 @rule(aten.permute)
