@@ -155,6 +155,8 @@ def _sizes(name: str) -> Callable[[_Site], None]:
     """Return the rewrite of operators that take the sizes of their result."""
 
     def rewrite(site: _Site) -> None:
+        if name not in site.arguments:  # an overload that takes no sizes, as view.dtype
+            return
         sizes = site.arguments[name]
         layouts = site.output[len(site.output) - len(sizes) :]
         site.set(name, [site.resized(s, layout) for s, layout in zip(sizes, layouts, strict=True)])
@@ -180,7 +182,10 @@ def _pieces(site: _Site) -> None:
 
 def _slice(site: _Site) -> None:
     layout = site.layouts("self")[site.arguments["dim"]]
-    if not site.is_cut(layout) or site.arguments["step"] != 1:
+    if not site.is_cut(layout):
+        return
+    if site.arguments["step"] != 1:
+        site.set("start", slice(site.arguments["start"], None).indices(size_of(layout))[0])
         return
     given = site.arguments["start"], site.arguments["end"]
     if not all(bound is None or isinstance(bound, int) for bound in given):
@@ -199,6 +204,16 @@ def _select(site: _Site) -> None:
     index = site.arguments["index"]
     if site.is_cut(layout) and isinstance(index, int):
         site.set("index", _kept_before(site, layout, index % size_of(layout)))
+
+
+def _squeeze(site: _Site) -> None:
+    layouts = site.layouts("self")
+    if not any(map(site.is_cut, layouts)):
+        return
+    named = site.arguments.get("dim", list(range(len(layouts))))
+    named = [named] if isinstance(named, int) else named
+    ones = [dim for dim in named if size_of(layouts[dim]) == 1]
+    site.replace_by(aten.squeeze.dims, (site.arguments["self"], ones))
 
 
 def _narrow(site: _Site) -> None:
@@ -301,6 +316,7 @@ _REWRITES: dict[Any, Callable[[_Site], None]] = {
     aten.as_strided: _as_it_lies,
     aten.slice: _slice,
     aten.select: _select,
+    aten.squeeze: _squeeze,
     aten.narrow: _narrow,
     aten.repeat: _repeat_by("repeats"),
     aten.tile: _repeat_by("dims"),
