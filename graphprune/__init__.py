@@ -9,7 +9,6 @@ from graphprune.errors import (
     GraphPruneWarning,
     InvalidRequestError,
     PlanError,
-    UnknownOperatorError,
     VerificationError,
 )
 from graphprune.groups import DependencyGraph, Group, analyze
@@ -36,7 +35,6 @@ __all__ = [
     "Plan",
     "PlanError",
     "Slimmed",
-    "UnknownOperatorError",
     "VerificationError",
     "analyze",
     "compare",

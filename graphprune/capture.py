@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -146,23 +145,7 @@ def _runs_without_data(model: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A graph of a model.
-
-    Attributes:
-        graph_module: calls ATen operators; its parameters are the model's own tensors under their names.
-        route: "torch.export" or "given".
-        batch_free: whether it runs at another batch size.
-
-    """
-
-    graph_module: fx.GraphModule
-    route: str
-    batch_free: bool
-
-
-def capture(model: nn.Module, inputs: Inputs) -> Captured:
+def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Return a graph of the model that gives what the model gives, checked on the inputs.
 
     The graph follows `.train()` and `.eval()`: dropout and batch norm read the module's own flag.
@@ -186,7 +169,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
         except Exception as failure:
             problems.append(f"  {name}: {type(failure).__name__}: {str(failure).splitlines()[0:1]}")
             continue
-        return Captured(graph_module, "torch.export", free)
+        return graph_module
     raise CaptureError(
         f"{type(model).__name__} cannot be traced by torch.export:\n" + "\n".join(problems)
     )

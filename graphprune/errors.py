@@ -13,10 +13,6 @@ class CaptureError(GraphPruneError):
     """A model could not be run or traced on its example inputs."""
 
 
-class UnknownOperatorError(GraphPruneError, LookupError):
-    """Operators have no rule, and the caller asked that this be an error."""
-
-
 class PlanError(GraphPruneError, LookupError):
     """A plan names groups or slots that the model does not have."""
 

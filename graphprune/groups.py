@@ -12,7 +12,6 @@ from torch import nn
 
 from graphprune.errors import InvalidRequestError
 from graphprune.inference import Inference, Value, infer
-from graphprune.inputs import Inputs
 from graphprune.layout import (
     Axis,
     Concat,
@@ -264,6 +263,3 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
 
     module, inputs = prepared(model, example_inputs)
     return DependencyGraph(infer(module, inputs))
-
-
-__all__ = ["DependencyGraph", "Fixed", "Group", "Inputs", "Member", "analyze"]

@@ -83,7 +83,7 @@ def program_of(model: Any, example_inputs: Any) -> Program:
     module, inputs = prepared(model, example_inputs)
     if is_aten_graph(module):
         return Program(cast(fx.GraphModule, shared_copy(module)), inputs)
-    return Program(capture(module, inputs).graph_module, inputs)
+    return Program(capture(module, inputs), inputs)
 
 
 @dataclass(frozen=True)

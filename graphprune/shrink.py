@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.inference import Inference, Step
-from graphprune.layout import Axis, Layout, Mask, can_split, kept_size, mask_of, size_of, split
+from graphprune.layout import Axis, Layout, Mask, can_split, kept_size, mask_of, split
 from graphprune.state import copy_with
 
 aten = torch.ops.aten
@@ -130,5 +130,3 @@ _UPDATES: dict[type[nn.Module], Callable[[Any, Step | None, Mapping[Axis, int]],
     nn.RNNCellBase: _recurrent_cell,
     nn.Bilinear: _bilinear,
 }
-
-__all__ = ["kept_groups", "shrunk", "size_of", "sliced"]

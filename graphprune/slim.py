@@ -193,7 +193,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
     try:
         module = job.module
         if not is_aten_graph(module):
-            module = capture(module, job.inputs).graph_module
+            module = capture(module, job.inputs)
     except GraphPruneError as failure:
         raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
     graph = DependencyGraph(infer(module, job.inputs))
