@@ -17,6 +17,7 @@ from torch import nn
 from graphprune.inference import Inference, Step, infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
+from graphprune.rules.recurrent import GATES
 
 aten = torch.ops.aten
 
@@ -68,6 +69,10 @@ def _mac_terms(step: Step) -> Iterator[list[Layout]]:
         yield [*step.outputs[0].layouts, step.inputs[0].layouts[-1]]
     elif packet in (aten.addmm, aten.baddbmm):
         yield [*step.outputs[0].layouts, step.inputs[1].layouts[-1]]
+    elif packet in GATES:  # each matrix of each layer meets each step of each sequence
+        positions = step.inputs[0].layouts[:-1]
+        matrices = (value.layouts for value in step.inputs[1:] if len(value.layouts) == 2)
+        yield from ([*positions, *matrix] for matrix in matrices)
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:

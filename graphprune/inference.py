@@ -17,6 +17,7 @@ from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Reason, fix, size_of
 from graphprune.rules import Call, Layouts, Rule, bind_arguments, is_in_place, tensors_in
+from graphprune.rules.recurrent import GATES, on_one_step
 from graphprune.state import as_double, copy_with, named_tensors
 
 UNKNOWN = "an operator without a rule"
@@ -140,6 +141,13 @@ class LayoutInference(Interpretation):
             Step(func, call.reason, inputs, values, recorded, call.renormalises)
         )
         return result
+
+    def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the operator; a recurrent one without data runs for one step of time."""
+        if func.overloadpacket in GATES and isinstance(args[0], FakeTensor):
+            with args[0].fake_mode:
+                return on_one_step(func, args)
+        return super().run(func, args, kwargs)
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
         if rule is None:

@@ -18,12 +18,14 @@ from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphprune.inputs import Inputs
 from graphprune.layout import Reason
 from graphprune.rules import Rule, is_in_place, rule_for
+from graphprune.rules.recurrent import overload_of
 
 _LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
@@ -72,6 +74,23 @@ class Interpretation(TorchDispatchMode):
             return Reason("", name, owner, _source_of(self.node))
         path = self.module_path[-1] if self.module_path else ""
         return Reason("", name, path, _source_line())
+
+
+class _RecurrentWhole(TorchFunctionMode):
+    """Hands recurrent operators to an interpretation before torch takes them apart."""
+
+    def __init__(self, mode: Interpretation) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        whole = overload_of(func, args)
+        if whole is None:
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            return self.mode.step(whole, rule_for(whole), args, kwargs or {})
 
 
 def _doubled(tensor: Tensor) -> Tensor:
@@ -142,7 +161,7 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
         mode: sees the operators.
 
     """
-    with plain_kernels(), mode:
+    with plain_kernels(), mode, _RecurrentWhole(mode):
         if isinstance(model, fx.GraphModule):
             return _NodeByNode(model, mode).run_with(inputs)
         with _paths_recorded(model, mode.module_path):

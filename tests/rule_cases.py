@@ -394,3 +394,39 @@ for mask in (None, x(5, 7), x(2, 4, 5, 7), x(2, 1, 1, 7)):
 renormalised(_ATTEND, x(2, 4, 5, 8), x(2, 4, 7, 8), x(2, 4, 7, 8), scale=0.3)
 renormalised(_ATTEND, x(2, 6, 5, 8), x(2, 2, 7, 8), x(2, 2, 7, 8))
 exact(_ATTEND, x(2, 4, 5, 8), x(2, 4, 5, 8), x(2, 4, 5, 8), 0.0, True)
+
+# Recurrent layers: states, and for each layer and direction two matrices, two biases, a projection.
+_GATES = {aten.lstm: 4, aten.gru: 3, aten.rnn_tanh: 1, aten.rnn_relu: 1}
+
+
+def recurrent(
+    packet: Any, layers: int, both: bool, biases: bool = True, projected: int = 0, first: bool = False
+) -> None:
+    """Add calls of a recurrent operator: batch 2, 3 steps of 5 features, 6 hidden slots."""
+    directions, rows, passed = 2 if both else 1, 6 * _GATES[packet], projected or 6
+    parameters = []
+    for layer in range(layers):
+        for _ in range(directions):
+            columns = 5 if layer == 0 else passed * directions
+            parameters += [x(rows, columns), x(rows, passed)]
+            parameters += [x(rows), x(rows)] if biases else []
+            parameters += [x(passed, 6)] if projected else []
+    count = layers * directions
+    states: Any = x(count, 2, passed)
+    if packet is aten.lstm:
+        states = [states, x(count, 2, 6)]
+    options = (biases, layers, 0.0, False, both)
+    data = x(2, 3, 5) if first else x(3, 2, 5)
+    exact(packet.input, data, states, parameters, *options, first)
+    packed = (x(5, 5), torch.tensor([2, 2, 1]))
+    exact(packet.data, *packed, states, parameters, *options)
+
+
+for packet in _GATES:
+    recurrent(packet, layers=1, both=False)
+    recurrent(packet, layers=2, both=True, first=True)
+recurrent(aten.lstm, layers=2, both=False, biases=False)
+recurrent(aten.lstm, layers=2, both=True, projected=2)
+for first in (False, True):
+    data = x(2, 3, 5) if first else x(3, 2, 5)
+    exact(aten._pack_padded_sequence.default, data, torch.tensor([3, 2]), first)

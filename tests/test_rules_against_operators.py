@@ -191,8 +191,9 @@ def _restricted(tensor: Tensor, layouts: Layouts, masks: Mapping[Axis, Mask]) ->
     return tensor.clone()
 
 
-# A squeeze would drop a dimension of which one slot is left.
-_LEAST = {aten.squeeze: 2}
+# A squeeze would drop a dimension of which one slot is left; torch takes an LSTM for one without
+# projections where as many hidden slots are left as are passed on.
+_LEAST = {aten.squeeze: 2, aten.lstm: 3}
 
 
 def _draws(axes: list[Axis], seed: int, least: int) -> Iterator[dict[Axis, Mask]]:

@@ -1,0 +1,119 @@
+"""Recurrent layers, seen whole: torch would make ten operators of every time step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from graphprune.layout import Concat, Layout
+from graphprune.rules.registry import Call, Layouts, rule
+
+aten = torch.ops.aten
+
+# By operator, how many gates stand one above the other in each matrix.
+GATES = {aten.lstm: 4, aten.gru: 3, aten.rnn_tanh: 1, aten.rnn_relu: 1}
+
+
+def overload_of(function: Any, args: Sequence[Any]) -> OpOverload | None:
+    """Return the recurrent operator that a function called on these arguments is, or None.
+
+    The function is an ATen overload or the binding in `torch._VF` that `nn.LSTM` and its kin call.
+    """
+    if isinstance(function, OpOverload):
+        return function if function.overloadpacket in GATES else None
+    packet = getattr(aten, getattr(function, "__name__", ""), None)
+    if packet not in GATES or getattr(torch._VF, packet.__name__, None) is not function:
+        return None
+    packed = isinstance(args[3], (list, tuple))  # data, batch sizes, states, parameters
+    return packet.data if packed else packet.input  # type: ignore[no-any-return]
+
+
+def on_one_step(func: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Return tensors of the shapes that the operator gives; they are made by one step of time.
+
+    Raises:
+        NotImplementedError: the operator takes packed sequences, whose lengths are data.
+
+    """
+    if func._overloadname != "input":
+        raise NotImplementedError(f"{func} on tensors without data")
+    data, *others = args
+    time = 1 if args[8] else 0
+    output, *states = func(data.narrow(time, 0, 1), *others)
+    sizes = list(output.shape)
+    sizes[time] = data.shape[time]
+    return output.new_empty(sizes), *states
+
+
+@rule(*(getattr(packet, form) for packet in GATES for form in ("input", "data")))
+def recurrent(call: Call) -> Sequence[Layouts]:
+    """Let every layer and direction share one hidden axis, as `hidden_size` says once for all.
+
+    A hidden slot whose rows, columns and biases are zero stays at zero through time: every gate then
+    multiplies a candidate of tanh(0) or a state that began at zero. With a projection (`proj_size`),
+    the slots that layers pass on are another axis.
+    """
+    if "batch_sizes" in call.arguments:
+        positions, features = call.layouts("data")
+        around, ordered = [positions], [positions, *call.layouts("batch_sizes")]
+    else:
+        *around, features = call.layouts("input")
+        time, batch = around[::-1] if call["batch_first"] else around
+        ordered = [time]
+    for layout in ordered:
+        call.fix(layout, "steps of time, taken one by one")
+    given = call["hx"]
+    states = [call.layouts_of(state) for state in ([given] if isinstance(given, Tensor) else given)]
+    for layers, its_batch, _ in states:
+        call.fix(layers, "a state for each layer and direction")
+        if len(around) == 1:
+            call.fix(its_batch, "sequences of different lengths")
+        else:
+            call.unify(its_batch, batch)
+    made = _through_layers(call, features, passed=states[0][2], hidden=states[-1][2])
+    return [[*around, made], *states]
+
+
+def _through_layers(call: Call, features: Layout, passed: Layout, hidden: Layout) -> Layout:
+    """Unify the parameters of all layers; return what the last of them makes of the features."""
+    projected = call.func.overloadpacket is aten.lstm and _sizes_differ(call)
+    if not projected:
+        call.unify(passed, hidden)
+    gates = Concat((hidden,) * GATES[call.func.overloadpacket])
+    parameters = iter(call.layouts_of(parameter) for parameter in call["params"])
+    directions = 2 if call["bidirectional"] else 1
+    for _ in range(call["num_layers"]):
+        for _ in range(directions):
+            for columns in (features, passed):
+                rows, its_columns = next(parameters)
+                call.unify(rows, gates)
+                call.unify(its_columns, columns)
+            for _ in range(2 if call["has_biases"] else 0):
+                call.unify(next(parameters)[0], gates)
+            if projected:
+                rows, its_columns = next(parameters)
+                call.unify(rows, passed)
+                call.unify(its_columns, hidden)
+        features = Concat((passed,) * directions)
+    return features
+
+
+def _sizes_differ(call: Call) -> bool:
+    """Say whether there are projections: one parameter more for each layer and direction."""
+    directions = 2 if call["bidirectional"] else 1
+    plain = 4 if call["has_biases"] else 2
+    return len(call["params"]) > plain * directions * call["num_layers"]
+
+
+@rule(aten._pack_padded_sequence)
+def pack(call: Call) -> Sequence[Layouts]:
+    """Lay the steps of all sequences in one row, and count the sequences that reach each step."""
+    *positions, features = call.layouts("input")
+    for layout in (*positions, *call.layouts("lengths")):
+        call.fix(layout, "sequences of different lengths")
+    row, steps = (call.fixed(o.shape[0], "sequences of different lengths") for o in call.outputs)
+    return [[row, features], [steps]]
