@@ -400,7 +400,12 @@ _GATES = {aten.lstm: 4, aten.gru: 3, aten.rnn_tanh: 1, aten.rnn_relu: 1}
 
 
 def recurrent(
-    packet: Any, layers: int, both: bool, biases: bool = True, projected: int = 0, first: bool = False
+    packet: Any,
+    layers: int,
+    both: bool,
+    biases: bool = True,
+    projected: int = 0,
+    first: bool = False,
 ) -> None:
     """Add calls of a recurrent operator: batch 2, 3 steps of 5 features, 6 hidden slots."""
     directions, rows, passed = 2 if both else 1, 6 * _GATES[packet], projected or 6

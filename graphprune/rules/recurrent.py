@@ -80,7 +80,7 @@ def recurrent(call: Call) -> Sequence[Layouts]:
 
 def _through_layers(call: Call, features: Layout, passed: Layout, hidden: Layout) -> Layout:
     """Unify the parameters of all layers; return what the last of them makes of the features."""
-    projected = call.func.overloadpacket is aten.lstm and _sizes_differ(call)
+    projected = _is_projected(call)
     if not projected:
         call.unify(passed, hidden)
     gates = Concat((hidden,) * GATES[call.func.overloadpacket])
@@ -102,11 +102,11 @@ def _through_layers(call: Call, features: Layout, passed: Layout, hidden: Layout
     return features
 
 
-def _sizes_differ(call: Call) -> bool:
+def _is_projected(call: Call) -> bool:
     """Say whether there are projections: one parameter more for each layer and direction."""
-    directions = 2 if call["bidirectional"] else 1
-    plain = 4 if call["has_biases"] else 2
-    return len(call["params"]) > plain * directions * call["num_layers"]
+    cells: int = call["num_layers"] * (2 if call["bidirectional"] else 1)
+    count = len(call["params"])
+    return count > cells * (4 if call["has_biases"] else 2)
 
 
 @rule(aten._pack_padded_sequence)
