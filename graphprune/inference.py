@@ -16,9 +16,19 @@ from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Reason, fix, size_of
-from graphprune.rules import Call, Layouts, Rule, bind_arguments, is_in_place, tensors_in
+from graphprune.rules import (
+    Call,
+    Layouts,
+    Rule,
+    bind_arguments,
+    is_in_place,
+    rule_for,
+    tensors_in,
+)
 from graphprune.rules.recurrent import GATES, on_one_step
 from graphprune.state import as_double, copy_with, named_tensors
+
+aten = torch.ops.aten
 
 UNKNOWN = "an operator without a rule"
 
@@ -94,7 +104,7 @@ class LayoutInference(Interpretation):
         super().__init__()
         self.found = Inference()
         self.values: Any = WeakTensorKeyDictionary()
-        self.read: set[int] = set()
+        self.in_training = False
 
     def declare(self, tensor: Tensor, layouts: Layouts, source: str | int) -> Value:
         """Give a tensor its layouts."""
@@ -150,6 +160,12 @@ class LayoutInference(Interpretation):
         return super().run(func, args, kwargs)
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
+        if (
+            self.in_training
+            and torch.Tag.nondeterministic_seeded in call.func.tags
+            and call.tensors
+        ):
+            rule = rule_for(aten.add.Tensor)  # dropout: nothing is compared, so chance does no harm
         if rule is None:
             self.found.unknown.append(call.reason)
             return _opaque(call, UNKNOWN)
@@ -205,6 +221,8 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
     try:
         with fake:
             return _infer(fake_model, fake_inputs)
+    except CaptureError:
+        raise
     except Exception as failure:
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
             raise _not_runnable(model, inputs, failure) from failure
@@ -215,6 +233,8 @@ def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
     real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
     try:
         return _infer(real_model, inputs.map(as_double))
+    except CaptureError:
+        raise
     except Exception as failure:
         raise _not_runnable(model, inputs, failure) from failure
 
@@ -258,19 +278,68 @@ def _infer(model: nn.Module, inputs: Inputs) -> Inference:
         found.inputs[name] = mode.declare(
             tensor, [Axis(n, why) for n in tensor.shape], name
         ).layouts
-    model.eval()
-    output = interpret(model, inputs, mode)
-    for name, tensor in output_tensors(output):
-        found.outputs[name] = mode.layouts_of(tensor)
-        for layout in found.outputs[name]:
-            fix(layout, Reason("a dimension of the model's output", name))
-    _fix_unused(model, found)
+    _run(model.eval(), inputs, mode)
+    read = _read(found)
+    read |= _follow_replaced(model, mode, read)
+    if found.trainable - read and not isinstance(model, fx.GraphModule):
+        read |= _read_in_training(model, inputs, mode)
+    _fix_unused(found, read)
     return found
 
 
-def _fix_unused(model: nn.Module, found: Inference) -> None:
+def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
+    outputs = list(output_tensors(interpret(model, inputs, mode)))
+    if not outputs:
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensors that can be found; let it return tensors, or "
+            "tuples, lists, dicts or dataclasses of them"
+        )
+    for name, tensor in outputs:
+        mode.found.outputs[name] = mode.layouts_of(tensor)
+        for layout in mode.found.outputs[name]:
+            fix(layout, Reason("a dimension of the model's output", name))
+
+
+def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) -> set[str]:
+    """Describe attributes that the run replaced (masked weights, say) by what stands there now."""
+    parameters, followed = mode.found.parameters, set()
+    for name, tensor in named_tensors(model).items():
+        now = mode.values.get(tensor)
+        if now is None or name in read or now.source == name or name not in parameters:
+            continue
+        if list(map(size_of, now.layouts)) == list(map(size_of, parameters[name])):
+            parameters[name] = now.layouts
+            followed.add(name)
+    return followed
+
+
+def _read(found: Inference) -> set[str]:
+    """Return the names of parameters, buffers and attributes that the recorded operators read."""
+    sources = (value.source for step in found.steps for value in step.inputs)
+    return {source for source in sources if isinstance(source, str)}
+
+
+def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> set[str]:
+    """Tie what only training reads (an auxiliary head, say) to its surroundings; return what is read.
+
+    No step of this run is kept: the slim model is described and compared as it is in evaluation. A
+    model that does not train on these inputs is left as it was found.
+    """
+    found = mode.found
+    steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
+    mode.in_training = True
+    try:
+        _run(model.train(), inputs, mode)
+        return _read(found)
+    except Exception:
+        return set()
+    finally:
+        del found.steps[steps:], found.unknown[unknown:]
+        found.outputs = outputs
+
+
+def _fix_unused(found: Inference, read: set[str]) -> None:
     """Fix what no operator read: nothing is known of what it would have to fit."""
-    read = {value.source for step in found.steps for value in step.inputs}
     for name, layouts in found.parameters.items():
         if name not in read:
             found.unused.append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -13,6 +14,7 @@ from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
 from graphprune.errors import (
     GraphPruneError,
+    GraphPruneWarning,
     InvalidRequestError,
     OtherOperatorsError,
     VerificationError,
@@ -179,6 +181,8 @@ def as_module(job: Job) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     seen = _checked(job, job.module, slimmer, plan, graph)
+    if masks:
+        _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
     return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
 
 
@@ -204,7 +208,21 @@ def as_graph(job: Job, why: str) -> Slimmed:
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
     seen = _checked(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)
+    if module is not job.module:
+        _warn_of_unused(graph, "the graph holds them but has no code that uses them")
     return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
+
+
+def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
+    names = [name for name in graph.inference.unused if name in graph.inference.trainable]
+    if names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        warnings.warn(
+            f"the example inputs reach no operator that reads {len(names)} parameters ({listed}): "
+            f"{consequence}; pass example_inputs that reach them if you need them",
+            GraphPruneWarning,
+            stacklevel=4,
+        )
 
 
 def _checked(
@@ -217,4 +235,6 @@ def _checked(
         return verify(module, slimmer, job.inputs, graph.inference, plan.masks(graph))
     except OtherOperatorsError:
         on_data = DependencyGraph(infer(module, job.inputs, with_data=True))
-        return verify(module, slimmer, job.inputs, on_data.inference, plan.masks(on_data))
+        return verify(
+            module, slimmer, job.inputs, on_data.inference, plan.masks(on_data), as_it_is=True
+        )

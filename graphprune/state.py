@@ -59,6 +59,8 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in memo:
             value = replace(name, tensor)
+            if value is None and not tensor.is_leaf:  # computed from others, as old-style masks are
+                value = tensor.detach().clone()
             if value is not None:
                 memo[id(tensor)] = _like(tensor, value)
     try:

@@ -4,10 +4,14 @@ The original is run operator by operator in float64. Every removed entry of a pa
 and every removed slot of what an operator makes, is set to zero; an operator that takes a statistic
 along a cut axis is given the kept slots alone. Its result, without the removed slots, must be the
 slim model's. Slicing and rewritten literals play no part on this side, so they are what is checked.
+
+A parameter that is zero everywhere (a residual branch before its training) would hide whatever it
+multiplies, so both sides take another constant for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +21,12 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import GraphPruneError, OtherOperatorsError, VerificationError
+from graphprune.errors import (
+    GraphPruneError,
+    InvalidRequestError,
+    OtherOperatorsError,
+    VerificationError,
+)
 from graphprune.inference import Inference, Step, Value
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
@@ -25,7 +34,7 @@ from graphprune.layout import Axis, Layout, Mask, mask_of, touches
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import as_double, copy_with
+from graphprune.state import as_double, copy_with, parameter_names
 
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
@@ -142,29 +151,64 @@ def verify(
     inputs: Inputs,
     inference: Inference,
     masks: Mapping[Axis, Mask],
+    *,
+    as_it_is: bool = False,
 ) -> Verification:
     """Compare a slim model with the silenced original in float64.
 
+    Args:
+        model: the original.
+        slimmer: the slim model.
+        inputs: what both are run on.
+        inference: the layouts of the original's tensors.
+        masks: which slots of each cut axis stay.
+        as_it_is: leave parameters that are zero everywhere at zero, for a model whose control flow
+            depends on them.
+
     Raises:
         VerificationError: they differ by more than rounding, or the slim model does not run.
+        InvalidRequestError: the inputs give no finite number to compare.
 
     """
-    expected = silenced_outputs(model, inputs, inference, masks)
-    found = _slim_outputs(slimmer, inputs)
+    constants = {} if as_it_is else _constants_for_zeros(model)
+    expected = silenced_outputs(model, inputs, inference, masks, constants)
+    _check_comparable(model, expected)
+    found = _slim_outputs(slimmer, inputs, constants)
     worst = 0.0
     for (name, wanted), (_, given) in zip(expected, found, strict=True):
         worst = max(worst, _difference(name, wanted, given))
     return Verification(worst, len(expected))
 
 
+def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
+    """Return, for each parameter that is zero everywhere, a constant of the usual size of weights."""
+    return {
+        name: max(1, math.prod(parameter.shape[1:])) ** -0.5
+        for name, parameter in parameter_names(model).items()
+        if parameter.is_floating_point() and not parameter.detach().any()
+    }
+
+
+def _check_comparable(model: nn.Module, outputs: list[tuple[str, Tensor]]) -> None:
+    if not any(bool(torch.isfinite(tensor).any()) for _, tensor in outputs if tensor.numel()):
+        raise InvalidRequestError(
+            f"{type(model).__name__} gives no finite number on the example inputs, so there is nothing "
+            "to compare; pass other example_inputs, or verify=False to leave the result unchecked"
+        )
+
+
 def silenced_outputs(
-    model: nn.Module, inputs: Inputs, inference: Inference, masks: Mapping[Axis, Mask]
+    model: nn.Module,
+    inputs: Inputs,
+    inference: Inference,
+    masks: Mapping[Axis, Mask],
+    constants: Mapping[str, float],
 ) -> list[tuple[str, Tensor]]:
     """Return the outputs of the original, in float64, with the removed slots silenced."""
     mode = Silencing(inference, masks)
 
     def silent(name: str, tensor: Tensor) -> Tensor:
-        double = as_double(tensor.detach()).clone()
+        double = _in_double(name, tensor, constants)
         mode._silence(double, Value(inference.parameters[name], name))
         return double
 
@@ -180,8 +224,15 @@ class _InDouble(Interpretation):
         return self.run(func, args, kwargs)
 
 
-def _slim_outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
-    double = copy_with(slimmer, lambda _, tensor: as_double(tensor.detach()).clone()).eval()
+def _in_double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
+    double = as_double(tensor.detach()).clone()
+    return double.fill_(constants[name]) if name in constants else double
+
+
+def _slim_outputs(
+    slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float]
+) -> list[tuple[str, Tensor]]:
+    double = copy_with(slimmer, lambda name, tensor: _in_double(name, tensor, constants)).eval()
     try:
         return list(output_tensors(interpret(double, inputs.map(as_double), _InDouble())))
     except GraphPruneError:

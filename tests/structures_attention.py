@@ -103,6 +103,23 @@ register(
     both(sequence, normal(9, 20, seed=2)),
 )
 
+
+@structure(both(sequence, lambda: (torch.tensor([[0] * 7, [0] * 5 + [1] * 2]),)))
+class EncoderMasked(nn.Module):
+    """Torch's fused encoder, which is not traced, leaves zeros at padded positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.last = (
+            nn.TransformerEncoder(encoder_layer(False, True), 2),
+            nn.Linear(20, 6),
+        )
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        x = self.encoder(x, src_key_padding_mask=padding.bool())
+        return self.last(x).view(x.shape[0], 42)
+
+
 # -------------------------------------------------------------------------- attention, by hand
 
 

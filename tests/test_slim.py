@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
 
 import graphprune as gp
 from graphprune.inputs import call, output_tensors
@@ -52,6 +53,37 @@ class Net(nn.Module):
         x = F.relu(self.norm(self.first(x)))
         x = (x + self.second(x)).mean((2, 3))
         return self.head(self.drop(x.view(-1, 32) if self.literal else x))
+
+
+class Applied(nn.Module):
+    """Two linear layers and a function of what they give."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 3))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.layers(x))
+
+
+class Auxiliary(Net):
+    """A second head that runs in training alone, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)
+        )
+        self.second_head = nn.Linear(16, 10)
+        self.never = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.norm(self.first(x))
+        logits = self.head((features + self.second(features)).mean((2, 3)))
+        if not self.training:
+            return logits
+        return logits, self.second_head(self.branch(features).flatten(1))
 
 
 @pytest.fixture
@@ -282,6 +314,13 @@ def test_a_ratio_outside_its_range_is_refused(ratio: Any) -> None:
         (nn.Linear(3, 4), 7, "example_inputs must be a tensor"),
         (nn.Bilinear(2, 3, 4), None, "needs example_inputs"),
         (nn.LazyLinear(3), torch.randn(2, 5), "have no shape yet"),
+        (Applied(lambda x: {x}), torch.randn(2, 3), "returns no tensors"),
+        (Applied(lambda x: x / 0), torch.randn(2, 3), "no finite number .* verify=False"),
+        (
+            nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 3))),
+            torch.randn(2, 3),
+            "1 is a TorchScript module",
+        ),
     ],
 )
 def test_bad_models_and_inputs_get_a_clear_error(model: Any, inputs: Any, words: str) -> None:
@@ -334,3 +373,49 @@ def test_a_wrong_slice_is_caught_by_verification(images: Tensor, monkeypatch: An
     monkeypatch.setattr(shrink, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Net(), 0.5, images, form="module")
+
+
+@pytest.mark.filterwarnings("default::graphprune.GraphPruneWarning")
+def test_what_only_training_reads_is_cut_along_and_what_nothing_reads_is_named(
+    images: Tensor,
+) -> None:
+    with pytest.warns(gp.GraphPruneWarning, match=r"2 parameters \(never.weight, never.bias\)"):
+        slimmer = gp.slim(Auxiliary(), 0.5, images, form="module")
+    assert slimmer.branch[0].weight.shape == (8, 16, 1, 1)
+    assert [output.shape for output in slimmer.train()(images)] == [(2, 10), (2, 10)]
+    with pytest.warns(gp.GraphPruneWarning, match="no code that uses them"):
+        gp.slim(Auxiliary(), 0.5, images, form="graph")
+
+
+def test_a_weight_that_a_hook_makes_is_described_as_it_is_made() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for layer in (model[0], model[2]):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    slimmer = gp.slim(model, 0.5)
+    assert (slimmer[0].out_features, slimmer[2].in_features) == (8, 8)
+    assert slimmer[0].weight.shape == slimmer[0].weight_mask.shape == (8, 8)
+
+
+def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
+    monkeypatch: Any,
+) -> None:
+    from graphprune import shrink
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 4)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.gate * self.outer(self.inner(x)))
+
+    def wrong(tensor: Tensor, layouts: Any, masks: Any) -> Tensor | None:
+        result = right(tensor, layouts, masks)
+        return None if result is None else result.flip(0)
+
+    right = shrink.sliced
+    gp.slim(Branch(), 0.5)
+    monkeypatch.setattr(shrink, "sliced", wrong)
+    with pytest.raises(gp.VerificationError, match="differs by"):
+        gp.slim(Branch(), 0.5, form="module")
