@@ -26,7 +26,7 @@ from graphprune.rules import (
     tensors_in,
 )
 from graphprune.rules.recurrent import GATES, on_one_step
-from graphprune.state import as_double, copy_with, named_tensors
+from graphprune.state import as_double, copy_with, double_of, named_tensors
 
 aten = torch.ops.aten
 
@@ -241,7 +241,7 @@ def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
 
 def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     """Return a tensor of the same shape on the CPU that holds no data, a parameter for a parameter."""
-    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    dtype = double_of(tensor.dtype)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     if strides is None:
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")

@@ -26,8 +26,8 @@ from graphprune.inputs import Inputs
 from graphprune.layout import Reason
 from graphprune.rules import Rule, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
+from graphprune.state import as_double, double_of
 
-_LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
 
@@ -64,7 +64,7 @@ class Interpretation(TorchDispatchMode):
         result = func(*args, **kwargs)
         if is_in_place(func) or func.is_view:
             return result
-        return pytree.tree_map_only(Tensor, _doubled, result)
+        return pytree.tree_map_only(Tensor, as_double, result)
 
     def place(self, func: OpOverload) -> Reason:
         """Return where the current call stands: operator, module path and source line."""
@@ -93,14 +93,10 @@ class _RecurrentWhole(TorchFunctionMode):
             return self.mode.step(whole, rule_for(whole), args, kwargs or {})
 
 
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64) if tensor.dtype in _LOW_PRECISION else tensor
-
-
 def _in_double(func: OpOverload, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("dtype") in _LOW_PRECISION:
-        return {**kwargs, "dtype": torch.float64}
-    return kwargs
+    if kwargs.get("dtype") is None:
+        return kwargs
+    return {**kwargs, "dtype": double_of(kwargs["dtype"])}
 
 
 def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:

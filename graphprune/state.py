@@ -76,12 +76,19 @@ def _like(original: Tensor, value: Tensor) -> Tensor:
     """Return the value as a parameter if the original is one, with the attributes users gave it."""
     if not isinstance(original, nn.Parameter) or isinstance(value, nn.Parameter):
         return value
-    trains = original.requires_grad and value.is_floating_point()
+    trains = original.requires_grad and (value.is_floating_point() or value.is_complex())
     parameter = nn.Parameter(value.detach(), requires_grad=trains)
     parameter.__dict__.update(original.__dict__)
     return parameter
 
 
+def double_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of double precision for a floating-point or complex one, any other as it is."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def as_double(tensor: Tensor) -> Tensor:
-    """Return a floating-point tensor in float64, any other as it is."""
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+    """Return a floating-point or complex tensor in double precision, any other as it is."""
+    return tensor.to(double_of(tensor.dtype))

@@ -249,6 +249,8 @@ def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
         raise VerificationError(
             f"{name} of the slim model has shape {list(given.shape)}, not {list(wanted.shape)}"
         )
+    if wanted.is_complex() and given.is_complex():
+        wanted, given = torch.view_as_real(wanted), torch.view_as_real(given)
     if not wanted.is_floating_point():
         if not torch.equal(wanted, given):
             count = int((wanted != given).sum())

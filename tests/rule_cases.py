@@ -190,7 +190,7 @@ for get in (aten.index.Tensor, aten._unsafe_index.Tensor):
     exact(get, x(5, 4, 3, 6), [None, whole(4, 2), whole(3, 2)])
     exact(get, x(5, 4, 3, 6), [None, whole(4, 2), None, whole(6, 2)])
     exact(get, x(5, 4, 3, 6), [whole(5, 2), None, whole(3, 2)])
-fixed(aten.index.Tensor, x(5, 4), [torch.tensor([True, False, True, True, False])])
+exact(aten.index.Tensor, x(5, 4), [torch.tensor([True, False, True, True, False])])
 for put in (aten.index_put, aten._index_put_impl, aten._unsafe_index_put):
     exact(put.default, x(5, 4), [whole(5, 3)], x(3, 4))
     exact(put.default, x(5, 4), [whole(5, 3)], x(3, 4), True)
@@ -435,3 +435,60 @@ recurrent(aten.lstm, layers=2, both=True, projected=2)
 for first in (False, True):
     data = x(2, 3, 5) if first else x(3, 2, 5)
     exact(aten._pack_padded_sequence.default, data, torch.tensor([3, 2]), first)
+
+# Complex numbers and transforms.
+pairs = torch.view_as_complex(x(4, 6, 2))
+exact(aten.view_as_complex.default, x(4, 6, 2))
+exact(aten.view_as_real.default, pairs)
+exact(aten._conj.default, pairs)
+exact(aten._neg_view.default, x(4, 6))
+exact(aten._fft_r2c.default, x(4, 6), [1], 0, True)
+exact(aten._fft_c2c.default, pairs, [0], 0, True)
+exact(aten._fft_c2r.default, pairs, [1], 0, 10)
+fixed(aten._fft_r2c.default, x(4, 6), [0, 1], 0, True)
+
+# Distances, products of three, and other sums of products.
+exact(aten._cdist_forward.default, x(4, 6), x(5, 6), 2.0, None)
+exact(aten._cdist_forward.default, x(3, 4, 6), x(3, 5, 6), 1.0, None)
+exact(aten._cdist_forward.default, x(3, 1, 4, 6), x(2, 5, 6), 3.0, None)
+exact(aten._trilinear.default, x(4, 5), x(6, 5, 7), x(4, 7), [1, 3], [0], [1, 2], [2, 3])
+exact(aten.conv_tbc.default, x(9, 2, 6), x(3, 6, 5), x(5), 1)
+exact(aten.rrelu_with_noise.default, x(4, 6), x(4, 6), 0.1, 0.3, False)
+
+# Writing by number and by mask.
+exact(aten.index_add.default, x(4, 6), 0, whole(4, 3), x(3, 6), alpha=2)
+exact(aten.index_add.default, x(4, 6), -1, whole(6, 3), x(4, 3))
+exact(aten.index_copy.default, x(4, 6), 1, torch.tensor([2, 0, 5]), x(4, 3))
+exact(aten.index_reduce.default, x(4, 6), 0, whole(4, 3), x(3, 6), "amax")
+exact(aten.index_fill.int_Scalar, x(4, 6), 0, whole(4, 3), 2.0)
+exact(aten.index_fill.int_Tensor, x(4, 6), 1, whole(6, 3), x())
+exact(aten.index.Tensor, x(4, 5, 6), [bits(4)])
+exact(aten.index.Tensor, x(4, 5, 6), [None, bits(5, 6)])
+exact(aten.index.Tensor, x(4, 5, 6), [bits(4, 5)])
+fixed(aten.index.Tensor, x(4, 5), [bits(4, 5)])
+exact(aten.index_put.default, x(4, 5, 6), [bits(4, 5)], x())
+exact(aten.index_put.default, x(4, 6), [torch.tensor([True, False, True, True])], x(3, 6))
+exact(aten.masked_scatter.default, x(4, 6), bits(4, 1).expand(4, 6), x(9, 6))
+exact(aten.masked_scatter.default, x(3, 4, 6), bits(4, 1), x(12, 6))
+fixed(aten.masked_scatter.default, x(4, 6), bits(4, 6), x(9, 6))
+fixed(aten.masked_scatter.default, x(4, 6), bits(4, 1).expand(4, 6), x(54))
+
+# Slots that the values decide.
+for func, *others in (
+    (aten.nonzero.default,),
+    (aten._unique2.default,),
+    (aten.unique_dim.default, 0),
+    (aten.unique_consecutive.default,),
+    (aten.histc.default,),
+    (aten.masked_select.default, bits(4, 6)),
+):
+    fixed(func, x(4, 6), *others)
+fixed(aten.bincount.default, whole(5, 9))
+fixed(aten.searchsorted.Tensor, torch.arange(6.0), x(4))
+fixed(aten.repeat_interleave.Tensor, whole(3, 6))
+fixed(aten.multinomial.default, positive(4, 6), 1)
+
+pooled, places = aten.max_pool2d_with_indices(x(2, 4, 6, 6), [2, 2])
+exact(aten.max_unpool2d.default, pooled, places, [6, 6])
+pooled, places = aten.max_pool3d_with_indices(x(2, 4, 4, 4, 4), [2, 2, 2])
+exact(aten.max_unpool3d.default, pooled, places, [4, 4, 4], [2, 2, 2], [0, 0, 0])

@@ -4,9 +4,17 @@
 accident; `.inputs()` are its inputs, a tuple or keyword arguments, at batch 2.
 """
 
-from tests import structures_attention, structures_channels, structures_layers
+from tests import (
+    structures_attention,
+    structures_channels,
+    structures_layers,
+    structures_numbers,
+)
 from tests.structures_registry import Structure
 
 STRUCTURES: dict[str, Structure] = (
-    structures_channels.STRUCTURES | structures_layers.STRUCTURES | structures_attention.STRUCTURES
+    structures_channels.STRUCTURES
+    | structures_layers.STRUCTURES
+    | structures_attention.STRUCTURES
+    | structures_numbers.STRUCTURES
 )

@@ -121,7 +121,8 @@ def _sums_along(
             f"{name} is on the meta device and has no values to score; use importance='random' or a "
             "function, or load the weights first"
         )
-    entries = tensor.detach().float()
+    entries = tensor.detach()
+    entries = (entries.abs() if entries.is_complex() else entries).float()
     if entries.dim() > 2:  # channels first: the window is summed once for both of them
         windows = torch.linalg.vector_norm(entries.flatten(2), order, dim=2)
         found = {dim: _norms(windows, dim, order) for dim in (0, 1)}

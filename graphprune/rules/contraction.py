@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from graphprune.layout import UNIT, size_of
 from graphprune.rules.pattern import Pattern, pattern
 from graphprune.rules.pointwise import broadcast
 from graphprune.rules.registry import Call, Layouts, rule
@@ -17,6 +18,8 @@ BATCHED = pattern("b m k, b k n -> b m n", aten.bmm)
 pattern("m k, k -> m", aten.mv)
 pattern("k, k -> ", aten.dot, aten.vdot)
 pattern("0 d, *b -> *b d", aten.embedding)
+
+pattern("0 b i, 0 i o, o -> t b o", aten.conv_tbc)
 
 BAG = Pattern.parse("0 d, *n, *m, *w -> b d")
 CONVOLUTION = Pattern.parse("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t")
@@ -35,6 +38,31 @@ def embedding_bag(call: Call) -> Sequence[Layouts]:
     """Sum, average or take the largest of the vectors of each bag; the last also says which."""
     (bags,) = BAG(call)
     return [bags, [], [], bags]
+
+
+@rule(aten._cdist_forward)
+def distances(call: Call) -> Sequence[Layouts]:
+    """Sum powers of differences between the rows of two matrices; equal features add nothing."""
+    *first, rows, features = call.layouts("x1")
+    *second, other_rows, other_features = call.layouts("x2")
+    call.unify(features, other_features)
+    around = broadcast(call, [first, second], call.outputs[0].shape[:-2])
+    return [[*around, rows, other_rows]]
+
+
+@rule(aten._trilinear)
+def trilinear(call: Call) -> Sequence[Layouts]:
+    """Multiply three tensors, each expanded along new dimensions, and sum over some."""
+    operands = []
+    for number in "123":
+        layouts = list(call.layouts(f"i{number}"))
+        for dim in sorted(call[f"expand{number}"]):
+            layouts.insert(dim, UNIT)
+        operands.append(layouts)
+    sizes = [max(map(size_of, met)) for met in zip(*operands, strict=True)]
+    summed = {dim % len(sizes) for dim in call["sumdim"]}
+    product = broadcast(call, operands, sizes)
+    return [[layout for dim, layout in enumerate(product) if dim not in summed]]
 
 
 @rule(aten.addmm, aten.baddbmm)

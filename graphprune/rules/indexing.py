@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from graphprune.layout import Layout, size_of
 from graphprune.rules.pointwise import broadcast
@@ -19,38 +20,47 @@ ADDRESSED = "slots are addressed by number"
 def index(call: Call) -> Sequence[Layouts]:
     """Replace the indexed dimensions by those of the indices (NumPy's advanced indexing)."""
     layouts, shape = call.layouts("self"), call.outputs[0].shape
-    indexed = [i for i, tensor in enumerate(call["indices"]) if tensor is not None]
-    if any(call["indices"][i].dtype in (torch.bool, torch.uint8) for i in indexed):
-        return _all_fixed(call)
+    indices = _indices(call)
+    indexed = list(indices)
     for dim in indexed:
         call.fix(layouts[dim], ADDRESSED)
-    operands = [call.layouts_of(call["indices"][i]) for i in indexed]
-    rank = max(map(len, operands), default=0)
+    operands = [found for found in indices.values() if found is not None]
+    rank = len(shape) - len(layouts) + len(indexed)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if adjacent else 0
     selected = broadcast(call, operands, shape[at : at + rank])
+    if None in indices.values():  # a mask: as many slots as it is true for
+        selected = [call.fixed(size, ADDRESSED) for size in shape[at : at + rank]]
     return [[*untouched[:at], *selected, *untouched[at:]]]
 
 
-def _all_fixed(call: Call) -> Sequence[Layouts]:
-    for tensor in call.tensors:
-        for layout in call.layouts_of(tensor):
-            call.fix(layout, ADDRESSED)
-    return [[call.fixed(size, ADDRESSED) for size in output.shape] for output in call.outputs]
+def _indices(call: Call) -> dict[int, Layouts | None]:
+    """Return, by indexed dimension, the layouts of the numbers there; None under a mask, now fixed."""
+    found: dict[int, Layouts | None] = {}
+    dim = 0
+    for tensor in call["indices"]:
+        if tensor is not None and tensor.dtype in (torch.bool, torch.uint8):
+            for layout in call.layouts_of(tensor):
+                call.fix(layout, ADDRESSED)
+                found[dim], dim = None, dim + 1
+            continue
+        if tensor is not None:
+            found[dim] = call.layouts_of(tensor)
+        dim += 1
+    return found
 
 
 @rule(aten.index_put, aten._index_put_impl, aten._unsafe_index_put)
 def index_put(call: Call) -> Sequence[Layouts]:
     """Write at addressed positions; the dimensions not addressed are shared with the values."""
     layouts = call.layouts("self")
-    indexed = [i for i, tensor in enumerate(call["indices"]) if tensor is not None]
-    if any(call["indices"][i].dtype in (torch.bool, torch.uint8) for i in indexed):
-        return _all_fixed(call)
+    indices = _indices(call)
+    indexed = list(indices)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     values = call.layouts("values")
     addressed = [layouts[i] for i in indexed]
-    addressed += [layout for i in indexed for layout in call.layouts_of(call["indices"][i])]
+    addressed += [layout for found in indices.values() for layout in found or ()]
     if indexed == list(range(len(indexed))):
         shared = values[max(0, len(values) - len(untouched)) :]
         for mine, its in zip(reversed(shared), reversed(untouched), strict=False):
@@ -96,3 +106,67 @@ def _share(call: Call, whole: Layout, part: Layout) -> None:
     else:
         call.fix(whole, ADDRESSED)
         call.fix(part, ADDRESSED)
+
+
+@rule(aten.index_add, aten.index_copy, aten.index_reduce, aten.index_fill)
+def index_add(call: Call) -> Sequence[Layouts]:
+    """Write to slots of one dimension by number; all other dimensions are shared with the source."""
+    layouts, dim = call.layouts("self"), call.dim()
+    written = [call.layouts("source")] if "source" in call.arguments else []
+    for operand in (layouts, *written):
+        call.fix(operand[dim], ADDRESSED)
+        for i, (mine, its) in enumerate(zip(layouts, operand, strict=True)):
+            if i != dim:
+                call.unify(mine, its)
+    for layout in call.layouts("index"):
+        call.fix(layout, ADDRESSED)
+    return [layouts]
+
+
+@rule(aten.masked_scatter)
+def masked_scatter(call: Call) -> Sequence[Layouts]:
+    """Write a source's elements one after the other where a mask is true.
+
+    Along last dimensions in which the mask repeats itself (it is expanded there), whole rows of the
+    source are written, so those dimensions are shared.
+    """
+    layouts, source, mask = (call.layouts(name) for name in ("self", "source", "mask"))
+    rows = 0
+    for mine, its in zip(reversed(layouts), reversed(source), strict=False):
+        if not _repeats(call["mask"], rows + 1) or size_of(mine) != size_of(its):
+            break
+        rows += 1
+    for operand in (layouts, source, mask):
+        for layout in operand[: len(operand) - rows]:
+            call.fix(layout, "written one after the other")
+    for back in range(1, rows + 1):
+        call.unify(layouts[-back], source[-back])
+        if len(mask) >= back and size_of(mask[-back]) > 1:
+            call.unify(layouts[-back], mask[-back])
+    return [layouts]
+
+
+def _repeats(tensor: Tensor, back: int) -> bool:
+    """Say whether all slots of the dimension `back` from the last are one in memory, or it is absent."""
+    return tensor.dim() < back or tensor.shape[-back] == 1 or tensor.stride(-back) == 0
+
+
+@rule(
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,
+    aten.histc,
+    aten.searchsorted,
+    aten.repeat_interleave.Tensor,
+    aten.multinomial,
+)
+def made_by_values(call: Call) -> Sequence[Layouts]:
+    """Make a result whose slots, or their number, are decided by the values: all is fixed."""
+    why = "values decide which slots there are"
+    for tensor in call.tensors:
+        for layout in call.layouts_of(tensor):
+            call.fix(layout, why)
+    return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]

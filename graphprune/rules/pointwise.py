@@ -37,6 +37,8 @@ def pointwise(call: Call) -> Sequence[Layouts]:
 register(
     pointwise,
     POINTWISE,
+    aten._conj,
+    aten._neg_view,
     aten._prelu_kernel,
     aten._to_copy,
     aten.addcmul,
@@ -50,6 +52,7 @@ register(
     aten.lift_fresh,
     aten.masked_fill,
     aten.ones_like,
+    aten.rrelu_with_noise,
     aten.zero,
     aten.zeros_like,
 )

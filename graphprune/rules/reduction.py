@@ -83,6 +83,16 @@ def cumulative_sum(call: Call) -> Sequence[Layouts]:
     return [call.layouts("self")]
 
 
+@rule(aten._fft_r2c, aten._fft_c2r, aten._fft_c2c)
+def fourier(call: Call) -> Sequence[Layouts]:
+    """Transform along dimensions, whose slots are then frequencies: they are fixed."""
+    layouts = list(call.layouts("self"))
+    for dim in _dims(call):
+        call.fix(layouts[dim], "a Fourier transform along these positions")
+        layouts[dim] = call.fixed(call.outputs[0].shape[dim], "frequencies")
+    return [layouts]
+
+
 @rule(aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp)
 def scan(call: Call) -> Sequence[Layouts]:
     """Run along a dimension in a way that silenced slots disturb: it is fixed."""

@@ -147,7 +147,7 @@ def _twin_of(func: OpOverload) -> OpOverloadPacket | None:
     """Return the packet that an in-place or view-copying operator writes the result of."""
     namespace = getattr(torch.ops, func.namespace)
     name = func._schema.name.split("::")[1]
-    for suffix in ("_copy", "_"):
+    for suffix in ("_copy",) if torch.Tag.view_copy in func.tags else ("_",):
         if name.endswith(suffix) and hasattr(namespace, name.removesuffix(suffix)):
             return getattr(namespace, name.removesuffix(suffix))  # type: ignore[no-any-return]
     return None

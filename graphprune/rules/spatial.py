@@ -28,6 +28,20 @@ def _over_last(count: int) -> Rule:
     return spatial
 
 
+def _unpool(count: int) -> Rule:
+    """Return the rule of operators that write back to where a pooling took from."""
+    over = _over_last(count)
+
+    def unpool(call: Call) -> Sequence[Layouts]:
+        for mine, its in zip(call.layouts("self"), call.layouts("indices"), strict=True):
+            call.unify(mine, its)
+        return over(call)
+
+    return unpool
+
+
+register(_unpool(2), aten.max_unpool2d)
+register(_unpool(3), aten.max_unpool3d)
 register(
     _over_last(1),
     aten.reflection_pad1d,

@@ -20,6 +20,7 @@ from graphprune.layout import (
     size_of,
     split,
 )
+from graphprune.rules.pattern import pattern
 from graphprune.rules.registry import Call, Layouts, rule
 
 aten = torch.ops.aten
@@ -196,6 +197,10 @@ def _padded(layout: Layout, before: int, after: int) -> Layout:
     inside = cut(layout, [max(0, -before), size - max(0, -after)])[1]
     ends = [Axis(amount) if amount > 0 else EMPTY for amount in (before, after)]
     return Concat((ends[0], inside, ends[1]))
+
+
+pattern("*b 2 -> *b", aten.view_as_complex)
+pattern("*b -> *b 2", aten.view_as_real)
 
 
 @rule(aten.flip)
