@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import CaptureError, InvalidRequestError
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.interpretation import plain_kernels
-from graphprune.state import copy_with, named_tensors
+from graphprune.state import copy_with, named_tensors, working_copy
 
 # Sizes of images that published networks take.
 _IMAGE_SIZES = (224, 32, 28, 64, 128, 256, 299, 384)
@@ -156,7 +156,7 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         CaptureError: the model cannot be traced, or the graph gives something else.
 
     """
-    quiet = shared_copy(model).eval()
+    quiet = working_copy(model).eval()
     quiet.forward = _plain_outputs(quiet.forward)
     problems: list[str] = []
     for name, shapes, free in _shape_choices(inputs):
@@ -194,11 +194,6 @@ def is_aten_graph(model: nn.Module) -> bool:
 
 def _is_arithmetic(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", "") in ("_operator", "builtins", "math")
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model's modules that holds the same tensors."""
-    return copy_with(model, lambda _, tensor: tensor)
 
 
 def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:

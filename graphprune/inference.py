@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -158,6 +159,19 @@ class LayoutInference(Interpretation):
             with args[0].fake_mode:
                 return on_one_step(func, args)
         return super().run(func, args, kwargs)
+
+    def higher_order(
+        self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call an operator that takes functions, and fix everything that goes in and comes out."""
+        result = super().higher_order(func, args, kwargs)
+        place = self.place(func)
+        self.found.unknown.append(place)
+        for leaf in pytree.tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                for layout in self.layouts_of(leaf):
+                    fix(layout, Reason(UNKNOWN, place.operator, place.module, place.source))
+        return result
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
         if (

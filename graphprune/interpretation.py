@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -38,6 +38,8 @@ class Interpretation(TorchDispatchMode):
     a floating-point tensor makes it in float64, so that rounding never hides or feigns a difference.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.module_path: list[str] = []
@@ -50,6 +52,8 @@ class Interpretation(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return self.higher_order(func, args, kwargs or {})
         kwargs = _in_double(func, kwargs or {})
         rule = rule_for(func)
         if rule is None:
@@ -66,9 +70,16 @@ class Interpretation(TorchDispatchMode):
             return result
         return pytree.tree_map_only(Tensor, as_double, result)
 
-    def place(self, func: OpOverload) -> Reason:
+    def higher_order(
+        self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call an operator that takes functions (`torch.cond`), whose inside is not seen."""
+        return func(*args, **kwargs)
+
+    def place(self, func: OpOverload | HigherOrderOperator) -> Reason:
         """Return where the current call stands: operator, module path and source line."""
-        name = func._schema.name.replace("::", ".")
+        schema = getattr(func, "_schema", None)
+        name = schema.name.replace("::", ".") if schema else str(func)
         if self.node is not None:
             owner = str(self.node.target) if self.node.op == "call_module" else self.node.name
             return Reason("", name, owner, _source_of(self.node))
@@ -135,13 +146,18 @@ def _source_of(node: fx.Node) -> str:
 def plain_kernels() -> Iterator[None]:
     """Within it, torch picks kernels by what they compute, not by device or shape.
 
-    The fused encoder path would hide a whole transformer layer behind one operator, and the choice
-    of an attention kernel could differ between two runs whose operators are compared one by one.
+    Nothing is compiled on the way. The fused encoder path would hide a whole transformer layer
+    behind one operator, and the choice of an attention kernel could differ between two runs whose
+    operators are compared one by one.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with (
+            torch.compiler.set_stance("force_eager"),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -21,12 +21,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
 from graphprune.inputs import Inputs, output_tensors
+from graphprune.state import evaluating, working_copy
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -75,7 +76,7 @@ def export(
     not tensors, such as key-value caches, are left out.
 
     Args:
-        model: its parameters and its training flags are left as they are.
+        model: it is not changed, even if running it writes to its buffers.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs`.
         path: the file to write, with the weights inside it up to 2 GB.
         opset: version of the ONNX operators; by default PyTorch's own choice.
@@ -84,10 +85,13 @@ def export(
     Raises:
         ExportError: the model cannot be run or exported, or the file disagrees with PyTorch;
             what was at the path before is left alone.
+        CaptureError: the model cannot be copied.
 
     """
     module = as_module(model)
-    with _evaluating(module):
+    if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
+        module = working_copy(module)
+    with evaluating(module):
         flat = _Flat(module, Inputs.of(example_inputs))
         request = _Request(flat, Path(path), opset, tolerance)
         return _export_free(request, _first_case(flat))
@@ -387,20 +391,6 @@ def _reason(error: Exception) -> str:
     """Return an error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines() or ["(no message)"]
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in evaluation mode, then give each its own flag back."""
-    # Not by eval(): the modules of exported programs refuse it, and some classes override it.
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 @contextlib.contextmanager

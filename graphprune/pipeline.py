@@ -10,9 +10,10 @@ from typing import Any, cast
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture import capture, is_aten_graph, prepared, shared_copy
+from graphprune.capture import capture, is_aten_graph, prepared
 from graphprune.errors import GraphPruneError
 from graphprune.inputs import Inputs
+from graphprune.state import working_copy
 
 
 @dataclass
@@ -82,7 +83,7 @@ def program_of(model: Any, example_inputs: Any) -> Program:
     """
     module, inputs = prepared(model, example_inputs)
     if is_aten_graph(module):
-        return Program(cast(fx.GraphModule, shared_copy(module)), inputs)
+        return Program(cast(fx.GraphModule, working_copy(module)), inputs)
     return Program(capture(module, inputs), inputs)
 
 

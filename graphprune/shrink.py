@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphprune.inference import Inference, Step
 from graphprune.layout import Axis, Layout, Mask, can_split, kept_size, mask_of, split
-from graphprune.state import copy_with
+from graphprune.state import copy_with, evaluating
 
 aten = torch.ops.aten
 
@@ -25,7 +25,11 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
         return sliced(tensor, inference.parameters.get(name, []), masks)
 
     slimmer = copy_with(model, slim)
-    _update_attributes(slimmer, inference, {axis: int(mask.sum()) for axis, mask in masks.items()})
+    kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
+    with evaluating(
+        slimmer
+    ):  # reading a weight that is computed in training may update its buffers
+        _update_attributes(slimmer, inference, kept)
     return slimmer
 
 

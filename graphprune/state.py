@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,28 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
             f"{type(model).__name__} cannot be copied by copy.deepcopy, and graphprune never changes "
             f"the model it was given: {error}"
         ) from error
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that holds the same parameters, and buffers and attributes of its own.
+
+    Running a model may write to its buffers (counters, caches), never to its parameters.
+    """
+    return copy_with(model, lambda _, tensor: tensor if isinstance(tensor, nn.Parameter) else None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in evaluation mode, then give each its own flag back."""
+    # Not by eval(): the modules of exported programs refuse it, and some classes override it.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def _like(original: Tensor, value: Tensor) -> Tensor:

@@ -497,6 +497,20 @@ class Conditioned(nn.Module):
 
 
 @structure(vector)
+class ConditionalOperator(nn.Module):
+    """`torch.cond`, an operator on functions, which has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = hidden(), nn.Linear(20, 16), head(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+        return self.last(self.middle(x).relu())
+
+
+@structure(vector)
 class MixtureOfExperts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

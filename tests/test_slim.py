@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import graphprune as gp
 from graphprune.inputs import call, output_tensors
@@ -394,6 +394,33 @@ def test_a_weight_that_a_hook_makes_is_described_as_it_is_made() -> None:
     slimmer = gp.slim(model, 0.5)
     assert (slimmer[0].out_features, slimmer[2].in_features) == (8, 8)
     assert slimmer[0].weight.shape == slimmer[0].weight_mask.shape == (8, 8)
+
+
+def test_a_model_in_training_is_slimmed_as_it_evaluates() -> None:
+    """Reading a spectral-normed weight in training moves the buffers that it is computed from."""
+    layers = [parametrizations.spectral_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4)]
+    model = nn.Sequential(*layers).train()
+    slimmer = gp.slim(model, 0.5, form="module")
+    assert all(module.training for module in slimmer.modules())
+
+
+def test_a_buffer_that_running_writes_to_stays_as_it_was(tmp_path: Any) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.layers(x)
+
+    model = Counting()
+    for form in ("module", "graph"):
+        gp.slim(model, 0.5, torch.randn(2, 8), form=form)
+    gp.export(model, torch.randn(2, 8), tmp_path / "counting.onnx")
+    gp.compare(model, model, torch.randn(2, 8))
+    assert model.calls == 0
 
 
 def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
