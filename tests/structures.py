@@ -9,6 +9,7 @@ from tests import (
     structures_channels,
     structures_layers,
     structures_numbers,
+    structures_recurrent,
 )
 from tests.structures_registry import Structure
 
@@ -17,4 +18,5 @@ STRUCTURES: dict[str, Structure] = (
     | structures_layers.STRUCTURES
     | structures_attention.STRUCTURES
     | structures_numbers.STRUCTURES
+    | structures_recurrent.STRUCTURES
 )
