@@ -28,6 +28,9 @@ Align: TypeAlias = int | Literal["auto"]
 CONVOLUTION_BLOCK = 8
 CONVOLUTION_MULTIPLE = 4
 
+# Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
+GROUPED_MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -170,7 +173,9 @@ def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[in
         block = CONVOLUTION_BLOCK if group.size >= 2 * CONVOLUTION_BLOCK else CONVOLUTION_MULTIPLE
     else:
         block = align
-    block = _slots_for(block, _channels_a_slot(graph, group.axis)) if block > 1 else 1
+    block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))
+    needed = _slots_for(GROUPED_MULTIPLE, _channels_a_slot(_grouped_dims(graph), group.axis))
+    block = math.lcm(block, needed)
     return [*range(block, group.size, block), group.size]
 
 
@@ -179,12 +184,9 @@ def _slots_for(block: int, channels: Iterable[int]) -> int:
     return max((block // math.gcd(block, each) for each in channels), default=1)
 
 
-def _channels_a_slot(graph: DependencyGraph, axis: Axis) -> list[int]:
-    """Return how many channels a slot holds, for each convolution channel dimension it stands in."""
-    found = []
-    for layout in _convolution_dims(graph):
-        found.extend(_rest_of(layout, axis))
-    return found
+def _channels_a_slot(dims: Iterable[Layout], axis: Axis) -> list[int]:
+    """Return how many channels a slot holds, for each of the dimensions that it stands in."""
+    return [channels for layout in dims for channels in _rest_of(layout, axis)]
 
 
 def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
@@ -193,6 +195,16 @@ def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
         for step in graph.inference.steps
         if step.func.overloadpacket is torch.ops.aten.convolution
         for layout in (step.inputs[0].layouts[1], step.outputs[0].layouts[1])
+    ]
+
+
+def _grouped_dims(graph: DependencyGraph) -> list[Layout]:
+    return [
+        layout
+        for step in graph.inference.steps
+        if step.func.overloadpacket is torch.ops.aten._grouped_mm
+        for value in step.inputs[:2]
+        for layout in value.layouts[-2:]
     ]
 
 

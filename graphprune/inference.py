@@ -26,7 +26,6 @@ from graphprune.rules import (
     rule_for,
     tensors_in,
 )
-from graphprune.rules.recurrent import GATES, on_one_step
 from graphprune.state import as_double, copy_with, double_of, named_tensors
 
 aten = torch.ops.aten
@@ -152,13 +151,6 @@ class LayoutInference(Interpretation):
             Step(func, call.reason, inputs, values, recorded, call.renormalises)
         )
         return result
-
-    def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call the operator; a recurrent one without data runs for one step of time."""
-        if func.overloadpacket in GATES and isinstance(args[0], FakeTensor):
-            with args[0].fake_mode:
-                return on_one_step(func, args)
-        return super().run(func, args, kwargs)
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from graphprune import kernels
 from graphprune.inputs import Inputs
 from graphprune.layout import Reason
 from graphprune.rules import Rule, is_in_place, rule_for
@@ -65,7 +66,7 @@ class Interpretation(TorchDispatchMode):
 
     def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call the operator itself; results of lower precision become float64."""
-        result = func(*args, **kwargs)
+        result = kernels.run(func, args, kwargs)
         if is_in_place(func) or func.is_view:
             return result
         return pytree.tree_map_only(Tensor, as_double, result)

@@ -492,3 +492,10 @@ pooled, places = aten.max_pool2d_with_indices(x(2, 4, 6, 6), [2, 2])
 exact(aten.max_unpool2d.default, pooled, places, [6, 6])
 pooled, places = aten.max_pool3d_with_indices(x(2, 4, 4, 4, 4), [2, 2, 2])
 exact(aten.max_unpool3d.default, pooled, places, [4, 4, 4], [2, 2, 2], [0, 0, 0])
+
+# Products of groups of rows: tokens by expert, features by expert, and both in a matrix each.
+ends = torch.tensor([2, 5, 8], dtype=torch.int32)
+exact(aten._grouped_mm.default, x(8, 6), x(3, 6, 5), ends)
+exact(aten._grouped_mm.default, x(3, 4, 6), x(6, 8), ends)
+exact(aten._grouped_mm.default, x(4, 8), x(8, 5), ends)
+exact(aten._grouped_mm.default, x(3, 4, 6), x(3, 6, 5))

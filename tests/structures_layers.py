@@ -522,3 +522,23 @@ class MixtureOfExperts(nn.Module):
         gates = self.gate(x).softmax(-1)
         mixed = torch.stack([expert(x).relu() for expert in self.experts], 1)
         return self.last((gates[:, :, None] * mixed).sum(1))
+
+
+@structure(normal(7, 16))
+class GroupedExperts(nn.Module):
+    """Each token goes to one expert; the experts' matrices meet their tokens in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(16, 32), nn.Linear(16, 3), nn.Linear(32, 6)
+        self.inward = nn.Parameter(torch.empty(3, 32, 48))
+        self.outward = nn.Parameter(torch.empty(3, 48, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        expert = self.gate(x).argmax(-1).flatten()
+        order = expert.argsort()
+        ends = torch.histc(expert.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+        tokens = self.first(x).flatten(0, 1)[order]
+        hidden = torch._grouped_mm(tokens, self.inward, offs=ends).relu()
+        mixed = torch._grouped_mm(hidden, self.outward, offs=ends)[order.argsort()]
+        return self.last(mixed.view(*x.shape[:2], -1))

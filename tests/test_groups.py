@@ -20,6 +20,7 @@ LAYERS = [
     "layout",
     "rules",
     "state",
+    "kernels",
     "interpretation",
     "inference",
     "capture",

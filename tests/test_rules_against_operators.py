@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphprune import kernels
 from graphprune.errors import InvalidRequestError
 from graphprune.inference import Inference, Step, Value
 from graphprune.layout import (
@@ -58,6 +60,13 @@ _WITHOUT_VALUES = {
 }
 
 
+class _OurKernels(TorchDispatchMode):
+    """Calls operators as an interpretation does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kernels.run(func, args, kwargs or {})
+
+
 class Examined:
     """A case, the layouts that a rule gives it, and the axes that these leave free."""
 
@@ -66,7 +75,7 @@ class Examined:
         self.arguments = bind_arguments(case.func, case.args, case.kwargs)
         self.operands = list(tensors_in(self.arguments.values()))
         self.layouts = {id(t): [Axis(size) for size in t.shape] for t in self.operands}
-        self.result = case.func(*case.args, **case.kwargs)
+        self.result = kernels.run(case.func, case.args, case.kwargs)
         self.given = self._described(rule)
         dims = [dim for dims in (*self.layouts.values(), *self.given) for dim in dims]
         found = dict.fromkeys(axis for dim in dims for axis in free_axes(dim))
@@ -107,7 +116,7 @@ class Examined:
             return zeroed
 
         args, kwargs = pytree.tree_map_only(Tensor, silent, (self.case.args, self.case.kwargs))
-        results = _tensors(self.case.func(*args, **kwargs))
+        results = _tensors(kernels.run(self.case.func, args, kwargs))
         return [_restricted(t, dims, masks) for t, dims in zip(results, self.given, strict=True)]
 
     def slim(self, masks: Mapping[Axis, Mask]) -> list[Tensor]:
@@ -116,7 +125,8 @@ class Examined:
         program = self._program(kept)
         layouts = (self.layouts[id(tensor)] for tensor in self.operands)
         pairs = zip(self.operands, layouts, strict=True)
-        return _tensors(program(*[_restricted(tensor, dims, masks) for tensor, dims in pairs]))
+        with _OurKernels():
+            return _tensors(program(*[_restricted(tensor, dims, masks) for tensor, dims in pairs]))
 
     def _program(self, kept: Mapping[Axis, int]) -> fx.GraphModule:
         graph, nodes = fx.Graph(), {}
@@ -292,6 +302,25 @@ def test_every_rule_has_a_case() -> None:
 )
 def test_in_place_and_copying_twins_share_a_rule(twin: Any, operator: Any) -> None:
     assert rule_for(twin) is registered()[operator]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ends"),
+    [
+        ((8, 16), (3, 16, 24), [2, 5, 8]),
+        ((8, 16), (3, 16, 24), [2, 2, 8]),
+        ((3, 8, 16), (16, 8), [0, 4, 8]),
+        ((16, 24), (24, 32), [4, 12, 24]),
+        ((3, 8, 16), (3, 16, 8), None),
+    ],
+)
+def test_products_of_groups_are_those_of_torch(a: Any, b: Any, ends: list[int] | None) -> None:
+    operands = x(*a).float(), x(*b).float()
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    wanted = torch._grouped_mm(*operands, offs=offsets)
+    doubles = [operand.double() for operand in operands]
+    given = kernels.run(aten._grouped_mm.default, (*doubles, offsets), {})
+    torch.testing.assert_close(given.float(), wanted)
 
 
 def test_an_operator_without_a_rule_has_none() -> None:

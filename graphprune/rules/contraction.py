@@ -40,6 +40,23 @@ def embedding_bag(call: Call) -> Sequence[Layouts]:
     return [bags, [], [], bags]
 
 
+@rule(aten._grouped_mm)
+def grouped_product(call: Call) -> Sequence[Layouts]:
+    """Multiply groups of rows (the tokens of each expert) by matrices; the groups keep their numbers."""
+    *around, rows, summed = call.layouts("self")
+    *its_around, its_summed, columns = call.layouts("mat2")
+    call.unify(summed, its_summed)
+    offsets = call.layouts("offs") if call["offs"] is not None else []
+    ragged = [rows] if not around and its_around else [columns] if around and not its_around else []
+    ragged += [] if around or its_around else [summed]
+    for layout in (*around, *its_around, *offsets, *(ragged if offsets else [])):
+        call.fix(layout, "groups of rows, one after the other")
+    if call["bias"] is not None:
+        call.unify(call.layouts("bias")[-1], columns)
+    groups = call.outputs[0].shape[:-2]
+    return [[*(call.fixed(n, "groups of rows") for n in groups), rows, columns]]
+
+
 @rule(aten._cdist_forward)
 def distances(call: Call) -> Sequence[Layouts]:
     """Sum powers of differences between the rows of two matrices; equal features add nothing."""

@@ -32,23 +32,6 @@ def overload_of(function: Any, args: Sequence[Any]) -> OpOverload | None:
     return packet.data if packed else packet.input  # type: ignore[no-any-return]
 
 
-def on_one_step(func: OpOverload, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """Return tensors of the shapes that the operator gives; they are made by one step of time.
-
-    Raises:
-        NotImplementedError: the operator takes packed sequences, whose lengths are data.
-
-    """
-    if func._overloadname != "input":
-        raise NotImplementedError(f"{func} on tensors without data")
-    data, *others = args
-    time = 1 if args[8] else 0
-    output, *states = func(data.narrow(time, 0, 1), *others)
-    sizes = list(output.shape)
-    sizes[time] = data.shape[time]
-    return output.new_empty(sizes), *states
-
-
 @rule(*(getattr(packet, form) for packet in GATES for form in ("input", "data")))
 def recurrent(call: Call) -> Sequence[Layouts]:
     """Let every layer and direction share one hidden axis, as `hidden_size` says once for all.

@@ -1,0 +1,251 @@
+"""The zoo: every family of torchvision, timm and transformers, slimmed, verified, exported, compared.
+
+    pip install --no-deps torchvision==0.28.0 timm==1.0.31
+    python benchmarks/zoo.py --out benchmarks/results/zoo.md [--only transformers/bert ...]
+
+A process a model, with limits on time and memory. What was found is kept beside the table, a line of
+JSON a model, and a second run goes on where the first one stopped; `--again` forgets what failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import zoo_members
+from torch import nn
+
+import graphprune as gp
+from graphprune.layout import Concat, Layout, free_axes, resolve, size_of, why_fixed
+
+Row: TypeAlias = dict[str, Any]
+
+RATIO = 0.5
+SECONDS, GIGABYTES = 300, 10
+
+# Why a channel of a convolution or a linear layer may stay without anything being amiss.
+GOOD_REASONS = (
+    "a dimension of the model's input",
+    "a dimension of the model's output",
+    "a window or extent",
+    "a spatial extent",
+    "a dimension of fixed meaning",
+)
+
+
+def measured(member: str) -> Row:
+    """Return everything that the table says about one member."""
+    model, inputs = zoo_members.build(member)
+    row: Row = {"before": gp.count_parameters(model)}
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", gp.GraphPruneWarning)
+        result = gp.slimmed(model, RATIO, inputs, renormalised=True)
+    assert result.verification is not None
+    row |= {
+        "seconds": time.perf_counter() - start,
+        "form": result.form,
+        "why_graph": result.why_graph.splitlines()[0] if result.why_graph else "",
+        "groups": len(result.graph.groups),
+        "after": gp.count_parameters(result.model),
+        "verified": result.verification.difference,
+        "outputs": result.verification.outputs,
+        "unknown": sorted({place.operator for place in result.graph.unknown}),
+        "warnings": sorted(
+            {str(w.message)[:120] for w in caught if w.category is gp.GraphPruneWarning}
+        ),
+        **coverage(model, result.graph),
+    }
+    row |= exported(model, result.model, inputs)
+    return row
+
+
+def exported(model: nn.Module, slimmer: nn.Module, inputs: Any) -> Row:
+    """Say whether the slim model is equal in ONNX Runtime, or why not and whether the original is."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "model.onnx"
+        try:
+            found = gp.export(slimmer, inputs, path)
+            return {"equal": found.difference, "batch_free": found.batch_free}
+        except gp.GraphPruneError as failure:
+            why = _first_line(failure)
+        try:
+            gp.export(model, inputs, path)
+        except gp.GraphPruneError:
+            return {"equal": None, "export": f"nor does the original: {why}"}
+        return {"equal": None, "export": f"only the original does: {why}"}
+
+
+def coverage(model: nn.Module, graph: gp.DependencyGraph) -> Row:
+    """Count the channels of convolutions and linear layers: all, and those fixed, by reason."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, kinds)]
+    total, fixed = 0, Counter[str]()
+    for name in weights:
+        for layout in graph.inference.parameters.get(name, [])[:2]:
+            total += size_of(layout)
+            for part in _parts(layout):
+                reason = why_fixed(part)
+                if reason is not None and not free_axes(part):
+                    fixed[f"{reason.why} ({reason.operator})"] += size_of(part)
+    for_no_good_reason = {
+        why: count for why, count in fixed.items() if not why.startswith(GOOD_REASONS)
+    }
+    return {"channels": total, "fixed": sum(fixed.values()), "bad": for_no_good_reason}
+
+
+def _parts(layout: Layout) -> Sequence[Layout]:
+    layout = resolve(layout)
+    return layout.parts if isinstance(layout, Concat) else (layout,)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def one(member: str) -> None:
+    """Print the row of one member as JSON; what goes wrong is its refusal."""
+    limit = GIGABYTES << 30
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    torch.set_num_threads(1)
+    try:
+        row = measured(member)
+    except Exception as failure:
+        row = {"refused": _first_line(failure), "expected": isinstance(failure, gp.GraphPruneError)}
+    row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(json.dumps(row))
+
+
+def run(member: str) -> Row:
+    """Return the row of one member, measured in a process of its own."""
+    command = [sys.executable, __file__, "--one", member]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"not done in {SECONDS} s", "expected": False}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        return {"refused": last[:300], "expected": False}
+    found: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Return the summary and the rows as Markdown."""
+    lines = [
+        f"# The zoo at ratio {RATIO}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
+        "",
+    ]
+    lines += [
+        "| library | members | slimmed and verified | of those exported and equal | module form "
+        "| channels fixed for no good reason |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for library in (*zoo_members.LIBRARIES, ""):
+        chosen = [row for name, row in rows.items() if name.startswith(library)]
+        if chosen:
+            lines.append(_summary(library or "all", chosen))
+    bad: Counter[str] = Counter()
+    for row in rows.values():
+        bad.update(row.get("bad", {}))
+    lines += ["", "Channels fixed for no good reason, over all members:", ""]
+    lines += [f"- {count:,}: {why}" for why, count in bad.most_common(25)]
+    lines += ["", "## Refused", ""]
+    lines += [f"- {name}: {row['refused']}" for name, row in rows.items() if "refused" in row]
+    lines += ["", "## Slimmed", ""]
+    lines += [
+        "| member | form | groups | parameters | left | verified | ORT equal | batch free "
+        "| fixed for no good reason | s | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(_line(name, row) for name, row in rows.items() if "refused" not in row),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(library: str, rows: list[Row]) -> str:
+    good = [row for row in rows if "refused" not in row]
+    equal = [row for row in good if row["equal"] is not None]
+    modules = sum(row["form"] == "module" for row in good)
+    channels = sum(row["channels"] for row in good)
+    bad = sum(sum(row["bad"].values()) for row in good)
+    return (
+        f"| {library} | {len(rows)} | {len(good)} ({len(good) / len(rows):.1%}) | {len(equal)} "
+        f"| {modules} | {bad / max(channels, 1):.1%} of {channels:,} |"
+    )
+
+
+def _line(name: str, row: Row) -> str:
+    equal = row["export"] if row["equal"] is None else f"{row['equal']:.0e}"
+    share = sum(row["bad"].values()) / max(row["channels"], 1)
+    return (
+        f"| {name} | {row['form']} | {row['groups']} | {row['before']:,} "
+        f"| {row['after'] / row['before']:.1%} | {row['verified']:.0e} | {equal} "
+        f"| {row.get('batch_free', '')} | {share:.1%} | {row['seconds']:.1f} | {row['peak']:.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one")
+    parser.add_argument("--only", nargs="*", help="members, or the beginnings of their names")
+    parser.add_argument("--again", action="store_true", help="try again what was refused")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("zoo.md"))
+    options = parser.parse_args()
+    if options.one:
+        one(options.one)
+        return
+    kept = options.out.with_suffix(".jsonl")
+    rows = _kept(kept, options.again)
+    waiting = [name for name in _members(options.only) if name not in rows]
+    for name, row in _in_parallel(waiting, options.jobs):
+        rows[name] = row
+        with kept.open("a") as file:
+            file.write(json.dumps({"member": name, **row}) + "\n")
+    options.out.write_text(table(dict(sorted(rows.items()))))
+
+
+def _members(only: Sequence[str] | None) -> list[str]:
+    wanted = tuple(only or zoo_members.LIBRARIES)
+    libraries = [name for name in zoo_members.LIBRARIES if any(w.startswith(name) for w in wanted)]
+    names = [member for library in libraries for member in zoo_members.members(library)]
+    return [name for name in names if name.startswith(wanted)]
+
+
+def _kept(path: Path, again: bool) -> dict[str, Row]:
+    rows: dict[str, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        rows[row.pop("member")] = row
+    return {name: row for name, row in rows.items() if not (again and "refused" in row)}
+
+
+def _in_parallel(names: Sequence[str], jobs: int) -> Iterable[tuple[str, Row]]:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[last]}")) as progress:
+        task = progress.add_task("zoo", total=len(names), last="")
+        with ThreadPoolExecutor(jobs) as pool:
+            running = {pool.submit(run, name): name for name in names}
+            for done in as_completed(running):
+                name = running[done]
+                progress.update(task, advance=1, last=name)
+                yield name, done.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The members of the zoo: what there is in torchvision, timm and transformers, and how to build it.
+
+    pip install --no-deps torchvision==0.28.0 timm==1.0.31
+
+A member is named `library/name`. Weights are random: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+LIBRARIES = ("torchvision", "timm", "transformers")
+
+
+def members(library: str) -> list[str]:
+    """Return the names of a library's members."""
+    return list(
+        {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}[library]()
+    )
+
+
+def build(member: str) -> tuple[nn.Module, Any]:
+    """Return a model and example inputs at batch 1 or 2."""
+    library, name = member.split("/", 1)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        builders = {
+            "torchvision": _build_torchvision,
+            "timm": _build_timm,
+            "transformers": _build_transformers,
+        }
+        model, inputs = builders[library](name)
+    return livened(model).eval(), inputs
+
+
+def livened(model: nn.Module) -> nn.Module:
+    """Return the model with its batch statistics and its zero parameters at random values.
+
+    A fresh model normalises by (0, 1) and often starts branches at zero, which would hide them.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: torch.Tensor, mean: float, spread: float) -> None:
+        fresh = torch.randn(tensor.shape, generator=generator).mul_(spread).add_(mean)
+        tensor.data.copy_(fresh)
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            noise(module.running_mean, 0, 0.1)
+            module.running_var.data.copy_(
+                torch.rand(module.running_var.shape, generator=generator) + 0.5
+            )
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.detach().any():
+            noise(parameter, 0, 0.02)
+    return model
+
+
+# ------------------------------------------------------------------------------------ torchvision
+
+
+def import_torchvision() -> Any:
+    """Import torchvision, whose compiled operators need not be there for its models to build."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        torch.library.define(
+            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+        torch.library.define(
+            "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+    import torchvision
+
+    return torchvision
+
+
+def _torchvision() -> Iterator[str]:
+    """Yield the smallest of each family of classifiers and videos; all for segmentation and backbones."""
+    torchvision = import_torchvision()
+    families: dict[str, list[str]] = {}
+    for name in torchvision.models.list_models():
+        module = torchvision.models.get_model_builder(name).__module__
+        if ".quantization" in module or ".optical_flow" in module:
+            continue
+        families.setdefault(module, []).append(name)
+    for module, names in families.items():
+        if ".detection" in module or ".segmentation" in module:
+            yield from (f"torchvision/{name}" for name in names)
+        else:
+            for name in _one_of_each_kind(names):
+                yield f"torchvision/{name}"
+
+
+def _one_of_each_kind(names: list[str]) -> list[str]:
+    """Return the first of each run of names that agree up to their first digit."""
+    kinds: dict[str, str] = {}
+    for name in sorted(names, key=lambda n: (len(n), n)):
+        kinds.setdefault(name.rstrip("0123456789_").split("_")[0].rstrip("0123456789"), name)
+    return list(kinds.values())
+
+
+class _Backbone(nn.Module):
+    """What a detector computes before it proposes boxes: the features of its backbone."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        features = self.backbone(images)
+        return list(features.values()) if isinstance(features, dict) else [features]
+
+
+def _build_torchvision(name: str) -> tuple[nn.Module, Any]:
+    torchvision = import_torchvision()
+    builder = torchvision.models.get_model_builder(name)
+    module = builder.__module__
+    if ".detection" in module:
+        detector = builder(weights=None, weights_backbone=None)
+        return _Backbone(detector), torch.randn(1, 3, 160, 160)
+    if ".segmentation" in module:
+        return builder(weights=None, weights_backbone=None), torch.randn(1, 3, 96, 96)
+    if ".video" in module:
+        size = 224 if "mvit" in name or "swin" in name else 64
+        return builder(weights=None), torch.randn(1, 3, 16, size, size)
+    size = 299 if "inception" in name else 224
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return builder(weights=None, **options), torch.randn(1, 3, size, size)
+
+
+# ------------------------------------------------------------------------------------------- timm
+
+
+def _timm() -> Iterator[str]:
+    """Yield the smallest model of each module of timm, by parameters."""
+    import_torchvision()
+    import timm
+
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        counted = [(count, name) for name in names if (count := _size_of_timm(name)) is not None]
+        if counted:
+            yield f"timm/{min(counted)[1]}"
+
+
+def _size_of_timm(name: str) -> int | None:
+    import timm
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return sum(p.numel() for p in timm.create_model(name).parameters())
+    except Exception:  # some cannot be built without data; the family is then told by its others
+        return None
+
+
+def _build_timm(name: str) -> tuple[nn.Module, Any]:
+    import_torchvision()
+    import timm
+
+    model = timm.create_model(name)
+    size = model.default_cfg.get("input_size", (3, 224, 224))
+    return model, torch.randn(1, *size)
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+# What makes a configuration small, by the names that configurations use for it.
+_SMALL: dict[str, Any] = {
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embed_dim", "projection_dim"], 64),
+    **dict.fromkeys(
+        ["encoder_hidden_size", "decoder_hidden_size", "embedding_size", "emb_dim"], 64
+    ),
+    **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"], 2),
+    **dict.fromkeys(
+        ["encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"], 2
+    ),
+    **dict.fromkeys(
+        ["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"], 4
+    ),
+    **dict.fromkeys(["encoder_attention_heads", "num_encoder_attention_heads"], 4),
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    **dict.fromkeys(
+        ["intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "ffn_dim", "n_inner"],
+        128,
+    ),
+    "moe_intermediate_size": 48,
+    "vocab_size": 200,
+    "d_kv": 16,
+    "image_size": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    **dict.fromkeys(["num_experts_per_tok", "moe_top_k", "top_k", "num_experts_per_token"], 2),
+    **dict.fromkeys(["n_group", "topk_group"], 1),
+    "sliding_window": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _transformers() -> Iterator[str]:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    yield from (f"transformers/{name}" for name in MODEL_MAPPING_NAMES)
+
+
+def shrink_config(config: Any, changed: dict[str, Any] | None = None) -> Any:
+    """Make a configuration, and those inside it, small."""
+    for name, value in {**_SMALL, **(changed or {})}.items():
+        given = getattr(config, name, None)
+        if isinstance(given, int) and not isinstance(given, bool):
+            try:
+                setattr(config, name, value)
+            except Exception:  # a property that follows from others
+                continue
+    if getattr(config, "layer_types", None):  # hybrids attend in every fourth layer or so
+        config.num_hidden_layers = 4
+        config.layer_types = config.layer_types[:4]
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            shrink_config(inner, changed)
+    return config
+
+
+def _build_transformers(name: str) -> tuple[nn.Module, Any]:
+    if importlib.util.find_spec("torchvision"):  # transformers imports it where it is there
+        import_torchvision()
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    transformers.logging.set_verbosity_error()
+    config = shrink_config(CONFIG_MAPPING[name]())
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager")
+    return model, _inputs_for(model, config)
+
+
+def _inputs_for(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    """Return inputs for the argument that the model names as its main one, and what must go with it."""
+    main = getattr(model, "main_input_name", "input_ids")
+    accepted = inspect.signature(model.forward).parameters
+    text = getattr(config, "text_config", config)
+    vocabulary = min(getattr(text, "vocab_size", 200) or 200, 200)
+    ids = torch.randint(3, max(vocabulary, 4), (2, 12))
+    inputs: dict[str, torch.Tensor] = {}
+    if main == "input_ids":
+        inputs["input_ids"] = ids
+        if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :7]
+    elif main in ("pixel_values", "pixel_values_videos"):
+        inner = getattr(config, "vision_config", config)
+        size = getattr(inner, "image_size", 64) or 64
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        inputs[main] = torch.randn(2, getattr(inner, "num_channels", 3) or 3, height, width)
+    elif main in ("input_features", "input_values"):
+        inputs[main] = _sound(main, config)
+        if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :7]
+    else:
+        raise NotImplementedError(f"no example for the input {main!r}")
+    if main == "input_ids" and "pixel_values" in accepted and hasattr(config, "projection_dim"):
+        size = config.vision_config.image_size
+        inputs["pixel_values"] = torch.randn(2, 3, size, size)
+    return inputs
+
+
+def _sound(main: str, config: Any) -> torch.Tensor:
+    if main == "input_values":
+        return torch.randn(2, 4000)
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
+    frames = 2 * getattr(config, "max_source_positions", 50)
+    return torch.randn(2, bins, min(frames, 3000))

@@ -1,0 +1,80 @@
+"""How operators are called in an interpretation: on tensors without data too, and in float64.
+
+Torch's own kernels do nearly all of it; here is what they cannot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+
+from graphprune.rules import bind_arguments
+from graphprune.rules.recurrent import GATES
+
+aten = torch.ops.aten
+
+
+def run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Return what the operator gives.
+
+    Raises:
+        NotImplementedError: it cannot be called on tensors without data.
+
+    """
+    kernel = _KERNELS.get(func.overloadpacket)
+    if kernel is None:
+        return func(*args, **kwargs)
+    return kernel(func, bind_arguments(func, args, kwargs))
+
+
+def _recurrent(func: OpOverload, given: dict[str, Any]) -> Any:
+    """Without data, torch takes a recurrent operator apart into every step; one step has its shapes."""
+    values = list(given.values())
+    if not isinstance(values[0], FakeTensor):
+        return func(*values)
+    if "batch_sizes" in given:
+        raise NotImplementedError(f"{func} on tensors without data: lengths of sequences are data")
+    time = 1 if given["batch_first"] else 0
+    with values[0].fake_mode:
+        output, *states = func(values[0].narrow(time, 0, 1), *values[1:])
+    sizes = list(output.shape)
+    sizes[time] = values[0].shape[time]
+    return output.new_empty(sizes), *states
+
+
+def _grouped_mm(func: OpOverload, given: dict[str, Any]) -> Tensor:
+    """Multiply each group of rows by a matrix of its own; torch's kernel does so up to float32."""
+    a, b, offsets = given["self"], given["mat2"], given["offs"]
+    if offsets is None:
+        result = torch.bmm(a, b)
+    elif isinstance(a, FakeTensor):
+        groups = [offsets.shape[0]] if a.dim() == b.dim() == 2 else []
+        result = a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+    else:
+        result = _by_group(a, b, offsets.tolist())
+    return result if given["bias"] is None else result + given["bias"]
+
+
+def _by_group(a: Tensor, b: Tensor, ends: list[int]) -> Tensor:
+    """Return the product of ragged groups: of rows of `a`, of columns of `b`, or of what is summed."""
+    spans = list(zip([0, *ends], ends, strict=False))
+    if a.dim() == 2 and b.dim() == 2:
+        return torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
+    if a.dim() == 2:
+        parts = [a[start:end] @ b[group] for group, (start, end) in enumerate(spans)]
+        rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
+        return torch.cat([*parts, rest])
+    parts = [a[group] @ b[:, start:end] for group, (start, end) in enumerate(spans)]
+    rest = a.new_zeros(a.shape[-2], b.shape[-1] - ends[-1])
+    return torch.cat([*parts, rest], dim=-1)
+
+
+_KERNELS: dict[Any, Callable[[OpOverload, dict[str, Any]], Any]] = {
+    **dict.fromkeys(GATES, _recurrent),
+    aten._grouped_mm: _grouped_mm,
+}
