@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, InvalidRequestError
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.interpretation import plain_kernels
+from graphprune.interpretation import hushed, plain_kernels
 from graphprune.state import copy_with, named_tensors, working_copy
 
 # Sizes of images that published networks take.
@@ -363,17 +361,3 @@ def _training_flag(graph: fx.Graph) -> fx.Node:
     with graph.inserting_before(first), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return graph.create_node("get_attr", "training", name="training")
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep the tracer's own logging and warnings from the user."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

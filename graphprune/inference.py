@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
-from graphprune.interpretation import Interpretation, interpret
+from graphprune.interpretation import Interpretation, hushed, interpret
 from graphprune.layout import Axis, Reason, fix, size_of
 from graphprune.rules import (
     Call,
@@ -83,6 +84,7 @@ class Inference:
         nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
+        with_data: whether the model's code asked for values, so that it ran on its real tensors.
 
     """
 
@@ -95,6 +97,7 @@ class Inference:
     nodes: dict[str, Any] = field(default_factory=dict)
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    with_data: bool = False
 
 
 class LayoutInference(Interpretation):
@@ -221,12 +224,9 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
     """
     if with_data:
         return _infer_with_data(model, inputs)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    fake_model = copy_with(model, lambda _, tensor: _stand_in(tensor, fake))
-    fake_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake))
     try:
-        with fake:
-            return _infer(fake_model, fake_inputs)
+        with without_data(model, inputs) as (stand_in, its_inputs):
+            return _infer(stand_in, its_inputs)
     except CaptureError:
         raise
     except Exception as failure:
@@ -238,11 +238,23 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
 def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
     real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
     try:
-        return _infer(real_model, inputs.map(as_double))
+        found = _infer(real_model, inputs.map(as_double))
     except CaptureError:
         raise
     except Exception as failure:
         raise _not_runnable(model, inputs, failure) from failure
+    found.with_data = True
+    return found
+
+
+@contextmanager
+def without_data(model: nn.Module, inputs: Inputs) -> Iterator[tuple[nn.Module, Inputs]]:
+    """Give a copy of the model and of its inputs, of the same shapes in float64, that hold no data."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake))
+    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake))
+    with fake, hushed():
+        yield stand_in, its_inputs
 
 
 def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:

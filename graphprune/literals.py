@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.attributes import kept_groups
 from graphprune.inference import Inference, Step
 from graphprune.layout import (
     Axis,
@@ -27,7 +28,6 @@ from graphprune.layout import (
     touches,
 )
 from graphprune.rules import Layouts, bind_arguments
-from graphprune.shrink import kept_groups
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphprune.attributes import ways_to_follow_sizes
 from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
 from graphprune.errors import (
@@ -27,7 +28,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import named_tensors
-from graphprune.verify import Verification, verify
+from graphprune.verify import Verification, check_runs, verify
 
 Form: TypeAlias = Literal["auto", "module", "graph"]
 
@@ -107,9 +108,11 @@ def slim(
         renormalised: also cut channels along which a norm, mean or softmax runs; the slim model then
             differs from the silenced original by that statistic, and a warning names the groups.
         plan: cut exactly this instead of choosing.
-        form: "module" keeps the model's class and code; "graph" gives an fx.GraphModule whose sizes
-            are rewritten; "auto" prefers the first where it works.
-        verify: compare with the original, removed channels silenced, in float64.
+        form: "module" keeps the model's class and code, and changes sizes that its modules hold as
+            attributes where they have to follow; "graph" gives an fx.GraphModule whose sizes are
+            rewritten; "auto" prefers the first where it works.
+        verify: compare with the original, removed channels silenced, in float64; without it, the
+            slim model is only seen to run.
         seed: for importance "random".
 
     Returns:
@@ -180,10 +183,27 @@ def as_module(job: Job) -> Slimmed:
     plan = job.plan_for(graph)
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
-    seen = _checked(job, job.module, slimmer, plan, graph)
+    seen = _checked_in_some_way(job, slimmer, plan, graph)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
     return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
+
+
+def _checked_in_some_way(
+    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
+) -> Verification | None:
+    """Verify the slim module; where its code holds sizes as attributes, with these changed."""
+    try:
+        return _checked(job, job.module, slimmer, plan, graph)
+    except VerificationError as failure:
+        kept = {axis: int(mask.sum()) for axis, mask in plan.masks(graph).items()}
+        for _ in ways_to_follow_sizes(slimmer, graph.inference, kept):
+            try:
+                check_runs(slimmer, job.inputs, graph.inference)
+                return _checked(job, job.module, slimmer, plan, graph)
+            except VerificationError:
+                continue
+        raise failure from None
 
 
 def as_graph(job: Job, why: str) -> Slimmed:
@@ -228,8 +248,12 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
 def _checked(
     job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
 ) -> Verification | None:
-    """Verify, analysing the model on its data where it runs other operators there."""
+    """Verify, analysing the model on its data where it runs other operators there.
+
+    Where that is not asked for or not possible, see that the slim model runs at all.
+    """
     if not job.check:
+        check_runs(slimmer, job.inputs, graph.inference)
         return None
     try:
         return verify(module, slimmer, job.inputs, graph.inference, plan.masks(graph))

@@ -27,10 +27,10 @@ from graphprune.errors import (
     OtherOperatorsError,
     VerificationError,
 )
-from graphprune.inference import Inference, Step, Value
+from graphprune.inference import Inference, Step, Value, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Layout, Mask, mask_of, touches
+from graphprune.layout import Axis, Layout, Mask, mask_of, size_of, touches
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
@@ -180,6 +180,24 @@ def verify(
     return Verification(worst, len(expected))
 
 
+def check_runs(slimmer: nn.Module, inputs: Inputs, inference: Inference) -> None:
+    """Run a slim model for the shapes of its outputs, without data where the original needs none.
+
+    Raises:
+        VerificationError: it does not run, or its outputs have other shapes than the original's.
+
+    """
+    wanted = {name: list(map(size_of, layouts)) for name, layouts in inference.outputs.items()}
+    if inference.with_data:
+        outputs = _slim_outputs(slimmer, inputs, {})
+    else:
+        with without_data(slimmer, inputs) as (stand_in, its_inputs):
+            outputs = _outputs(stand_in, its_inputs)
+    for name, tensor in outputs:
+        if list(tensor.shape) != wanted[name]:
+            raise _other_shape(name, list(tensor.shape), wanted[name])
+
+
 def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
     """Return, for each parameter that is zero everywhere, a constant of the usual size of weights."""
     return {
@@ -232,9 +250,13 @@ def _in_double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Ten
 def _slim_outputs(
     slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float]
 ) -> list[tuple[str, Tensor]]:
-    double = copy_with(slimmer, lambda name, tensor: _in_double(name, tensor, constants)).eval()
+    double = copy_with(slimmer, lambda name, tensor: _in_double(name, tensor, constants))
+    return _outputs(double, inputs.map(as_double))
+
+
+def _outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     try:
-        return list(output_tensors(interpret(double, inputs.map(as_double), _InDouble())))
+        return list(output_tensors(interpret(slimmer.eval(), inputs, _InDouble())))
     except GraphPruneError:
         raise
     except Exception as failure:
@@ -243,12 +265,14 @@ def _slim_outputs(
         ) from failure
 
 
+def _other_shape(name: str, given: list[int], wanted: list[int]) -> VerificationError:
+    return VerificationError(f"{name} of the slim model has shape {given}, not {wanted}")
+
+
 def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
     """Return the largest difference over the largest value; raise where it is not rounding."""
     if wanted.shape != given.shape:
-        raise VerificationError(
-            f"{name} of the slim model has shape {list(given.shape)}, not {list(wanted.shape)}"
-        )
+        raise _other_shape(name, list(given.shape), list(wanted.shape))
     if wanted.is_complex() and given.is_complex():
         wanted, given = torch.view_as_real(wanted), torch.view_as_real(given)
     if not wanted.is_floating_point():

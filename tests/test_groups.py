@@ -29,6 +29,7 @@ LAYERS = [
     "importance",
     "plan",
     "choose",
+    "attributes",
     "shrink",
     "literals",
     "verify",

@@ -152,6 +152,39 @@ def test_a_size_in_the_code_gives_a_graph_and_says_why(images: Tensor) -> None:
         gp.slim(Net(literal=True), 0.5, images, form="module")
 
 
+class Heads(nn.Module):
+    """Attention whose sizes stand in attributes; `width` is both the model's and the heads' together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.heads, self.features = 16, 4, 4
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.width, dim=-1)
+        query, key, value = (
+            part.view(*x.shape[:2], self.heads, self.features).transpose(1, 2) for part in parts
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.last(x + self.out(mixed))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_sizes_in_attributes_are_followed_and_the_class_stays(verify: bool) -> None:
+    model = Heads()
+    slimmer = gp.slim(model, 0.5, torch.randn(2, 7, 16), verify=verify)
+    assert isinstance(slimmer, Heads)
+    assert (slimmer.width, slimmer.heads, slimmer.features) == (8, 2, 4)
+    assert (model.width, model.heads, model.features) == (16, 4, 4)
+
+
+def test_a_module_that_would_not_run_is_not_returned_unverified(images: Tensor) -> None:
+    result = gp.slimmed(Net(literal=True), 0.5, images, verify=False)
+    assert (result.form, result.verification) == ("graph", None)
+    assert result.model(images).shape == (2, 10)
+
+
 def test_both_forms_of_a_model_agree(images: Tensor) -> None:
     model = Net().eval()
     module, graph = (gp.slim(model, 0.5, images, form=form) for form in ("module", "graph"))
