@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from graphprune.caches import without_caches
 from graphprune.errors import CaptureError, InvalidRequestError
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.interpretation import hushed, plain_kernels
@@ -136,7 +137,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
 
 
 def _runs_without_data(model: nn.Module, inputs: Inputs) -> bool:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), without_caches(model):
         fake = copy_with(model, lambda _, t: torch.empty(t.shape, dtype=t.dtype)).eval()
         try:
             call(fake, inputs.map(lambda t: torch.empty(t.shape, dtype=t.dtype)))
@@ -160,7 +161,7 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     for name, shapes, free in _shape_choices(inputs):
         traced_on = _at_least_two(inputs) if free else inputs
         try:
-            with plain_kernels(), hushed():
+            with without_caches(model), plain_kernels(), hushed():
                 program = torch.export.export(
                     quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
                 )

@@ -231,7 +231,7 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
         raise
     except Exception as failure:
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
-            raise _not_runnable(model, inputs, failure) from failure
+            raise not_runnable(model, inputs, failure) from failure
     return _infer_with_data(model, inputs)
 
 
@@ -242,7 +242,7 @@ def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
     except CaptureError:
         raise
     except Exception as failure:
-        raise _not_runnable(model, inputs, failure) from failure
+        raise not_runnable(model, inputs, failure) from failure
     found.with_data = True
     return found
 
@@ -271,7 +271,8 @@ def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     return stand_in
 
 
-def _not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:
+def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:
+    """Return the error that says that the original does not run on the inputs."""
     return CaptureError(
         f"{type(model).__name__} does not run on {inputs}: {type(failure).__name__}: {failure}\n"
         "Pass example_inputs that the model accepts."

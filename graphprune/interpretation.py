@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphprune import kernels
+from graphprune.caches import without_caches
 from graphprune.inputs import Inputs
 from graphprune.layout import Reason
 from graphprune.rules import Rule, is_in_place, rule_for
@@ -67,11 +68,14 @@ class Interpretation(TorchDispatchMode):
         return self.step(func, rule, args, kwargs)
 
     def run(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call the operator itself; results of lower precision become float64."""
+        """Call the operator itself; new results are in float64 and lie in memory row by row.
+
+        Were they to lie as the kernel pleases, two runs could differ in where a reshape has to copy.
+        """
         result = kernels.run(func, args, kwargs)
         if is_in_place(func) or func.is_view:
             return result
-        return pytree.tree_map_only(Tensor, as_double, result)
+        return pytree.tree_map_only(Tensor, _normal, result)
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
@@ -105,6 +109,11 @@ class _RecurrentWhole(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             return self.mode.step(whole, rule_for(whole), args, kwargs or {})
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    double = as_double(tensor)
+    return double.contiguous() if double.layout is torch.strided else double
 
 
 def _in_double(func: OpOverload, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
         mode: sees the operators.
 
     """
-    with plain_kernels(), mode, _RecurrentWhole(mode):
+    with without_caches(model), plain_kernels(), mode, _RecurrentWhole(mode):
         if isinstance(model, fx.GraphModule):
             return _NodeByNode(model, mode).run_with(inputs)
         with _paths_recorded(model, mode.module_path):

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
+from graphprune.caches import without_caches
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.state import evaluating, working_copy
@@ -91,7 +92,7 @@ def export(
     module = as_module(model)
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
-    with evaluating(module):
+    with without_caches(module), evaluating(module):
         flat = _Flat(module, Inputs.of(example_inputs))
         request = _Request(flat, Path(path), opset, tolerance)
         return _export_free(request, _first_case(flat))

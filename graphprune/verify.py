@@ -27,7 +27,7 @@ from graphprune.errors import (
     OtherOperatorsError,
     VerificationError,
 )
-from graphprune.inference import Inference, Step, Value, without_data
+from graphprune.inference import Inference, Step, Value, not_runnable, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Layout, Mask, mask_of, size_of, touches
@@ -231,7 +231,12 @@ def silenced_outputs(
         return double
 
     reference = copy_with(model, silent).eval()
-    return list(output_tensors(interpret(reference, inputs.map(as_double), mode)))
+    try:
+        return list(output_tensors(interpret(reference, inputs.map(as_double), mode)))
+    except GraphPruneError:
+        raise
+    except Exception as failure:
+        raise not_runnable(model, inputs, failure) from failure
 
 
 class _InDouble(Interpretation):

@@ -20,6 +20,7 @@ LAYERS = [
     "layout",
     "rules",
     "state",
+    "caches",
     "kernels",
     "interpretation",
     "inference",

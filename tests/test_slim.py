@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 from typing import Any
@@ -479,3 +480,30 @@ def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
     monkeypatch.setattr(shrink, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Branch(), 0.5, form="module")
+
+
+@functools.lru_cache
+def ramp(size: int) -> Tensor:
+    return torch.linspace(0, 1, size)
+
+
+def test_caches_in_the_code_of_a_model_keep_no_tensor_of_ours(tmp_path: Any) -> None:
+    class Ramped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x * ramp(8))
+
+    model, x = Ramped(), torch.randn(2, 8)
+    before = model(x)
+    ramp.cache_clear()
+    for use in (
+        lambda: gp.slim(model, 0.5),
+        lambda: gp.slim(model, 0.5, x, form="graph"),
+        lambda: gp.export(model, x, tmp_path / "ramped.onnx"),
+    ):
+        use()
+        assert torch.equal(model(x), before)
+        ramp.cache_clear()
