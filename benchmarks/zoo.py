@@ -28,6 +28,7 @@ import zoo_members
 from torch import nn
 
 import graphprune as gp
+from graphprune.inputs import call
 from graphprune.layout import Concat, Layout, free_axes, resolve, size_of, why_fixed
 
 Row: TypeAlias = dict[str, Any]
@@ -47,7 +48,11 @@ GOOD_REASONS = (
 
 def measured(member: str) -> Row:
     """Return everything that the table says about one member."""
-    model, inputs = zoo_members.build(member)
+    try:
+        model, inputs = zoo_members.build(member)
+        call(model, gp.Inputs.of(inputs))
+    except Exception as failure:
+        return {"untried": _first_line(failure)}
     row: Row = {"before": gp.count_parameters(model)}
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -145,6 +150,8 @@ def run(member: str) -> Row:
 
 def table(rows: dict[str, Row]) -> str:
     """Return the summary and the rows as Markdown."""
+    untried = {name: row["untried"] for name, row in rows.items() if "untried" in row}
+    rows = {name: row for name, row in rows.items() if name not in untried}
     lines = [
         f"# The zoo at ratio {RATIO}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "",
@@ -172,6 +179,8 @@ def table(rows: dict[str, Row]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_line(name, row) for name, row in rows.items() if "refused" not in row),
     ]
+    lines += ["", "## Not tried: the general recipe does not build or run these", ""]
+    lines += [f"- {name}: {why}" for name, why in untried.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -230,7 +239,8 @@ def _kept(path: Path, again: bool) -> dict[str, Row]:
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
         rows[row.pop("member")] = row
-    return {name: row for name, row in rows.items() if not (again and "refused" in row)}
+    again_for = {"refused", "untried"} if again else set()
+    return {name: row for name, row in rows.items() if not again_for & row.keys()}
 
 
 def _in_parallel(names: Sequence[str], jobs: int) -> Iterable[tuple[str, Row]]:

@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphprune.inference import Inference, Step
-from graphprune.layout import Axis, can_split, kept_size, size_of, split
+from graphprune.layout import Axis, Layout, can_split, free_axes, kept_size, size_of, split
 from graphprune.rules.recurrent import GATES
 
 aten = torch.ops.aten
-
 
 # Ways of following that are tried at most; each is a run without data.
 _WAYS = 16
@@ -56,7 +55,7 @@ def _held_sizes(
             sizes.setdefault((step.place.module, before), set()).add(after)
     held: dict[tuple[type, str, int, frozenset[int]], list[nn.Module]] = {}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch."):
+        if _is_of_torch(module):
             continue
         for name, value in vars(module).items():
             found = sizes.get((path, value), set()) if type(value) is int else set()
@@ -65,13 +64,35 @@ def _held_sizes(
     return held
 
 
+def axes_given_as_sizes(
+    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
+) -> set[Axis]:
+    """Return the cut axes in dimensions whose size an operator in code of one's own was given."""
+    own = {path for path, module in model.named_modules() if not _is_of_torch(module)}
+    found: set[Axis] = set()
+    for step in inference.steps:
+        for layout in _dimensions_given(step) if step.place.module in own else ():
+            found.update(axis for axis in free_axes(layout) if axis in kept)
+    return found
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
+
+
 def _sizes_given(step: Step, kept: Mapping[Axis, int]) -> Iterator[tuple[int, int]]:
     """Yield the numbers among a step's arguments that are sizes of its results, and those sizes now."""
+    for layout in _dimensions_given(step):
+        yield size_of(layout), kept_size(layout, kept)
+
+
+def _dimensions_given(step: Step) -> Iterator[Layout]:
+    """Yield the dimensions of a step's results whose sizes are among its arguments."""
     numbers = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
     for value in step.outputs:
         for layout in value.layouts:
             if size_of(layout) in numbers:
-                yield size_of(layout), kept_size(layout, kept)
+                yield layout
 
 
 def describe_tensors(model: nn.Module, inference: Inference, kept: Mapping[Axis, int]) -> None:

@@ -28,7 +28,7 @@ from graphprune import kernels
 from graphprune.caches import without_caches
 from graphprune.inputs import Inputs
 from graphprune.layout import Reason
-from graphprune.rules import Rule, is_in_place, rule_for
+from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
 from graphprune.state import as_double, double_of
 
@@ -126,6 +126,9 @@ def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return the result by way of the operator's own definition, or NotImplemented."""
     if func.namespace == "prim" or torch.Tag.nondeterministic_seeded in func.tags:
         return NotImplemented
+    twin = functional_twin(func) if is_in_place(func) else None
+    if twin in decomposition_table:
+        return args[0].copy_(decomposition_table[twin](*args, **kwargs))
     if func in decomposition_table and not is_in_place(func):
         return decomposition_table[func](*args, **kwargs)
     return func.decompose(*args, **kwargs)

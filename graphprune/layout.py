@@ -417,6 +417,11 @@ def mask_of(layout: Layout, keep: Mapping[Axis, Mask]) -> Mask:
     return mask
 
 
+def counts_of(masks: Mapping[Axis, Mask]) -> dict[Axis, int]:
+    """Return how many slots of each axis stay."""
+    return {axis: int(mask.sum()) for axis, mask in masks.items()}
+
+
 def kept_size(layout: Layout, kept: Mapping[Axis, int]) -> int:
     """Return how many positions of a dimension stay, given how many slots of each cut axis stay."""
     layout = resolve(layout)

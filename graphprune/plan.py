@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Plan:
     def removed(self) -> int:
         """Number of slots that go, over all groups."""
         return sum(self.sizes[name] - len(kept) for name, kept in self.keep.items())
+
+    def without(self, names: Iterable[str]) -> Plan:
+        """Return the plan that leaves these groups whole."""
+        left = {name: kept for name, kept in self.keep.items() if name not in set(names)}
+        return Plan(left, {name: self.sizes[name] for name in left}, self.request)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

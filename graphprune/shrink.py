@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graphprune.attributes import describe_tensors
 from graphprune.inference import Inference
-from graphprune.layout import Axis, Layout, Mask, mask_of
+from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of
 from graphprune.state import copy_with, evaluating
 
 
@@ -23,7 +23,7 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
         return sliced(tensor, inference.parameters.get(name, []), masks)
 
     slimmer = copy_with(model, slim)
-    kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
+    kept = counts_of(masks)
     with evaluating(
         slimmer
     ):  # reading a weight that is computed in training may update its buffers

@@ -10,10 +10,11 @@ from typing import Any, Literal, TypeAlias, cast
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphprune.attributes import ways_to_follow_sizes
+from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
 from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
 from graphprune.errors import (
+    CaptureError,
     GraphPruneError,
     GraphPruneWarning,
     InvalidRequestError,
@@ -24,6 +25,7 @@ from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
+from graphprune.layout import counts_of
 from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
@@ -169,7 +171,10 @@ def slimmed(
     except VerificationError as failure:
         if form == "module":
             raise
-        return as_graph(job, str(failure))
+        try:
+            return as_graph(job, str(failure))
+        except CaptureError as untraceable:
+            return as_module_with_sizes(job, untraceable)
 
 
 def as_module(job: Job) -> Slimmed:
@@ -180,7 +185,40 @@ def as_module(job: Job) -> Slimmed:
 
     """
     graph = DependencyGraph(infer(job.module, job.inputs))
-    plan = job.plan_for(graph)
+    return _module_by(job, graph, job.plan_for(graph))
+
+
+def as_module_with_sizes(job: Job, untraceable: CaptureError) -> Slimmed:
+    """Return the model's own class, cut only where no size in its code could be in the way.
+
+    Raises:
+        CaptureError: that leaves nothing to cut, or the code does not follow all the same.
+
+    """
+    graph = DependencyGraph(infer(job.module, job.inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraphPruneWarning)  # the first attempt gave them
+        plan = job.plan_for(graph)
+    sizes = counts_of(plan.masks(graph))
+    held = axes_given_as_sizes(job.module, graph.inference, sizes)
+    whole = sorted(graph.by_axis[axis].name for axis in held)
+    plan = plan.without(whole)
+    if not plan.removed:
+        raise untraceable
+    try:
+        result = _module_by(job, graph, plan)
+    except VerificationError:
+        raise untraceable from None
+    warnings.warn(
+        f"{_listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
+        "cannot be rewritten, since torch.export cannot trace it",
+        GraphPruneWarning,
+        stacklevel=3,
+    )
+    return result
+
+
+def _module_by(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     seen = _checked_in_some_way(job, slimmer, plan, graph)
@@ -196,7 +234,7 @@ def _checked_in_some_way(
     try:
         return _checked(job, job.module, slimmer, plan, graph)
     except VerificationError as failure:
-        kept = {axis: int(mask.sum()) for axis, mask in plan.masks(graph).items()}
+        kept = counts_of(plan.masks(graph))
         for _ in ways_to_follow_sizes(slimmer, graph.inference, kept):
             try:
                 check_runs(slimmer, job.inputs, graph.inference)
@@ -224,7 +262,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
     plan = job.plan_for(graph)
     masks = plan.masks(graph)
     slimmer = shrunk(module, graph.inference, masks)
-    kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
+    kept = counts_of(masks)
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
     seen = _checked(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)
@@ -236,13 +274,17 @@ def as_graph(job: Job, why: str) -> Slimmed:
 def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     names = [name for name in graph.inference.unused if name in graph.inference.trainable]
     if names:
-        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         warnings.warn(
-            f"the example inputs reach no operator that reads {len(names)} parameters ({listed}): "
+            f"the example inputs reach no operator that reads {len(names)} parameters "
+            f"({_listed(names)}): "
             f"{consequence}; pass example_inputs that reach them if you need them",
             GraphPruneWarning,
             stacklevel=4,
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _checked(

@@ -30,7 +30,7 @@ from graphprune.errors import (
 from graphprune.inference import Inference, Step, Value, not_runnable, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Layout, Mask, mask_of, size_of, touches
+from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of, size_of, touches
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
@@ -104,7 +104,7 @@ class Silencing(Interpretation):
 
     def _on_kept_slots(self, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operator on the kept slots alone and put the result back among zeros."""
-        kept = {axis: int(mask.sum()) for axis, mask in self.masks.items()}
+        kept = counts_of(self.masks)
         values = iter(step.inputs)
 
         def cut(tensor: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ for binary in (aten.add, aten.mul, aten.sub, aten.div, aten.remainder):
     exact(binary.Tensor, x(4, 6), x(4, 6))
 exact(aten.add.Tensor, x(2, 1, 6), x(4, 1), alpha=2)
 exact(aten.add.Scalar, x(4, 6), 3)
+exact(aten.floor_divide.default, x(4, 6), positive(4, 6))
 exact(aten.mul.Tensor, x(4, 6), x())
 exact(aten.pow.Tensor_Scalar, x(4, 6), 2)
 exact(aten.maximum.default, x(4, 6), x(6))
@@ -499,3 +500,8 @@ exact(aten._grouped_mm.default, x(8, 6), x(3, 6, 5), ends)
 exact(aten._grouped_mm.default, x(3, 4, 6), x(6, 8), ends)
 exact(aten._grouped_mm.default, x(4, 8), x(8, 5), ends)
 exact(aten._grouped_mm.default, x(3, 4, 6), x(3, 6, 5))
+
+# Chance.
+for draw in (aten.uniform.default, aten.exponential.default, aten.random.default):
+    fixed(draw, x(4, 6))
+fixed(aten.normal.Tensor_float, x(4, 6), 1.0)

@@ -26,6 +26,7 @@ from graphprune.layout import (
     Mask,
     Product,
     Reason,
+    counts_of,
     cut,
     free_axes,
     kept_size,
@@ -121,7 +122,7 @@ class Examined:
 
     def slim(self, masks: Mapping[Axis, Mask]) -> list[Tensor]:
         """Return the results on operands that lack the removed slots, with literals rewritten."""
-        kept = {axis: int(mask.sum()) for axis, mask in masks.items()}
+        kept = counts_of(masks)
         program = self._program(kept)
         layouts = (self.layouts[id(tensor)] for tensor in self.operands)
         pairs = zip(self.operands, layouts, strict=True)

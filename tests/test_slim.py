@@ -180,6 +180,31 @@ def test_sizes_in_attributes_are_followed_and_the_class_stays(verify: bool) -> N
     assert (model.width, model.heads, model.features) == (16, 4, 4)
 
 
+@pytest.mark.filterwarnings("default::graphprune.GraphPruneWarning")
+def test_where_sizes_cannot_be_rewritten_the_rest_is_cut() -> None:
+    class Untraceable(nn.Module):
+        """A size in code that torch.export cannot trace, since values decide where it goes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = (
+                nn.Linear(8, 32),
+                nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 4)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).view(-1, 32)
+            return self.rest(x.relu() if x.sum().item() > 1e9 else x.sigmoid())
+
+    with pytest.warns(
+        gp.GraphPruneWarning, match=r"first.weight:0 stay whole: the model's code may"
+    ):
+        slimmer = gp.slim(Untraceable(), 0.5, torch.randn(2, 8))
+    assert isinstance(slimmer, Untraceable)
+    assert slimmer.first.weight.shape == (32, 8)
+    assert slimmer.rest[1].weight.shape == (4, 8)
+
+
 def test_a_module_that_would_not_run_is_not_returned_unverified(images: Tensor) -> None:
     result = gp.slimmed(Net(literal=True), 0.5, images, verify=False)
     assert (result.form, result.verification) == ("graph", None)

@@ -48,6 +48,7 @@ register(
     aten.detach,
     aten.empty_like,
     aten.fill,
+    aten.floor_divide,
     aten.full_like,
     aten.lift_fresh,
     aten.masked_fill,

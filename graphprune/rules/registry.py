@@ -153,6 +153,12 @@ def _twin_of(func: OpOverload) -> OpOverloadPacket | None:
     return None
 
 
+def functional_twin(func: OpOverload) -> OpOverload | None:
+    """Return the overload that gives the result which an in-place one writes, or None."""
+    packet = _twin_of(func)
+    return getattr(packet, func._overloadname, None) if packet is not None else None
+
+
 # The operator whose rule serves every operator that is tagged pointwise.
 POINTWISE: Operator = torch.ops.aten.add
 
