@@ -9,7 +9,7 @@ import torch
 from graphprune.layout import UNIT, Layout, size_of
 from graphprune.rules.registry import POINTWISE, Call, Layouts, register
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def broadcast(call: Call, operands: Sequence[Layouts], shape: Sequence[int]) -> Layouts:
@@ -56,4 +56,6 @@ register(
     aten.rrelu_with_noise,
     aten.zero,
     aten.zeros_like,
+    prims.convert_element_type,
+    prims.where,
 )
