@@ -24,14 +24,19 @@ def index(call: Call) -> Sequence[Layouts]:
     indexed = list(indices)
     for dim in indexed:
         call.fix(layouts[dim], ADDRESSED)
-    operands = [found for found in indices.values() if found is not None]
     rank = len(shape) - len(layouts) + len(indexed)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if adjacent else 0
-    selected = broadcast(call, operands, shape[at : at + rank])
-    if None in indices.values():  # a mask: as many slots as it is true for
+    operands = [found for found in indices.values() if found is not None]
+    selected: Layouts
+    if len(operands) < len(indexed):  # a mask: as many slots as it is true for
+        for found in operands:
+            for layout in found:
+                call.fix(layout, ADDRESSED)
         selected = [call.fixed(size, ADDRESSED) for size in shape[at : at + rank]]
+    else:
+        selected = broadcast(call, operands, shape[at : at + rank])
     return [[*untouched[:at], *selected, *untouched[at:]]]
 
 
