@@ -28,7 +28,7 @@ def ways_to_follow_sizes(
     `self.num_heads` is one where the module's code reshapes to it. Such an attribute takes the size
     that the dimension has now; where its value stood for several, one after the other is tried, alike
     in modules that are alike. A value could be equal to a size by accident, so the model has to be
-    verified, and nothing is changed that the caller could not do without.
+    verified after each change.
 
     Args:
         model: a slim model, in the code of its own class; it is changed before each yield.

@@ -24,12 +24,10 @@ from graphprune.rules import (
     Rule,
     bind_arguments,
     is_in_place,
-    rule_for,
+    pointwise,
     tensors_in,
 )
 from graphprune.state import as_double, copy_with, double_of, named_tensors
-
-aten = torch.ops.aten
 
 UNKNOWN = "an operator without a rule"
 
@@ -169,12 +167,9 @@ class LayoutInference(Interpretation):
         return result
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
-        if (
-            self.in_training
-            and torch.Tag.nondeterministic_seeded in call.func.tags
-            and call.tensors
-        ):
-            rule = rule_for(aten.add.Tensor)  # dropout: nothing is compared, so chance does no harm
+        by_chance = torch.Tag.nondeterministic_seeded in call.func.tags
+        if self.in_training and by_chance and call.tensors:
+            rule = pointwise.pointwise  # dropout: nothing is compared, so chance does no harm
         if rule is None:
             self.found.unknown.append(call.reason)
             return _opaque(call, UNKNOWN)

@@ -166,47 +166,72 @@ def slimmed(
         return as_graph(job, "the model is a graph")
     if form == "graph":
         return as_graph(job, "asked for")
+    graph = DependencyGraph(infer(module, inputs))
+    chosen = plan_for(graph)
     try:
-        return as_module(job)
+        return as_module(job, graph, chosen)
     except VerificationError as failure:
         if form == "module":
             raise
         try:
             return as_graph(job, str(failure))
         except CaptureError as untraceable:
-            return as_module_with_sizes(job, untraceable)
+            return as_module_with_sizes(job, graph, chosen, untraceable)
 
 
-def as_module(job: Job) -> Slimmed:
+def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
     """Return the model's own class with smaller tensors.
 
     Raises:
         VerificationError: its code does not follow: it holds a size that no attribute gives.
 
     """
-    graph = DependencyGraph(infer(job.module, job.inputs))
-    return _module_by(job, graph, job.plan_for(graph))
+    masks = plan.masks(graph)
+    slimmer = shrunk(job.module, graph.inference, masks)
+    try:
+        seen = _checked(job, job.module, slimmer, plan, graph)
+    except VerificationError as failure:
+        seen = _checked_with_sizes(job, slimmer, plan, graph, failure)
+    if masks:
+        _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
+    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
 
 
-def as_module_with_sizes(job: Job, untraceable: CaptureError) -> Slimmed:
+def _checked_with_sizes(
+    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph, failure: VerificationError
+) -> Verification | None:
+    """Change sizes that the slim modules hold as attributes until the model verifies.
+
+    Raises:
+        VerificationError: the given failure, where it never does.
+
+    """
+    for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
+        try:
+            check_runs(slimmer, job.inputs, graph.inference)
+            return _verified(job, job.module, slimmer, plan, graph) if job.check else None
+        except VerificationError:
+            continue
+    raise failure from None
+
+
+def as_module_with_sizes(
+    job: Job, graph: DependencyGraph, plan: Plan, untraceable: CaptureError
+) -> Slimmed:
     """Return the model's own class, cut only where no size in its code could be in the way.
 
     Raises:
         CaptureError: that leaves nothing to cut, or the code does not follow all the same.
 
     """
-    graph = DependencyGraph(infer(job.module, job.inputs))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GraphPruneWarning)  # the first attempt gave them
-        plan = job.plan_for(graph)
     sizes = counts_of(plan.masks(graph))
     held = axes_given_as_sizes(job.module, graph.inference, sizes)
     whole = sorted(graph.by_axis[axis].name for axis in held)
-    plan = plan.without(whole)
-    if not plan.removed:
+    rest = plan.without(whole)
+    if not rest.removed:
         raise untraceable
     try:
-        result = _module_by(job, graph, plan)
+        result = as_module(job, graph, rest)
     except VerificationError:
         raise untraceable from None
     warnings.warn(
@@ -216,32 +241,6 @@ def as_module_with_sizes(job: Job, untraceable: CaptureError) -> Slimmed:
         stacklevel=3,
     )
     return result
-
-
-def _module_by(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
-    masks = plan.masks(graph)
-    slimmer = shrunk(job.module, graph.inference, masks)
-    seen = _checked_in_some_way(job, slimmer, plan, graph)
-    if masks:
-        _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
-
-
-def _checked_in_some_way(
-    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
-) -> Verification | None:
-    """Verify the slim module; where its code holds sizes as attributes, with these changed."""
-    try:
-        return _checked(job, job.module, slimmer, plan, graph)
-    except VerificationError as failure:
-        kept = counts_of(plan.masks(graph))
-        for _ in ways_to_follow_sizes(slimmer, graph.inference, kept):
-            try:
-                check_runs(slimmer, job.inputs, graph.inference)
-                return _checked(job, job.module, slimmer, plan, graph)
-            except VerificationError:
-                continue
-        raise failure from None
 
 
 def as_graph(job: Job, why: str) -> Slimmed:
@@ -276,8 +275,7 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     if names:
         warnings.warn(
             f"the example inputs reach no operator that reads {len(names)} parameters "
-            f"({_listed(names)}): "
-            f"{consequence}; pass example_inputs that reach them if you need them",
+            f"({_listed(names)}): {consequence}; pass example_inputs that reach them if you need them",
             GraphPruneWarning,
             stacklevel=4,
         )
@@ -290,13 +288,17 @@ def _listed(names: Sequence[str]) -> str:
 def _checked(
     job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
 ) -> Verification | None:
-    """Verify, analysing the model on its data where it runs other operators there.
+    """Verify; where that is not asked for or not possible, see that the slim model runs at all."""
+    if job.check:
+        return _verified(job, module, slimmer, plan, graph)
+    check_runs(slimmer, job.inputs, graph.inference)
+    return None
 
-    Where that is not asked for or not possible, see that the slim model runs at all.
-    """
-    if not job.check:
-        check_runs(slimmer, job.inputs, graph.inference)
-        return None
+
+def _verified(
+    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
+) -> Verification:
+    """Verify, analysing the model on its data where it runs other operators there."""
     try:
         return verify(module, slimmer, job.inputs, graph.inference, plan.masks(graph))
     except OtherOperatorsError:

@@ -201,7 +201,7 @@ def check_runs(slimmer: nn.Module, inputs: Inputs, inference: Inference) -> None
 def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
     """Return, for each parameter that is zero everywhere, a constant of the usual size of weights."""
     return {
-        name: max(1, math.prod(parameter.shape[1:])) ** -0.5
+        name: 0.5 * max(1, math.prod(parameter.shape[1:])) ** -0.5  # not 1, as in 1 / (1 - p)
         for name, parameter in parameter_names(model).items()
         if parameter.is_floating_point() and not parameter.detach().any()
     }
@@ -226,7 +226,7 @@ def silenced_outputs(
     mode = Silencing(inference, masks)
 
     def silent(name: str, tensor: Tensor) -> Tensor:
-        double = _in_double(name, tensor, constants)
+        double = _double(name, tensor, constants)
         mode._silence(double, Value(inference.parameters[name], name))
         return double
 
@@ -247,7 +247,7 @@ class _InDouble(Interpretation):
         return self.run(func, args, kwargs)
 
 
-def _in_double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
+def _double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
     double = as_double(tensor.detach()).clone()
     return double.fill_(constants[name]) if name in constants else double
 
@@ -255,7 +255,7 @@ def _in_double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Ten
 def _slim_outputs(
     slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float]
 ) -> list[tuple[str, Tensor]]:
-    double = copy_with(slimmer, lambda name, tensor: _in_double(name, tensor, constants))
+    double = copy_with(slimmer, lambda name, tensor: _double(name, tensor, constants))
     return _outputs(double, inputs.map(as_double))
 
 
