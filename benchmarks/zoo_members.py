@@ -7,14 +7,18 @@ A member is named `library/name`. Weights are random: nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.models import import_torchvision, import_transformers
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 
@@ -42,47 +46,21 @@ def build(member: str) -> tuple[nn.Module, Any]:
 
 
 def livened(model: nn.Module) -> nn.Module:
-    """Return the model with its batch statistics and its zero parameters at random values.
-
-    A fresh model normalises by (0, 1) and often starts branches at zero, which would hide them.
-    """
+    """Return the model with its batch statistics at random values: fresh ones are no-ops."""
     generator = torch.Generator().manual_seed(0)
-
-    def noise(tensor: torch.Tensor, mean: float, spread: float) -> None:
-        fresh = torch.randn(tensor.shape, generator=generator).mul_(spread).add_(mean)
-        tensor.data.copy_(fresh)
-
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            noise(module.running_mean, 0, 0.1)
-            module.running_var.data.copy_(
-                torch.rand(module.running_var.shape, generator=generator) + 0.5
-            )
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not parameter.detach().any():
-            noise(parameter, 0, 0.02)
+            size = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(size, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
     return model
 
 
 # ------------------------------------------------------------------------------------ torchvision
 
 
-def import_torchvision() -> Any:
-    """Import torchvision, whose compiled operators need not be there for its models to build."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        torch.library.define(
-            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-        torch.library.define(
-            "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
-    import torchvision
-
-    return torchvision
-
-
 def _torchvision() -> Iterator[str]:
-    """Yield the smallest of each family of classifiers and videos; all for segmentation and backbones."""
+    """Yield one of each kind of classifier and video network; every segmenter and backbone."""
     torchvision = import_torchvision()
     families: dict[str, list[str]] = {}
     for name in torchvision.models.list_models():
@@ -99,7 +77,7 @@ def _torchvision() -> Iterator[str]:
 
 
 def _one_of_each_kind(names: list[str]) -> list[str]:
-    """Return the first of each run of names that agree up to their first digit."""
+    """Return the shortest of the names that agree in their first word, numbers left out."""
     kinds: dict[str, str] = {}
     for name in sorted(names, key=lambda n: (len(n), n)):
         kinds.setdefault(name.rstrip("0123456789_").split("_")[0].rstrip("0123456789"), name)
@@ -214,14 +192,15 @@ _SMALL: dict[str, Any] = {
 
 
 def _transformers() -> Iterator[str]:
+    import_transformers()
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     yield from (f"transformers/{name}" for name in MODEL_MAPPING_NAMES)
 
 
-def shrink_config(config: Any, changed: dict[str, Any] | None = None) -> Any:
+def shrink_config(config: Any) -> Any:
     """Make a configuration, and those inside it, small."""
-    for name, value in {**_SMALL, **(changed or {})}.items():
+    for name, value in _SMALL.items():
         given = getattr(config, name, None)
         if isinstance(given, int) and not isinstance(given, bool):
             try:
@@ -234,14 +213,12 @@ def shrink_config(config: Any, changed: dict[str, Any] | None = None) -> Any:
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
         if inner is not None:
-            shrink_config(inner, changed)
+            shrink_config(inner)
     return config
 
 
 def _build_transformers(name: str) -> tuple[nn.Module, Any]:
-    if importlib.util.find_spec("torchvision"):  # transformers imports it where it is there
-        import_torchvision()
-    import transformers
+    transformers = import_transformers()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     transformers.logging.set_verbosity_error()
@@ -259,9 +236,7 @@ def _inputs_for(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, max(vocabulary, 4), (2, 12))
     inputs: dict[str, torch.Tensor] = {}
     if main == "input_ids":
-        inputs["input_ids"] = ids
-        if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids[:, :7]
+        inputs[main] = ids
     elif main in ("pixel_values", "pixel_values_videos"):
         inner = getattr(config, "vision_config", config)
         size = getattr(inner, "image_size", 64) or 64
@@ -269,10 +244,10 @@ def _inputs_for(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
         inputs[main] = torch.randn(2, getattr(inner, "num_channels", 3) or 3, height, width)
     elif main in ("input_features", "input_values"):
         inputs[main] = _sound(main, config)
-        if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids[:, :7]
     else:
         raise NotImplementedError(f"no example for the input {main!r}")
+    if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :7]
     if main == "input_ids" and "pixel_values" in accepted and hasattr(config, "projection_dim"):
         size = config.vision_config.image_size
         inputs["pixel_values"] = torch.randn(2, 3, size, size)

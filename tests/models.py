@@ -659,19 +659,25 @@ def gru_net(
 # ---------------------------------------------------------------------------------- transformers
 
 
-def import_transformers() -> ModuleType:
-    """Return the library, which imports torchvision where there is one.
+def import_torchvision() -> ModuleType:
+    """Return the library.
 
-    Where that and torch are of different builds, the import fails until two operators that nothing
-    here needs are declared.
+    Where it and torch are of different builds, the import fails until two operators that nothing here
+    needs are declared.
     """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", signature)
+        return importlib.import_module("torchvision")
+
+
+def import_transformers() -> ModuleType:
+    """Return the library, which imports torchvision where there is one."""
     if importlib.util.find_spec("torchvision"):
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            for name in ("nms", "qnms"):
-                signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{name}", signature)
+        import_torchvision()
     return importlib.import_module("transformers")
 
 

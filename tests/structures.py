@@ -4,19 +4,11 @@
 accident; `.inputs()` are its inputs, a tuple or keyword arguments, at batch 2.
 """
 
-from tests import (
-    structures_attention,
-    structures_channels,
-    structures_layers,
-    structures_numbers,
-    structures_recurrent,
-)
-from tests.structures_registry import Structure
+import importlib
 
-STRUCTURES: dict[str, Structure] = (
-    structures_channels.STRUCTURES
-    | structures_layers.STRUCTURES
-    | structures_attention.STRUCTURES
-    | structures_numbers.STRUCTURES
-    | structures_recurrent.STRUCTURES
-)
+from tests.structures_registry import STRUCTURES
+
+__all__ = ["STRUCTURES"]
+
+for kind in ("channels", "layers", "attention", "numbers", "recurrent"):
+    importlib.import_module(f"tests.structures_{kind}")

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.structures_registry import STRUCTURES, both, normal, register, structure, tokens
-
-__all__ = ["STRUCTURES"]
+from tests.structures_registry import both, normal, register, structure, tokens
 
 # 7 steps of 20 features: 4 heads of 5 where nothing else is said
 sequence = normal(7, 20)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.structures_registry import (
-    STRUCTURES,
     between,
     both,
     conv,
@@ -22,8 +21,6 @@ from tests.structures_registry import (
     vector,
     wide,
 )
-
-__all__ = ["STRUCTURES"]
 
 on_channels = partial(between, inputs=image, first=wide)
 on_features = partial(between, inputs=vector, first=hidden)

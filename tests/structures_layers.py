@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests.structures_registry import (
-    STRUCTURES,
     Arguments,
     both,
     conv,
@@ -27,9 +26,6 @@ from tests.structures_registry import (
     vector,
     wide,
 )
-
-__all__ = ["STRUCTURES"]
-
 
 # ------------------------------------------------------------ convolutions and their relations
 

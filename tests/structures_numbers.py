@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.structures_registry import (
-    STRUCTURES,
     between,
     both,
     conv,
@@ -21,8 +20,6 @@ from tests.structures_registry import (
     vector,
     wide,
 )
-
-__all__ = ["STRUCTURES"]
 
 
 @structure(image)

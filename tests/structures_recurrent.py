@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests.structures_registry import STRUCTURES, both, normal, register, structure
-
-__all__ = ["STRUCTURES"]
+from tests.structures_registry import both, normal, register, structure
 
 # 7 steps of 20 features
 sequence = normal(7, 20)
