@@ -98,8 +98,11 @@ def inspect(
         with working("analysing"):
             graph = analyze(loaded(model), example_inputs(shapes))
         if parameter:
-            dims = len(graph.inference.parameters.get(parameter, [None]))
-            print("\n".join(graph.explain(parameter, dim) for dim in range(dims)))
+            explanations = graph.explain_all(parameter)
+            if as_json:
+                print(json.dumps([explanation.as_dict() for explanation in explanations]))
+            else:
+                print("\n".join(map(str, explanations)))
         elif as_json:
             print(json.dumps(as_dict(graph)))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import networkx as nx
 from torch import nn
 
 from graphprune.errors import InvalidRequestError
+from graphprune.explain import Explainer, Explanation
 from graphprune.inference import Inference, Value, infer
 from graphprune.layout import (
     Axis,
@@ -118,36 +120,42 @@ class DependencyGraph:
         """Operators that have no rule, so that everything they touch is fixed."""
         return self.inference.unknown
 
-    def explain(self, parameter: str, dim: int) -> str:
-        """Return in words what a parameter's dimension is made of, what it is tied to, or why it stays.
+    def explain(self, parameter: str, dim: int) -> Explanation:
+        """Return what a dimension of a parameter is tied to, or why it stays, and by which operators.
 
         Raises:
             InvalidRequestError: the model has no such parameter or dimension.
 
         """
-        layouts = self.inference.parameters.get(self._first_name(parameter))
-        if layouts is None or not -len(layouts) <= dim < len(layouts):
+        explanations = self.explain_all(parameter)
+        if not -len(explanations) <= dim < len(explanations):
             raise InvalidRequestError(
-                f"there is no dimension {dim} of a parameter {parameter!r}; "
-                f"the model has {len(self.inference.parameters)} named tensors, among them "
-                f"{', '.join(sorted(self.inference.parameters)[:5])}"
+                f"there is no dimension {dim} of {parameter!r}, which has {len(explanations)}"
             )
-        layout = layouts[dim]
-        names = {axis: group.name for axis, group in self.by_axis.items()}
-        lines = [f"{parameter}:{dim} is {describe(layout, names)}"]
-        lines += [f"  {self.by_axis[axis]}" for axis in free_axes(layout)]
-        reason = why_fixed(layout)
-        if reason is not None:
-            lines.append(f"  fixed: {reason}")
-        elif not free_axes(layout):
-            lines.append("  every slot stands alone: nothing to cut")
-        return "\n".join(lines)
+        return explanations[dim]
 
-    def _first_name(self, parameter: str) -> str:
-        for first, names in self.inference.names.items():
-            if parameter in names:
-                return first
-        return parameter
+    def explain_all(self, parameter: str) -> list[Explanation]:
+        """Return the explanations of all dimensions of a parameter, buffer or tensor attribute.
+
+        Raises:
+            InvalidRequestError: the model has none of that name.
+
+        """
+        inference = self.inference
+        firsts = (first for first, names in inference.names.items() if parameter in names)
+        first = next(firsts, parameter)
+        if first not in inference.parameters:
+            alike = difflib.get_close_matches(parameter, inference.parameters, cutoff=0)
+            raise InvalidRequestError(
+                f"the model has no parameter or buffer {parameter!r}; the nearest names are "
+                f"{', '.join(alike)}"
+            )
+        names = {axis: group.name for axis, group in self.by_axis.items()}
+        explainer = Explainer(inference)
+        return [
+            explainer.explained(first, dim, names)
+            for dim in range(len(inference.parameters[first]))
+        ]
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """Return operators and tensors as nodes, and the flow of values between them as edges.

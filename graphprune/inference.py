@@ -309,9 +309,14 @@ def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
             "tuples, lists, dicts or dataclasses of them"
         )
     for name, tensor in outputs:
-        mode.found.outputs[name] = mode.layouts_of(tensor)
-        for layout in mode.found.outputs[name]:
-            fix(layout, Reason("a dimension of the model's output", name))
+        value = mode.value_of(tensor)
+        mode.found.outputs[name] = value.layouts
+        maker = (
+            mode.found.steps[value.source].place if isinstance(value.source, int) else Reason("")
+        )
+        why = Reason("a dimension of the model's output", name, maker.module, maker.source)
+        for layout in value.layouts:
+            fix(layout, why)
 
 
 def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) -> set[str]:

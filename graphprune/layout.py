@@ -53,18 +53,23 @@ class Axis(_NotANumber):
     Attributes:
         size: number of slots.
         fixed: why no slot may be removed, or None.
+        fixed_here: whether `fixed` was said of this very axis, not of one that it is tied to.
         renormalised: operators that take a statistic along the axis, so that cutting it is inexact.
         bound: the layout that this axis turned out to be, or None.
+        ties: what else this axis was made to lose slots with, and by what; None where it is a part
+            of the other or the other of it.
 
     """
 
-    __slots__ = ("bound", "fixed", "renormalised", "size")
+    __slots__ = ("bound", "fixed", "fixed_here", "renormalised", "size", "ties")
 
     def __init__(self, size: int, fixed: Reason | None = None) -> None:
         self.size = size
         self.fixed = fixed
+        self.fixed_here = fixed is not None
         self.renormalised: tuple[Reason, ...] = ()
         self.bound: Layout | None = None
+        self.ties: list[tuple[Layout, Reason | None]] = []
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, int):
@@ -142,6 +147,15 @@ def leaves(layout: Layout) -> Iterator[Axis]:
             yield from leaves(inner)
 
 
+def given_axes(layout: Layout) -> Iterator[Axis]:
+    """Yield the axes that the layout was made of, whatever they turned out to be."""
+    if isinstance(layout, Axis):
+        yield layout
+    else:
+        for inner in layout.factors if isinstance(layout, Product) else layout.parts:
+            yield from given_axes(inner)
+
+
 def free_axes(layout: Layout) -> list[Axis]:
     """Return the axes of a layout that may be cut, in order, each once."""
     return list(dict.fromkeys(axis for axis in leaves(layout) if axis.fixed is None))
@@ -161,7 +175,18 @@ def fix(layout: Layout, reason: Reason) -> None:
     """Forbid the removal of any slot of the layout; axes that are fixed already keep their reason."""
     for axis in leaves(layout):
         if axis.fixed is None:
-            axis.fixed = reason
+            axis.fixed, axis.fixed_here = reason, True
+
+
+def _fix_like(layout: Layout, other: Layout, reason: Reason) -> None:
+    """Forbid removals along a layout because there are none along one that it is tied to."""
+    inherited = why_fixed(other)
+    if inherited is None:
+        fix(layout, reason)
+        return
+    for axis in leaves(layout):
+        if axis.fixed is None:
+            axis.fixed = inherited
 
 
 def mark_renormalised(layout: Layout, reason: Reason) -> None:
@@ -173,7 +198,17 @@ def mark_renormalised(layout: Layout, reason: Reason) -> None:
 
 def unify(a: Layout, b: Layout, reason: Reason) -> None:
     """Make two layouts lose the same slots from now on; what does not fit is fixed, for `reason`."""
-    _unify(a, b, reason, 0)
+    x, y = resolve(a), resolve(b)
+    if x != y and not (is_fixed(x) and is_fixed(y)):
+        _tie(a, b, reason)
+        _unify(x, y, reason, 0)
+
+
+def _tie(a: Layout, b: Layout, reason: Reason | None) -> None:
+    for axis in given_axes(a):
+        axis.ties.append((b, reason))
+    for axis in given_axes(b):
+        axis.ties.append((a, reason))
 
 
 def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
@@ -183,9 +218,9 @@ def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
     if size_of(a) != size_of(b) or depth > MAX_PIECES:
         _fix_both(a, b, reason)
     elif is_fixed(a):
-        fix(b, why_fixed(a) or reason)
+        _fix_like(b, a, reason)
     elif is_fixed(b):
-        fix(a, why_fixed(b) or reason)
+        _fix_like(a, b, reason)
     elif isinstance(a, Axis):
         _bind(a, b, reason)
     elif isinstance(b, Axis):
@@ -208,8 +243,6 @@ def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
     axis.bound = layout
     for mark in axis.renormalised:
         mark_renormalised(layout, mark)
-    if axis.fixed is not None:
-        fix(layout, axis.fixed)
 
 
 def _unify_products(a: Product, b: Product, reason: Reason, depth: int) -> None:
@@ -269,13 +302,9 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
     if inner == size_of(layout):
         return UNIT, layout
     if isinstance(layout, Axis):
-        outer_axis, inner_axis = (
-            _fresh_like(layout, layout.size // inner),
-            _fresh_like(layout, inner),
-        )
-        if layout.fixed is None:
-            layout.bound = Product((outer_axis, inner_axis))
-        return outer_axis, inner_axis
+        pieces = _fresh_like(layout, layout.size // inner), _fresh_like(layout, inner)
+        _take_apart(layout, Product(pieces))
+        return pieces
     if isinstance(layout, Concat):
         pairs = [split(part, inner, reason) for part in layout.parts]
         shared = pairs[0][1]
@@ -295,9 +324,15 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
 
 
 def _fresh_like(axis: Axis, size: int) -> Axis:
-    fresh = Axis(size, axis.fixed)
-    fresh.renormalised = axis.renormalised
+    fresh = Axis(size)
+    fresh.fixed, fresh.renormalised = axis.fixed, axis.renormalised
     return fresh
+
+
+def _take_apart(axis: Axis, pieces: Layout) -> None:
+    _tie(axis, pieces, None)
+    if axis.fixed is None:
+        axis.bound = pieces
 
 
 def cut(layout: Layout, positions: Sequence[int]) -> list[Layout]:
@@ -319,8 +354,7 @@ def _cut_once(layout: Layout, at: int) -> tuple[Layout, Layout]:
         return layout, EMPTY
     if isinstance(layout, Axis):
         head, tail = _fresh_like(layout, at), _fresh_like(layout, layout.size - at)
-        if layout.fixed is None:
-            layout.bound = Concat((head, tail))
+        _take_apart(layout, Concat((head, tail)))
         return head, tail
     if isinstance(layout, Concat):
         return _cut_concat(layout, at)
@@ -371,7 +405,9 @@ def _regroup_block(dims: list[Layout], sizes: list[int], reason: Reason) -> list
     rest = resolve(Product(tuple(dims)))
     if 0 in sizes or is_fixed(rest):
         fix(rest, reason)
-        return [Axis(size, why_fixed(rest) or reason) for size in sizes]
+        fresh: list[Layout] = [Axis(size) for size in sizes]
+        unify(Product(tuple(fresh)), rest, reason)
+        return fresh
     result: list[Layout] = []
     for size in reversed(sizes):
         if not can_split(rest, size):

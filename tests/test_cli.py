@@ -49,7 +49,12 @@ def test_inspect_prints_groups_and_explains_a_parameter() -> None:
     assert "1 groups can be cut" in run("inspect", BUILDER)
     found = json.loads(run("inspect", BUILDER, "--json"))
     assert found["groups"][0]["members"] == [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]
-    assert "a dimension of the model's output" in run("inspect", BUILDER, "--parameter", "2.bias")
+    words = ["inspect", BUILDER, "--parameter", "2.bias"]
+    assert "a dimension of the model's output" in run(*words)
+    (explanation,) = json.loads(run(*words, "--json"))
+    assert explanation["parts"][0]["fixed"].startswith(
+        "a dimension of the model's output (output, 2"
+    )
 
 
 def test_compare_gives_json(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ LAYERS = [
     "interpretation",
     "inference",
     "capture",
+    "explain",
     "groups",
     "cost",
     "importance",
@@ -64,8 +64,8 @@ def test_heads_are_found_and_their_features_are_inner() -> None:
     heads, features, values = graph.groups
     assert (heads.size, features.size, values.size) == (4, 3, 3)
     assert (heads.inner, features.inner, values.inner) == (False, True, True)
-    said = graph.explain("qkv.weight", 0)
-    assert said.startswith("qkv.weight:0 is ((qkv.weight:0.0 qkv.weight:0.1) + (qkv.weight:0.0 ")
+    made_of = graph.explain("qkv.weight", 0).layout
+    assert made_of.startswith("((qkv.weight:0.0 qkv.weight:0.1) + (qkv.weight:0.0 ")
 
 
 def test_what_is_fixed_says_why_and_where() -> None:
@@ -83,7 +83,7 @@ def test_what_is_fixed_says_why_and_where() -> None:
     assert reason.why == "slots are sorted"
     assert reason.operator == "aten.sort"
     assert reason.source.startswith("test_groups.py:")
-    assert "slots are sorted (aten.sort, test_groups.py:" in graph.explain("a.weight", 0)
+    assert "slots are sorted (aten.sort, test_groups.py:" in str(graph.explain("a.weight", 0))
 
 
 def test_an_operator_without_a_rule_is_named_and_one_line_frees_it() -> None:
@@ -132,11 +132,6 @@ def test_two_analyses_of_a_model_read_the_same() -> None:
     first, second = (gp.analyze(example.model, example.inputs) for _ in range(2))
     assert str(first) == str(second)
     assert "groups can be cut" in str(first)
-
-
-def test_an_unknown_parameter_gets_a_clear_error() -> None:
-    with pytest.raises(gp.InvalidRequestError, match="no dimension 7 of a parameter 'nothing'"):
-        gp.analyze(nn.Linear(3, 4)).explain("nothing", 7)
 
 
 def test_imports_follow_the_layers() -> None:
