@@ -27,7 +27,7 @@ from graphprune.rules import (
     pointwise,
     tensors_in,
 )
-from graphprune.state import as_double, copy_with, double_of, named_tensors
+from graphprune.state import copy_with, double_copy, double_of, named_tensors
 
 UNKNOWN = "an operator without a rule"
 
@@ -231,9 +231,9 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
 
 
 def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
-    real_model = copy_with(model, lambda _, tensor: as_double(tensor.detach()).clone())
+    real_model = copy_with(model, lambda _, tensor: double_copy(tensor))
     try:
-        found = _infer(real_model, inputs.map(as_double))
+        found = _infer(real_model, inputs.map(double_copy))
     except CaptureError:
         raise
     except Exception as failure:

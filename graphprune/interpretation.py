@@ -113,7 +113,9 @@ class _RecurrentWhole(TorchFunctionMode):
 
 def _normal(tensor: Tensor) -> Tensor:
     double = as_double(tensor)
-    return double.contiguous() if double.layout is torch.strided else double
+    if double.layout is not torch.strided or double.is_contiguous():
+        return double
+    return double.contiguous()
 
 
 def _in_double(func: OpOverload, kwargs: dict[str, Any]) -> dict[str, Any]:

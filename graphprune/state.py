@@ -114,4 +114,10 @@ def double_of(dtype: torch.dtype) -> torch.dtype:
 
 def as_double(tensor: Tensor) -> Tensor:
     """Return a floating-point or complex tensor in double precision, any other as it is."""
-    return tensor.to(double_of(tensor.dtype))
+    dtype = double_of(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def double_copy(tensor: Tensor) -> Tensor:
+    """Return a copy that shares no memory with the tensor, in double precision as `as_double` has it."""
+    return tensor.detach().to(double_of(tensor.dtype), copy=True)

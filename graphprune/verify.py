@@ -34,7 +34,7 @@ from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of, size_of, t
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import as_double, copy_with, parameter_names
+from graphprune.state import copy_with, double_copy, parameter_names
 
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
@@ -232,7 +232,7 @@ def silenced_outputs(
 
     reference = copy_with(model, silent).eval()
     try:
-        return list(output_tensors(interpret(reference, inputs.map(as_double), mode)))
+        return list(output_tensors(interpret(reference, inputs.map(double_copy), mode)))
     except GraphPruneError:
         raise
     except Exception as failure:
@@ -248,7 +248,7 @@ class _InDouble(Interpretation):
 
 
 def _double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
-    double = as_double(tensor.detach()).clone()
+    double = double_copy(tensor)
     return double.fill_(constants[name]) if name in constants else double
 
 
@@ -256,7 +256,7 @@ def _slim_outputs(
     slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float]
 ) -> list[tuple[str, Tensor]]:
     double = copy_with(slimmer, lambda name, tensor: _double(name, tensor, constants))
-    return _outputs(double, inputs.map(as_double))
+    return _outputs(double, inputs.map(double_copy))
 
 
 def _outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:

@@ -532,3 +532,19 @@ def test_caches_in_the_code_of_a_model_keep_no_tensor_of_ours(tmp_path: Any) -> 
         use()
         assert torch.equal(model(x), before)
         ramp.cache_clear()
+
+
+def test_a_model_that_writes_to_its_inputs_leaves_the_examples_as_they_were() -> None:
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 16), nn.Linear(16, 3)
+
+        def forward(self, numbers: Tensor, scale: Tensor) -> Tensor:
+            numbers.add_(1)
+            return self.head(self.embed(numbers) * scale.mul_(2).unsqueeze(-1))
+
+    numbers, scale = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    gp.slim(Shifts().double(), 0.5, (numbers, scale))
+    assert torch.equal(numbers, torch.arange(6).view(2, 3))
+    assert torch.equal(scale, torch.ones(2, 3, dtype=torch.float64))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError
@@ -91,7 +90,7 @@ def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.
     return values
 
 
-def _power_sums(model: nn.Module, graph: DependencyGraph, order: int) -> Scores:
+def _power_sums(model: nn.Module, graph: DependencyGraph, order: Literal[1, 2]) -> Scores:
     """Sum |w|**order of every parameter entry over the slots that the entry belongs to."""
     tensors = named_tensors(model)
     sums: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
@@ -113,7 +112,7 @@ def _power_sums(model: nn.Module, graph: DependencyGraph, order: int) -> Scores:
 
 
 def _sums_along(
-    name: str, tensor: Tensor, order: int
+    name: str, tensor: Tensor, order: Literal[1, 2]
 ) -> dict[tuple[str, int], npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
     if tensor.is_meta:
@@ -123,15 +122,16 @@ def _sums_along(
         )
     entries = tensor.detach()
     entries = (entries.abs() if entries.is_complex() else entries).float()
-    if entries.dim() > 2:  # channels first: the window is summed once for both of them
-        windows = torch.linalg.vector_norm(entries.flatten(2), order, dim=2)
-        found = {dim: _norms(windows, dim, order) for dim in (0, 1)}
-        found |= {dim: _norms(entries, dim, order) for dim in range(2, entries.dim())}
-    else:
-        found = {dim: _norms(entries, dim, order) for dim in range(entries.dim())}
-    return {(name, dim): (norms.double() ** order).cpu().numpy() for dim, norms in found.items()}
+    powers = entries.square() if order == 2 else entries.abs()
+    windows = (
+        powers.flatten(2).sum(2) if powers.dim() > 2 else powers
+    )  # once for channels in and out
+    return {
+        (name, dim): _sums(windows if dim < 2 else powers, dim).double().cpu().numpy()
+        for dim in range(powers.dim())
+    }
 
 
-def _norms(entries: Tensor, dim: int, order: int) -> Tensor:
-    others = [i for i in range(entries.dim()) if i != dim]
-    return torch.linalg.vector_norm(entries, order, dim=others) if others else entries.abs()
+def _sums(powers: Tensor, dim: int) -> Tensor:
+    others = [i for i in range(powers.dim()) if i != dim]
+    return powers.sum(others) if others else powers
