@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, hushed, interpret
-from graphprune.layout import Axis, Reason, fix, size_of
+from graphprune.layout import Axis, Reason, fix, flattened, size_of
 from graphprune.rules import (
     Call,
     Layouts,
@@ -144,7 +144,7 @@ class LayoutInference(Interpretation):
             values = [inputs[0]]
         else:
             values = [
-                self.declare(tensor, dims, len(self.found.steps))
+                self.declare(tensor, list(map(flattened, dims)), len(self.found.steps))
                 for tensor, dims in zip(outputs, layouts, strict=True)
             ]
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)

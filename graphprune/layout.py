@@ -111,10 +111,7 @@ EMPTY = Concat(())
 def resolve(layout: Layout) -> Layout:
     """Return the layout in normal form: bindings followed, nesting flattened, units dropped."""
     if isinstance(layout, Axis):
-        if layout.bound is not None:
-            layout.bound = resolve(layout.bound)
-            return layout.bound
-        return UNIT if layout.size == 1 else layout
+        return _resolve_axis(layout)
     if isinstance(layout, Product):
         factors: list[Layout] = []
         for factor in map(resolve, layout.factors):
@@ -126,6 +123,26 @@ def resolve(layout: Layout) -> Layout:
     for part in map(resolve, layout.parts):
         parts.extend(part.parts if isinstance(part, Concat) else (part,))
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
+
+
+def flattened(layout: Layout) -> Layout:
+    """Return the layout without nesting; an axis stays the one that it is, bound or not."""
+    return layout if isinstance(layout, Axis) else resolve(layout)
+
+
+def _resolve_axis(axis: Axis) -> Layout:
+    """Follow bindings, however many, and remember where they lead."""
+    if axis.bound is None:
+        return UNIT if axis.size == 1 else axis
+    passed: list[Axis] = []
+    layout: Layout = axis
+    while isinstance(layout, Axis) and layout.bound is not None:
+        passed.append(layout)
+        layout = layout.bound
+    layout = resolve(layout)
+    for link in passed:
+        link.bound = layout
+    return layout
 
 
 def size_of(layout: Layout) -> int:
@@ -221,10 +238,10 @@ def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
         _fix_like(b, a, reason)
     elif is_fixed(b):
         _fix_like(a, b, reason)
-    elif isinstance(a, Axis):
-        _bind(a, b, reason)
     elif isinstance(b, Axis):
         _bind(b, a, reason)
+    elif isinstance(a, Axis):
+        _bind(a, b, reason)
     elif isinstance(a, Product) and isinstance(b, Product):
         _unify_products(a, b, reason, depth + 1)
     else:

@@ -24,6 +24,7 @@ from graphprune.layout import (
     cut,
     describe,
     fix,
+    flattened,
     free_axes,
     is_fixed,
     kept_size,
@@ -341,3 +342,14 @@ def test_shifts_by_any_amount_end(shift: int) -> None:
     keep = draw_keep(list(leaves(axis)), 0)
     mask = mask_of(axis, keep)
     assert mask[shift:].tolist() == mask[:-shift].tolist()
+
+
+def test_long_chains_of_bindings_and_deep_nests_resolve() -> None:
+    axes = [Axis(6) for _ in range(5000)]
+    for first, second in pairwise(axes):
+        unify(first, second, WHY)
+    assert resolve(axes[0]) is resolve(axes[-1])
+    column: Layout = axes[0]
+    for _ in range(5000):
+        column = flattened(Product((column,)))
+    assert size_of(column) == 6

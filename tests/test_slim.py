@@ -548,3 +548,9 @@ def test_a_model_that_writes_to_its_inputs_leaves_the_examples_as_they_were() ->
     gp.slim(Shifts().double(), 0.5, (numbers, scale))
     assert torch.equal(numbers, torch.arange(6).view(2, 3))
     assert torch.equal(scale, torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_a_thousand_layers_are_no_more_than_many() -> None:
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(1100)]
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    assert gp.count_parameters(gp.slim(model, 0.5, torch.randn(2, 16))) < 1100 * 8 * 10

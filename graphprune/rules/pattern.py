@@ -169,7 +169,8 @@ class _Match:
             if passed is not None:
                 layout = passed
             elif names is not None and all(name in self.names for name in names):
-                layout = Product(tuple(self.names[name] for name in names))
+                factors = tuple(self.names[name] for name in names)
+                layout = factors[0] if len(factors) == 1 else Product(factors)
             else:
                 layout = self.call.fixed(size, "a dimension that the operator makes")
             layouts.append(layout)
