@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -347,8 +348,12 @@ def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -
     found = mode.found
     steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
     mode.in_training = True
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):  # it would refuse a single value a channel
+            module.training = False
     try:
-        _run(model.train(), inputs, mode)
+        _run(model, inputs, mode)
         return _read(found)
     except Exception:
         return set()

@@ -180,6 +180,37 @@ def test_sizes_in_attributes_are_followed_and_the_class_stays(verify: bool) -> N
     assert (model.width, model.heads, model.features) == (16, 4, 4)
 
 
+class Divides(nn.Module):
+    """A size that no operator is given, only what the code makes of it; `length` is equal by accident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.heads, self.length = 24, 4, 24
+        self.first, self.last = nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.length
+        parts = self.first(x).view(-1, self.length, self.heads, self.width // self.heads)
+        return self.last(parts.softmax(1).flatten(2))
+
+
+def test_a_size_that_code_divides_is_followed_and_an_accidental_equal_is_left() -> None:
+    slimmer = gp.slim(Divides(), 0.5, torch.randn(2, 24, 6))
+    assert isinstance(slimmer, Divides)
+    assert (slimmer.width, slimmer.heads, slimmer.length) == (12, 2, 24)
+
+
+@pytest.mark.filterwarnings("default::graphprune.GraphPruneWarning")
+def test_attention_of_torch_tells_true_sizes_where_its_heads_still_fill_it() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    model = nn.Sequential(nn.Linear(6, 32), layer, nn.Linear(32, 5))
+    slimmer = gp.slim(model, 0.5, torch.randn(2, 7, 6), renormalised=True, form="module")
+    attention = slimmer[1].self_attn
+    assert (attention.embed_dim, attention.kdim, attention.vdim) == (16, 16, 16)
+    assert (attention.num_heads, attention.head_dim) == (2, 8)
+    assert slimmer.train()(torch.randn(3, 7, 6)).shape == (3, 7, 5)
+
+
 @pytest.mark.filterwarnings("default::graphprune.GraphPruneWarning")
 def test_where_sizes_cannot_be_rewritten_the_rest_is_cut() -> None:
     class Untraceable(nn.Module):
@@ -444,6 +475,24 @@ def test_what_only_training_reads_is_cut_along_and_what_nothing_reads_is_named(
     assert [output.shape for output in slimmer.train()(images)] == [(2, 10), (2, 10)]
     with pytest.warns(gp.GraphPruneWarning, match="no code that uses them"):
         gp.slim(Auxiliary(), 0.5, images, form="graph")
+
+
+def test_what_training_reads_is_found_at_a_batch_of_one_too() -> None:
+    """Batch norm refuses to train on a single value a channel, as an auxiliary head often ends in."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.auxiliary = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.body(x).relu()
+            return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+    slimmer = gp.slim(Pooled(), 0.5, torch.randn(1, 6))
+    assert slimmer.auxiliary[0].weight.shape == (4, 8)
+    assert slimmer.train()(torch.randn(2, 6))[1].shape == (2, 3)
 
 
 def test_a_weight_that_a_hook_makes_is_described_as_it_is_made() -> None:
