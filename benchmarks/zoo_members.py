@@ -7,15 +7,16 @@ A member is named `library/name`. Weights are random: nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.models import import_torchvision, import_transformers
@@ -91,7 +92,7 @@ class _Backbone(nn.Module):
         super().__init__()
         self.backbone = detector.backbone
 
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         features = self.backbone(images)
         return list(features.values()) if isinstance(features, dict) else [features]
 
@@ -102,11 +103,12 @@ def _build_torchvision(name: str) -> tuple[nn.Module, Any]:
     module = builder.__module__
     if ".detection" in module:
         detector = builder(weights=None, weights_backbone=None)
-        return _Backbone(detector), torch.randn(1, 3, 160, 160)
+        size = 300 if "300" in name else 160
+        return _Backbone(detector), torch.randn(1, 3, size, size)
     if ".segmentation" in module:
         return builder(weights=None, weights_backbone=None), torch.randn(1, 3, 96, 96)
     if ".video" in module:
-        size = 224 if "mvit" in name or "swin" in name else 64
+        size = 64 if "_18" in name else 224
         return builder(weights=None), torch.randn(1, 3, 16, size, size)
     size = 299 if "inception" in name else 224
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -156,6 +158,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(
         ["encoder_hidden_size", "decoder_hidden_size", "embedding_size", "emb_dim"], 64
     ),
+    "out_hidden_size": 64,
     **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"], 2),
     **dict.fromkeys(
         ["encoder_layers", "decoder_layers", "num_decoder_layers", "num_encoder_layers"], 2
@@ -185,6 +188,9 @@ _SMALL: dict[str, Any] = {
     "v_head_dim": 16,
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
+    **dict.fromkeys(["image_token_id", "image_token_index"], 3),
+    **dict.fromkeys(["audio_token_id", "audio_token_index"], 4),
+    **dict.fromkeys(["video_token_id", "video_token_index"], 5),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -210,6 +216,10 @@ def shrink_config(config: Any) -> Any:
     if getattr(config, "layer_types", None):  # hybrids attend in every fourth layer or so
         config.num_hidden_layers = 4
         config.layer_types = config.layer_types[:4]
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:  # by time, height and width
+        half = int(config.head_dim * rope.get("partial_rotary_factor", 1)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
         if inner is not None:
@@ -227,14 +237,14 @@ def _build_transformers(name: str) -> tuple[nn.Module, Any]:
     return model, _inputs_for(model, config)
 
 
-def _inputs_for(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+def _inputs_for(model: nn.Module, config: Any) -> dict[str, Tensor]:
     """Return inputs for the argument that the model names as its main one, and what must go with it."""
     main = getattr(model, "main_input_name", "input_ids")
     accepted = inspect.signature(model.forward).parameters
     text = getattr(config, "text_config", config)
     vocabulary = min(getattr(text, "vocab_size", 200) or 200, 200)
-    ids = torch.randint(3, max(vocabulary, 4), (2, 12))
-    inputs: dict[str, torch.Tensor] = {}
+    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (2, 12))
+    inputs: dict[str, Tensor] = {}
     if main == "input_ids":
         inputs[main] = ids
     elif main in ("pixel_values", "pixel_values_videos"):
@@ -248,13 +258,67 @@ def _inputs_for(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
         raise NotImplementedError(f"no example for the input {main!r}")
     if "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[:, :7]
-    if main == "input_ids" and "pixel_values" in accepted and hasattr(config, "projection_dim"):
-        size = config.vision_config.image_size
-        inputs["pixel_values"] = torch.randn(2, 3, size, size)
+    if main == "input_ids" and "pixel_values" in accepted and not _token(config, "image"):
+        inputs |= _picture(accepted, config)
+    elif main == "input_ids":
+        media = [_picture, _sized_picture] if hasattr(config, "vision_config") else [_recording]
+        for medium in media:
+            with contextlib.suppress(Exception):  # a recipe of its own; text alone is what is left
+                return _with_medium(model, config, inputs, medium(accepted, config))
     return inputs
 
 
-def _sound(main: str, config: Any) -> torch.Tensor:
+def _token(config: Any, kind: str) -> int | None:
+    """Return the number of the token that holds a place in a text for a feature of a medium."""
+    names = (f"{kind}_token_id", f"{kind}_token_index")
+    return next((number for name in names if (number := getattr(config, name, None))), None)
+
+
+def _with_medium(
+    model: nn.Module, config: Any, inputs: dict[str, Tensor], medium: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Put a picture or a sound into each text, with a place in the text for each of its features.
+
+    Any exception says that the model does not take it so.
+    """
+    kind = "image" if "pixel_values" in medium else "audio"
+    with torch.no_grad():
+        features = getattr(model.eval(), f"get_{kind}_features")(**medium, return_dict=True)
+    rows = features.pooler_output
+    count = sum(len(row) for row in rows) if rows[0].dim() > 1 else len(rows)
+    places = torch.full((2, count // 2), _token(config, kind))
+    mixed = {**inputs, **medium, "input_ids": torch.cat([places, inputs["input_ids"]], dim=1)}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        mixed["mm_token_type_ids"] = (mixed["input_ids"] == _token(config, kind)).long()
+    with torch.no_grad():
+        model(**mixed)
+    return mixed
+
+
+def _picture(accepted: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+    vision = config.vision_config
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
+    if "image_grid_thw" in accepted:
+        entries = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+        return {"pixel_values": torch.randn(32, entries), "image_grid_thw": grid}
+    size = vision.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return {"pixel_values": torch.randn(2, channels, height, width)}
+
+
+def _sized_picture(accepted: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+    medium = _picture(accepted, config)
+    sizes = torch.tensor([list(medium["pixel_values"].shape[-2:])] * 2)
+    return {**medium, "image_sizes": sizes}
+
+
+def _recording(accepted: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+    sound = _sound("input_features", config.audio_config)
+    return {"input_features": sound, "input_features_mask": torch.ones(2, sound.shape[-1]).long()}
+
+
+def _sound(main: str, config: Any) -> Tensor:
     if main == "input_values":
         return torch.randn(2, 4000)
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
