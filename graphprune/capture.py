@@ -168,7 +168,8 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
                 graph_module = unlifted(program)
                 _check_same(quiet, graph_module, inputs, free)
         except Exception as failure:
-            problems.append(f"  {name}: {type(failure).__name__}: {str(failure).splitlines()[0:1]}")
+            first = (str(failure).strip().splitlines() or ["(no message)"])[0]
+            problems.append(f"  {name}: {type(failure).__name__}: {first}")
             continue
         return graph_module
     raise CaptureError(

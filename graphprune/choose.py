@@ -133,7 +133,7 @@ def _nothing_to_cut(graph: DependencyGraph, request: Request) -> str:
     if not graph.groups:
         return (
             "no channels of this model can be removed, so it is returned as it was; "
-            f"print(graphprune.analyze(model, inputs)) says why for all {len(graph.fixed)} dimensions"
+            "print(graphprune.analyze(model, inputs)) says why for every dimension"
         )
     barred = {
         "excluded": sum(_fits(g, request.exclude) for g in graph.groups),
@@ -142,8 +142,8 @@ def _nothing_to_cut(graph: DependencyGraph, request: Request) -> str:
     }
     counted = ", ".join(f"{count} {why}" for why, count in barred.items() if count)
     return (
-        f"none of the model's {len(graph.groups)} groups may be cut as asked ({counted}), "
-        "so the model is returned as it was"
+        f"no group of this model may be cut as asked (of {len(graph.groups)}, {counted}), so it is "
+        "returned as it was"
     )
 
 
@@ -151,8 +151,8 @@ def _inexact(graph: DependencyGraph, names: Sequence[str]) -> str:
     operators = {r.operator for n in names for r in graph.by_name[n].renormalised}
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"{len(names)} groups are cut along which {', '.join(sorted(operators))} takes a statistic, now "
-        f"over fewer channels, so the slim model differs from the silenced original: {shown}"
+        f"{', '.join(sorted(operators))} takes a statistic over channels that are cut, now over fewer of "
+        f"them, so the slim model differs from the silenced original; groups: {shown}"
     )
 
 

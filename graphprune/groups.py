@@ -192,14 +192,12 @@ class DependencyGraph:
         return [self.by_axis[axis].name for axis in axes if axis in self.by_axis]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.groups)} groups can be cut:"]
+        lines = [f"groups that can be cut: {len(self.groups)}"]
         lines += [f"  {group}" for group in self.groups]
-        lines += [f"{len(self.fixed)} parameter dimensions are fixed:"]
+        lines += [f"parameter dimensions that are fixed: {len(self.fixed)}"]
         lines += [f"  {fixed}" for fixed in self.fixed]
         if self.unknown:
-            lines.append(
-                f"{len(self.unknown)} operators have no rule, so their channels stay whole:"
-            )
+            lines.append(f"operators without a rule, whose channels stay: {len(self.unknown)}")
             lines += [
                 f"  {place.operator}  {place.module}  {place.source}" for place in self.unknown
             ]

@@ -237,6 +237,7 @@ class _NodeByNode(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, mode: Interpretation) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False  # which would be added to what our own errors say
         self.mode = mode
 
     def run_with(self, inputs: Inputs) -> Any:

@@ -30,6 +30,8 @@ from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestErro
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.state import evaluating, working_copy
 
+aten = torch.ops.aten
+
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -269,12 +271,29 @@ def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: boo
     shapes = {"tensors": tuple(auto if free and batched else None for batched in flat.batched)}
     with _quiet(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        _without_assertions(program)
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     given = cast(ONNXProgram, exported)
     version = given.model.opset_imports[""]
     if opset not in (None, version):
         raise ExportError(f"opset {opset} was asked for, but PyTorch could only write {version}")
     return given
+
+
+def _without_assertions(program: torch.export.ExportedProgram) -> None:
+    """Take out the checks of values that a model makes (`torch._check`), and what is only for them."""
+    graph = program.graph_module.graph
+    for node in reversed(graph.nodes):
+        if node.target in _ASSERTIONS or not (node.users or node.is_impure()):
+            graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+_ASSERTIONS = tuple(
+    overload
+    for packet in (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
+    for overload in (getattr(packet, name) for name in packet.overloads())
+)
 
 
 def _free_batch(flat: _Flat, model: ir.Model) -> None:
@@ -388,8 +407,10 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().numpy()
 
 
-def _reason(error: Exception) -> str:
-    """Return an error's kind and the first line of what it says."""
+def _reason(error: BaseException) -> str:
+    """Return the kind of the error that began it, and the first line of what it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines() or ["(no message)"]
     return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
 

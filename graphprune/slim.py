@@ -274,8 +274,8 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     names = [name for name in graph.inference.unused if name in graph.inference.trainable]
     if names:
         warnings.warn(
-            f"the example inputs reach no operator that reads {len(names)} parameters "
-            f"({_listed(names)}): {consequence}; pass example_inputs that reach them if you need them",
+            f"the example inputs reach no operator that reads {_listed(names)}: {consequence}; "
+            "pass example_inputs that reach them if you need them",
             GraphPruneWarning,
             stacklevel=4,
         )

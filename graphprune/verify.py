@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,10 @@ class Silencing(Interpretation):
         small = restricted_arguments(step, small_args, small_kwargs, kept)
         result = self.run(step.func, *small)
         if is_in_place(step.func):
-            raise VerificationError(f"{step.place}: an in-place statistic along a cut axis")
+            raise VerificationError(
+                f"{replace(step.place, why='an in-place statistic along a cut axis')}: give its rule to an "
+                "operator that returns the result instead"
+            )
         return pytree.tree_map_only(Tensor, _Embed(step.outputs, self.masks), result)
 
 

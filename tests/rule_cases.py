@@ -242,6 +242,7 @@ for total in (aten.sum.dim_IntList, aten.nansum.default):
     exact(total, x(4, 5, 6), None)
 exact(aten.sum.dim_IntList, x(4, 5, 6), [])
 exact(aten.any.default, bits(4, 6))
+exact(aten._is_any_true.default, bits(4, 6))
 exact(aten.any.dim, bits(4, 6), -1)
 exact(aten.any.dims, bits(4, 5, 6), [0, 2], True)
 exact(aten.linalg_vector_norm.default, x(4, 6))
@@ -255,8 +256,10 @@ renormalised(aten.norm.ScalarOpt_dim, x(4, 6), -1, [-2])
 exact(aten.norm.ScalarOpt_dim, x(4, 6), 0, [-2])
 exact(aten.count_nonzero.default, x(4, 6))
 exact(aten.count_nonzero.dim_IntList, x(4, 6), [-1])
-for statistic in (aten.mean, aten.var, aten.std, aten.prod, aten.all):
-    renormalised(statistic.default, bits(4, 6) if statistic is aten.all else x(4, 6))
+for statistic in (aten.mean, aten.var, aten.std, aten.prod):
+    renormalised(statistic.default, x(4, 6))
+for every in (aten.all, aten._is_all_true):
+    renormalised(every.default, bits(4, 6))
 for statistic in (aten.mean.dim, aten.var.correction, aten.std.correction, aten.logsumexp.default):
     renormalised(statistic, x(4, 5, 6), [1])
     renormalised(statistic, x(4, 5, 6), [-1, 0], keepdim=True)

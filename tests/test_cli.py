@@ -46,7 +46,7 @@ def test_slim_writes_onnx_and_prints_a_table(tmp_path: Path) -> None:
 
 
 def test_inspect_prints_groups_and_explains_a_parameter() -> None:
-    assert "1 groups can be cut" in run("inspect", BUILDER)
+    assert "groups that can be cut: 1" in run("inspect", BUILDER)
     found = json.loads(run("inspect", BUILDER, "--json"))
     assert found["groups"][0]["members"] == [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]
     words = ["inspect", BUILDER, "--parameter", "2.bias"]

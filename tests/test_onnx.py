@@ -288,3 +288,33 @@ def test_the_difference_is_relative_to_the_largest_value(
 @pytest.mark.parametrize(("a", "b"), [(1.0, np.nan), (np.nan, 1.0), (1.0, np.inf)])
 def test_a_number_never_agrees_with_what_is_not_one(a: float, b: float) -> None:
     assert not relative_difference(np.array([a]), np.array([b])) <= 1e-4
+
+
+def test_checks_that_a_model_makes_of_its_values_stay_out_of_the_file(tmp_path: Path) -> None:
+    class Checks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check_tensor_all(x == x, lambda: "not a number")
+            return self.layer(x)
+
+    made = export(Checks(), torch.randn(2, 4), tmp_path / "checks.onnx")
+    assert made.batch_free
+    assert {node.op_type for node in onnx.load(made.path).graph.node} == {"Gemm"}
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    class Special(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.layer(x))
+
+    with pytest.raises(
+        ExportError, match=r"cannot be exported to ONNX: .*No ONNX function.*bessel_j0"
+    ):
+        export(Special(), torch.randn(2, 4), tmp_path / "special.onnx")

@@ -36,7 +36,15 @@ def _operand(call: Call) -> Tensor:
     return call.tensors[0]
 
 
-@rule(aten.sum, aten.any, aten.nansum, aten.linalg_vector_norm, aten.norm, aten.count_nonzero)
+@rule(
+    aten.sum,
+    aten.any,
+    aten._is_any_true,
+    aten.nansum,
+    aten.linalg_vector_norm,
+    aten.norm,
+    aten.count_nonzero,
+)
 def total(call: Call) -> Sequence[Layouts]:
     """Reduce so that a silenced slot adds nothing (a p-norm with p > 0 does)."""
     layouts, dims = call.layouts_of(_operand(call)), _dims(call)
@@ -58,6 +66,7 @@ def total(call: Call) -> Sequence[Layouts]:
     aten.prod,
     aten.logsumexp,
     aten.all,
+    aten._is_all_true,
     aten.aminmax,
 )
 def statistic(call: Call) -> Sequence[Layouts]:
