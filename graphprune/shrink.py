@@ -24,9 +24,7 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
 
     slimmer = copy_with(model, slim)
     kept = counts_of(masks)
-    with evaluating(
-        slimmer
-    ):  # reading a weight that is computed in training may update its buffers
+    with evaluating(slimmer):  # reading a weight computed in training may update its buffers
         describe_tensors(slimmer, inference, kept)
     return slimmer
 

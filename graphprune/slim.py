@@ -29,7 +29,7 @@ from graphprune.layout import counts_of
 from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
-from graphprune.state import named_tensors
+from graphprune.state import forget_derived, named_tensors
 from graphprune.verify import Verification, check_runs, verify
 
 Form: TypeAlias = Literal["auto", "module", "graph"]
@@ -188,6 +188,7 @@ def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
     """
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
+    forget_derived(slimmer)
     try:
         seen = _checked(job, job.module, slimmer, plan, graph)
     except VerificationError as failure:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, InvalidRequestError
 
@@ -60,10 +61,10 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in memo:
             value = replace(name, tensor)
-            if value is None and not tensor.is_leaf:  # computed from others, as old-style masks are
-                value = tensor.detach().clone()
             if value is not None:
                 memo[id(tensor)] = _like(tensor, value)
+    for tensor in _computed(model):
+        memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -71,6 +72,17 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
             f"{type(model).__name__} cannot be copied by copy.deepcopy, and graphprune never changes "
             f"the model it was given: {error}"
         ) from error
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Yield tensors that a module holds and computed from others: old-style masks, kept results.
+
+    Python refuses to copy them, since their history would be lost.
+    """
+    for module in model.modules():
+        for leaf in pytree.tree_leaves(list(vars(module).values())):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                yield leaf
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -82,17 +94,30 @@ def working_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold every module in evaluation mode, then give each its own flag back."""
-    # Not by eval(): the modules of exported programs refuse it, and some classes override it.
+def keeping_flags(model: nn.Module) -> Iterator[None]:
+    """Give every module its own training flag back in the end."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in flags:
-            module.training = False
         yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in evaluation mode, then give each its own flag back."""
+    # Not by eval(): the modules of exported programs refuse it, and some classes override it.
+    with keeping_flags(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Let modules that keep results of their parameters in `eval()` or `train()` drop those of a copy."""
+    with keeping_flags(model):
+        model.train(model.training)
 
 
 def _like(original: Tensor, value: Tensor) -> Tensor:

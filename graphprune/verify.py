@@ -34,7 +34,7 @@ from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of, size_of, t
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import copy_with, double_copy, parameter_names
+from graphprune.state import copy_with, double_copy, evaluating, parameter_names
 
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
@@ -264,7 +264,8 @@ def _slim_outputs(
 
 def _outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     try:
-        return list(output_tensors(interpret(slimmer.eval(), inputs, _InDouble())))
+        with evaluating(slimmer):  # not by eval(): it is run as it will be
+            return list(output_tensors(interpret(slimmer, inputs, _InDouble())))
     except GraphPruneError:
         raise
     except Exception as failure:

@@ -603,3 +603,30 @@ def test_a_thousand_layers_are_no_more_than_many() -> None:
     layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(1100)]
     model = nn.Sequential(*layers, nn.Linear(16, 4))
     assert gp.count_parameters(gp.slim(model, 0.5, torch.randn(2, 16))) < 1100 * 8 * 10
+
+
+def test_what_a_model_keeps_of_its_parameters_is_not_copied_into_the_slim_one() -> None:
+    """As timm's attention keeps its position biases, until train() or eval() is called."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.kept: dict[str, Tensor] = {}
+
+        def train(self, mode: bool = True) -> Any:
+            self.kept = {}
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.kept.setdefault("scale", self.first.bias.exp())
+            return self.last(self.first(x) * scale)
+
+    model = Keeps().eval()
+    x = torch.randn(2, 6)
+    before = model(x)
+    for form in ("module", "graph"):
+        slimmer = gp.slim(model, 0.5, x, form=form)
+        assert slimmer(x).shape == (2, 3)
+    assert torch.equal(model(x), before)
+    assert model.kept["scale"].shape == (16,)
