@@ -42,6 +42,7 @@ GOOD_REASONS = (
     "a dimension of the model's output",
     "a window or extent",
     "a spatial extent",
+    "positions",
     "a dimension of fixed meaning",
 )
 

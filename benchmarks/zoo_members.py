@@ -145,9 +145,11 @@ def _build_timm(name: str) -> tuple[nn.Module, Any]:
     import_torchvision()
     import timm
 
-    model = timm.create_model(name)
-    size = model.default_cfg.get("input_size", (3, 224, 224))
-    return model, torch.randn(1, *size)
+    channels, *size = timm.get_pretrained_cfg(name).input_size
+    if max(size) > 256:  # what a smaller image shows takes minutes less
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, img_size=256), torch.randn(1, channels, 256, 256)
+    return timm.create_model(name), torch.randn(1, channels, *size)
 
 
 # ----------------------------------------------------------------------------------- transformers

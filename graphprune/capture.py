@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.caches import without_caches
@@ -26,6 +27,10 @@ from graphprune.state import copy_with, named_tensors, working_copy
 _IMAGE_SIZES = (224, 32, 28, 64, 128, 256, 299, 384)
 _SEQUENCE_LENGTHS = (16, 64, 128, 512)
 _BATCH = 2
+
+# A size in a traced graph that takes more operations than this to compute is not left free. Plain
+# convolutional networks need up to 10 (DenseNet), those that cut images into windows 80 and more.
+_MAX_OPERATIONS = 40
 
 # A captured graph repeats the model's own float32 operators, at most in another order.
 _TOLERANCE = 1e-4
@@ -161,7 +166,7 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     for name, shapes, free in _shape_choices(inputs):
         traced_on = _at_least_two(inputs) if free else inputs
         try:
-            with without_caches(model), plain_kernels(), hushed():
+            with without_caches(model), plain_kernels(), hushed(), _SimpleSizes():
                 program = torch.export.export(
                     quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
                 )
@@ -175,6 +180,22 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     raise CaptureError(
         f"{type(model).__name__} cannot be traced by torch.export:\n" + "\n".join(problems)
     )
+
+
+class _SimpleSizes(TorchFunctionMode):
+    """Gives up on tracing where sizes get so entangled that each operator would take seconds.
+
+    Windows cut out of a padded image do so: every size is a quotient of quotients of the image's.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for size in result.shape if isinstance(result, Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > _MAX_OPERATIONS:
+                raise CaptureError(f"a size would be computed by over {_MAX_OPERATIONS} operations")
+        return result
 
 
 def is_aten_graph(model: nn.Module) -> bool:

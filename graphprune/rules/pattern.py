@@ -171,6 +171,8 @@ class _Match:
             elif names is not None and all(name in self.names for name in names):
                 factors = tuple(self.names[name] for name in names)
                 layout = factors[0] if len(factors) == 1 else Product(factors)
+            elif names is None:
+                layout = self.call.fixed(size, "positions that the operator makes")
             else:
                 layout = self.call.fixed(size, "a dimension that the operator makes")
             layouts.append(layout)
