@@ -203,6 +203,7 @@ def _opaque(call: Call, why: str) -> list[Layouts]:
     return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]
 
 
+@torch.inference_mode(False)
 def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Inference:
     """Return the layouts of a model's tensors, found by running it on tensors without data.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ from graphprune.layout import Reason
 from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
 from graphprune.state import as_double, double_of
+
+# Torch's switches for kernels, logging and warnings are the process's, not the thread's.
+_ONE_THREAD = threading.RLock()
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
@@ -167,31 +171,33 @@ def plain_kernels() -> Iterator[None]:
     behind one operator, and the choice of an attention kernel could differ between two runs whose
     operators are compared one by one.
     """
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            torch.compiler.set_stance("force_eager"),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.no_grad(),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with _ONE_THREAD:
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with (
+                torch.compiler.set_stance("force_eager"),
+                sdpa_kernel(SDPBackend.MATH),
+                torch.no_grad(),
+            ):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 @contextmanager
 def hushed() -> Iterator[None]:
     """Keep torch's own logging and warnings from the user."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with _ONE_THREAD:
+        logger = logging.getLogger("torch")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -46,6 +47,7 @@ class Pass:
         """Return the name of the pass in a pipeline: `SlimChannels` is `slim-channels`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
+    @torch.inference_mode(False)
     def __call__(self, model: Any, example_inputs: Any = None) -> PassResult:
         """Return the rewritten graph and whether it changed.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
+import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -135,6 +136,7 @@ def slim(
     return result.model
 
 
+@torch.inference_mode(False)
 def slimmed(
     model: Any,
     ratio: float = 0.5,

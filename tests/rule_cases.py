@@ -326,6 +326,10 @@ exact(aten._upsample_nearest_exact3d.default, x(2, 4, 3, 3, 3), [6, 6, 6])
 exact(aten.upsample_trilinear3d.default, x(2, 4, 3, 3, 3), [6, 5, 4], False)
 exact(aten.grid_sampler_2d.default, x(2, 4, 5, 5), x(2, 3, 6, 2), 0, 0, False)
 exact(aten.grid_sampler_3d.default, x(2, 4, 3, 3, 3), x(2, 2, 3, 4, 3), 0, 1, True)
+exact(aten.im2col.default, x(2, 4, 5, 6), [3, 2], [1, 1], [1, 0], [2, 1])
+exact(aten.im2col.default, x(4, 5, 6), [3, 3], [1, 1], [0, 0], [1, 1])
+exact(aten.col2im.default, x(2, 4 * 6, 8), [4, 5], [3, 2], [1, 1], [0, 0], [1, 1])
+exact(aten.col2im.default, x(4 * 9, 20), [4, 5], [3, 3], [1, 1], [1, 1], [1, 1])
 
 # Views.
 for reshape in (aten.view.default, aten._unsafe_view.default):

@@ -211,6 +211,22 @@ said(
     ),
 )
 
+
+@case(
+    r"Does cannot be traced by torch\.export:\n"
+    r"  all sizes free: CaptureError: a size would be computed by over 40 operations\n.*"
+)
+def sizes_that_get_entangled(_: Path) -> None:
+    def function(module: Any, x: Tensor) -> Tensor:
+        rows = x
+        for width in range(2, 9):
+            padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % width))
+            rows = torch.cat([padded, padded[: len(padded) // width]])
+        return by_values(module, rows)
+
+    gp.slim(Does(function), 0.5, torch.ones(30, 6), form="graph")
+
+
 # ----------------------------------------------------------------------------------- what is done
 
 said(

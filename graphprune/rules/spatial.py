@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
+from graphprune.layout import Product, split
 from graphprune.rules.pattern import pattern
-from graphprune.rules.registry import Call, Layouts, Rule, register
+from graphprune.rules.registry import Call, Layouts, Rule, register, rule
 
 aten = torch.ops.aten
 
@@ -77,4 +79,28 @@ register(
     aten._upsample_nearest_exact3d,
     aten.upsample_trilinear3d,
 )
+
+
+@rule(aten.im2col)
+def windows(call: Call) -> Sequence[Layouts]:
+    """Lay the windows of an image side by side, every channel with its window's positions inside it."""
+    *leading, channels, height, width = call.layouts("self")
+    for layout in (height, width):
+        call.fix(layout, "a spatial extent")
+    window = call.fixed(prod(call["kernel_size"]), "a window")
+    places = call.fixed(call.outputs[0].shape[-1], "positions of windows")
+    return [[*leading, Product((channels, window)), places]]
+
+
+@rule(aten.col2im)
+def overlaid(call: Call) -> Sequence[Layouts]:
+    """Add windows up to an image: the inverse of laying them side by side."""
+    *leading, columns, places = call.layouts("self")
+    call.fix(places, "positions of windows")
+    channels, window = split(columns, prod(call["kernel_size"]), call.why("windows"))
+    call.fix(window, "a window")
+    extents = [call.fixed(size, "a spatial extent") for size in call["output_size"]]
+    return [[*leading, channels, *extents]]
+
+
 pattern("b c *s, b *t 2 -> b c *u", aten.grid_sampler_2d, aten.grid_sampler_3d)
