@@ -43,6 +43,7 @@ GOOD_REASONS = (
     "a window or extent",
     "a spatial extent",
     "positions",
+    "made of values that depend on the position",
     "a dimension of fixed meaning",
 )
 
