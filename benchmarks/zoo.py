@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -233,11 +234,12 @@ def main() -> None:
     kept = options.out.with_suffix(".jsonl")
     rows = _kept(kept, options.again)
     waiting = [name for name in _members(options.only) if name not in rows]
+    random.Random(0).shuffle(waiting)  # so that a run cut short is a fair sample
     for name, row in _in_parallel(waiting, options.jobs):
         rows[name] = row
         with kept.open("a") as file:
             file.write(json.dumps({"member": name, **row}) + "\n")
-    options.out.write_text(table(dict(sorted(rows.items()))))
+        options.out.write_text(table(dict(sorted(rows.items()))))
 
 
 def _members(only: Sequence[str] | None) -> list[str]:

@@ -194,7 +194,7 @@ class _SimpleSizes(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for size in result.shape if isinstance(result, Tensor) else ():
             if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > _MAX_OPERATIONS:
-                raise CaptureError(f"a size would be computed by over {_MAX_OPERATIONS} operations")
+                raise NotImplementedError(f"a size that takes over {_MAX_OPERATIONS} operations")
         return result
 
 

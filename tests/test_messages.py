@@ -214,7 +214,7 @@ said(
 
 @case(
     r"Does cannot be traced by torch\.export:\n"
-    r"  all sizes free: CaptureError: a size would be computed by over 40 operations\n.*"
+    r"  all sizes free: NotImplementedError: a size that takes over 40 operations\n.*"
 )
 def sizes_that_get_entangled(_: Path) -> None:
     def function(module: Any, x: Tensor) -> Tensor:
