@@ -114,6 +114,12 @@ exact(aten.zeros_like.default, x(4, 6))
 exact(aten.mm.default, x(3, 4), x(4, 5))
 exact(aten.mm.default, x(4, 4), x(4, 4))
 exact(aten.bmm.default, x(2, 3, 4), x(2, 4, 5))
+for sides, on_the_left in ((x(4, 3, 5), True), (x(1, 5, 3), False)):
+    triangles = x(4, 3, 3).tril() + torch.eye(3) * 3
+    exact(
+        aten.linalg_solve_triangular.default, triangles, sides, upper=False, left=on_the_left,
+        unitriangular=on_the_left,
+    )  # fmt: skip
 exact(aten.mv.default, x(3, 4), x(4))
 exact(aten.dot.default, x(4), x(4))
 exact(aten.vdot.default, x(4), x(4))

@@ -21,6 +21,18 @@ pattern("0 d, *b -> *b d", aten.embedding)
 
 pattern("0 b i, 0 i o, o -> t b o", aten.conv_tbc)
 
+
+@rule(aten.linalg_solve_triangular)
+def triangular_system(call: Call) -> Sequence[Layouts]:
+    """Solve systems side by side; the unknowns of one depend on each other and are fixed."""
+    matrix, sides = call.layouts("self"), call.layouts("B")
+    unknowns = -2 if call["left"] else -1
+    for layout in (*matrix[-2:], sides[unknowns]):
+        call.fix(layout, "unknowns of a system of equations")
+    shape = call.outputs[0].shape
+    return [[*broadcast(call, [matrix[:-2], sides[:-2]], shape[:-2]), *sides[-2:]]]
+
+
 BAG = Pattern.parse("0 d, *n, *m, *w -> b d")
 CONVOLUTION = Pattern.parse("b (g i) *s, (g o) i *k, (g o)? -> b (g o) *t")
 TRANSPOSED = Pattern.parse("b (g i) *s, (g i) o *k, (g o)? -> b (g o) *t")
