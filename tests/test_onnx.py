@@ -303,18 +303,3 @@ def test_checks_that_a_model_makes_of_its_values_stay_out_of_the_file(tmp_path: 
     made = export(Checks(), torch.randn(2, 4), tmp_path / "checks.onnx")
     assert made.batch_free
     assert {node.op_type for node in onnx.load(made.path).graph.node} == {"Gemm"}
-
-
-def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
-    class Special(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.special.bessel_j0(self.layer(x))
-
-    with pytest.raises(
-        ExportError, match=r"cannot be exported to ONNX: .*No ONNX function.*bessel_j0"
-    ):
-        export(Special(), torch.randn(2, 4), tmp_path / "special.onnx")

@@ -1,0 +1,504 @@
+"""What users do that gets an error or a warning, and all that is said then, word for word."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import graphprune as gp
+from graphprune import cli, onnx, timing
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something that a user does, and a pattern of all that is said then."""
+
+    name: str
+    says: str
+    run: Callable[[Path], Any]
+
+
+CASES: list[Case] = []
+
+
+def case(says: str) -> Callable[[Callable[[Path], Any]], Callable[[Path], Any]]:
+    def add(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        CASES.append(Case(function.__name__, says, function))
+        return function
+
+    return add
+
+
+def said(says: str, function: Callable[[], Any]) -> None:
+    name = f"{len(CASES)}"
+    CASES.append(Case(name, says, lambda _: function()))
+
+
+X = torch.ones(2, 6)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Does(nn.Module):
+    """A hidden layer, a function of it, a last layer."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Any], width: int = 8) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(6, width), nn.Linear(width, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.hidden(x))
+
+
+# ------------------------------------------------------------------------------ what is asked for
+
+said(
+    r"ratio=1\.5 is the fraction to remove; it must be a number with 0 <= ratio < 1",
+    lambda: gp.slim(net(), 1.5, X),
+)
+said(
+    "of='bytes' must be 'channels', 'parameters' or 'macs'",
+    lambda: gp.slim(net(), 0.5, X, of="bytes"),
+)
+said("align=0 must be 'auto' or a whole number from 1", lambda: gp.slim(net(), 0.5, X, align=0))
+said(
+    "exclude must be a list of patterns, not the text alone",
+    lambda: gp.slim(net(), 0.5, X, exclude="0.*"),
+)
+said(
+    r"the pattern 'fc\*' fits no parameter and no group of the model; names are like 0\.weight, 0\.bias, "
+    r"2\.weight, 2\.bias",
+    lambda: gp.slim(net(), 0.5, X, include=["fc*"]),
+)
+said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
+said(
+    "importance='luck' is not a criterion; choose from l1, l2, random",
+    lambda: gp.slim(net(), 0.5, X, importance="luck"),
+)
+said(
+    r"the importance function must give 8 numbers for group '0\.weight:0', not an array of shape \(3,\)",
+    lambda: gp.slim(net(), 0.5, X, importance=lambda model, graph: {"0.weight:0": np.ones(3)}),
+)
+said(
+    r"0\.weight is on the meta device and has no values to score; use importance='random' or a function, "
+    "or load the weights first",
+    lambda: gp.slim(net().to("meta"), 0.5, X),
+)
+said(
+    r"aten\.add has a rule already; each operator takes one",
+    lambda: gp.rule(torch.ops.aten.add)(lambda call: []),
+)
+said(
+    r"the model has no parameter or buffer '0\.wait'; the nearest names are 0\.weight, 2\.weight, 0\.bias",
+    lambda: gp.analyze(net(), X).explain("0.wait", 0),
+)
+said(
+    r"there is no dimension 2 of '0\.weight', which has 2",
+    lambda: gp.analyze(net(), X).explain("0.weight", 2),
+)
+
+# ------------------------------------------------------------------------------ models and inputs
+
+said(
+    "example_inputs must be a tensor, a tuple of positional arguments, a dict of keyword arguments or "
+    r"graphprune\.Inputs\(\.\.\.\), not int",
+    lambda: gp.slim(net(), 0.5, 3),
+)
+said(
+    r"the model must be an nn\.Module, an fx\.GraphModule or a torch\.export\.ExportedProgram, not str",
+    lambda: gp.slim("resnet18", 0.5, X),
+)
+said(
+    "the model is a TorchScript module, which has no Python code to trace; pass the nn.Module that it was "
+    "made from",
+    lambda: gp.slim(torch.jit.trace(net(), X), 0.5, X),
+)
+said("ReLU holds no parameters, so there is nothing to cut", lambda: gp.slim(nn.ReLU(), 0.5, X))
+said(
+    r"0\.bias, 0\.weight have no shape yet; run the model once on an example input first",
+    lambda: gp.slim(nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), 0.5, X),
+)
+said(
+    r"Does needs example_inputs: none of Inputs\(float32\[2, 6\]\), Inputs\(float32\[2, 16, 6\]\) fits",
+    lambda: gp.slim(Does(lambda module, x: x.view(7, 7)), 0.5),
+)
+said(
+    "Bilinear needs example_inputs: its first layer does not tell what they are",
+    lambda: gp.slim(nn.Bilinear(3, 4, 5), 0.5),
+)
+said(
+    r"Sequential does not run on Inputs\(float32\[2, 5\]\): RuntimeError: .*mat1 and mat2.*\n"
+    r"Pass example_inputs that the model accepts\.",
+    lambda: gp.slim(net(), 0.5, torch.ones(2, 5)),
+)
+said(
+    r"Sequential does not run on Inputs\(float32\[2, 5\]\): RuntimeError: .*\n"
+    r"Pass example_inputs that the model accepts\.",
+    lambda: gp.analyze(net().to("meta"), torch.ones(2, 5)),
+)
+said(
+    r"Does returns no tensors that can be found; let it return tensors, or tuples, lists, dicts or "
+    "dataclasses of them",
+    lambda: gp.slim(Does(lambda module, x: "done"), 0.5, X),
+)
+
+
+@case(
+    r"Does does not run on Inputs\(float32\[2, 6\]\): _LinAlgError: linalg\.cholesky: .*\n"
+    r"Pass example_inputs that the model accepts\."
+)
+def values_on_which_it_fails(_: Path) -> None:
+    def function(module: Any, x: Tensor) -> Tensor:
+        return module.last(x) + torch.linalg.cholesky(-torch.eye(3) - x[:1, :1] ** 2)[:1]
+
+    gp.slim(Does(function), 0.5, X)
+
+
+@case(
+    "Does cannot be copied by copy.deepcopy, and graphprune never changes the model it was given: cannot "
+    r"pickle '_thread\.lock' object"
+)
+def a_model_that_cannot_be_copied(_: Path) -> None:
+    model = Does(lambda module, x: module.last(x))
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    gp.slim(model, 0.5, X)
+
+
+def by_values(module: Any, x: Tensor) -> Tensor:
+    return module.last(x.relu() if x.sum().item() > 1e9 else x.sigmoid())
+
+
+said(
+    r"Does cannot be traced by torch\.export:\n(  .+: \w+: .+\n)+"
+    "The graph form was needed because: asked for",
+    lambda: gp.slim(Does(by_values), 0.5, X, form="graph"),
+)
+said(
+    r"2\.hidden\.weight:0 stay whole: the model's code may hold their sizes as numbers, which cannot be "
+    r"rewritten, since torch\.export cannot trace it",
+    lambda: gp.slim(
+        nn.Sequential(net(), nn.Linear(3, 6), Does(lambda m, x: by_values(m, x.view(-1, 8)))),
+        0.5,
+        X,
+    ),
+)
+
+
+@case(
+    r"Does cannot be traced by torch\.export:\n"
+    r"  all sizes free: NotImplementedError: a size that takes over 40 operations\n.*"
+)
+def sizes_that_get_entangled(_: Path) -> None:
+    def function(module: Any, x: Tensor) -> Tensor:
+        rows = x
+        for width in (3, 5, 7, 11):
+            rows = nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % width))
+            rows = rows.view(width, -1, rows.shape[1])[1:].flatten(0, 1)
+        return by_values(module, rows)
+
+    gp.slim(Does(function), 0.5, torch.ones(30, 6), form="graph")
+
+
+# ----------------------------------------------------------------------------------- what is done
+
+said(
+    r"no channels of this model can be removed, so it is returned as it was; print\(graphprune\.analyze"
+    r"\(model, inputs\)\) says why for every dimension",
+    lambda: gp.slim(nn.Linear(6, 3), 0.5, X),
+)
+said(
+    r"no group of this model may be cut as asked \(of 1, 1 excluded\), so it is returned as it was",
+    lambda: gp.slim(net(), 0.5, X, exclude=["0.weight"]),
+)
+said(
+    r"no group of this model may be cut as asked \(of 1, 1 renormalised \(allow with renormalised=True\)\),"
+    " so it is returned as it was",
+    lambda: gp.slim(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), 0.5, X),
+)
+said(
+    r"aten\.native_layer_norm takes a statistic over channels that are cut, now over fewer of them, so the "
+    r"slim model differs from the silenced original; groups: 0\.weight:0",
+    lambda: gp.slim(
+        nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)), 0.5, X, renormalised=True
+    ),
+)
+said(
+    r"asked to remove 95% of parameters, but with at least one channel left in each group that may be cut "
+    r"only 84% can go; renormalised=True or align=1 may free more",
+    lambda: gp.slim(net(), 0.95, X, of="parameters"),
+)
+
+
+@case(
+    r"the example inputs reach no operator that reads spare\.weight, spare\.bias: they keep their sizes "
+    "and may no longer fit where they are used; pass example_inputs that reach them if you need them"
+)
+def parameters_that_nothing_reads(_: Path) -> None:
+    model = Does(lambda module, x: module.last(x))
+    model.spare = nn.Linear(8, 3)
+    gp.slim(model, 0.5, X)
+
+
+# -------------------------------------------------------------------------------- what is checked
+
+said(
+    r"Does gives no finite number on the example inputs, so there is nothing to compare; pass other "
+    "example_inputs, or verify=False to leave the result unchecked",
+    lambda: gp.slim(Does(lambda module, x: module.last(x) * float("nan")), 0.5, X),
+)
+said(
+    r"the slim model does not run: RuntimeError: shape '\[-1, 8\]' is invalid for input of size \d+",
+    lambda: gp.slim(Does(lambda module, x: module.last(x.view(-1, 8))), 0.35, X, form="module"),
+)
+
+
+def wide_output(module: Any, x: Tensor) -> Any:
+    return module.last(x), x.new_ones(2, module.hidden.out_features)
+
+
+for check in (True, False):
+    said(
+        r"output\[1\] of the slim model has shape \[2, 4\], not \[2, 8\]",
+        lambda check=check: gp.slim(Does(wide_output), 0.5, X, form="module", verify=check),
+    )
+
+
+def another_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make shrinking keep other channels of the last layer than of the hidden one."""
+    shrink = importlib.import_module("graphprune.shrink")
+    right = shrink.sliced
+
+    def wrong(tensor: Tensor, layouts: Any, masks: Any) -> Tensor | None:
+        found = right(tensor, layouts, masks)
+        return found.flip(1) if found is not None and tensor.shape == (3, 8) else found
+
+    monkeypatch.setattr(shrink, "sliced", wrong)
+
+
+@case(
+    r"output of the slim model differs by [\d.e-]+ from the original with the removed channels silenced, "
+    r"whose largest value is [\d.e-]+"
+)
+def another_result(_: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        another_slice(monkeypatch)
+        gp.slim(Does(lambda module, x: module.last(x)), 0.5, torch.randn(2, 6), form="module")
+
+
+@case(r"output\[0\] of the slim model differs in \d+ of 64 entries")
+def another_number(_: Path) -> None:
+    def function(module: Any, x: Tensor) -> Any:
+        return module.last(x).argmax(1), x.new_ones(1)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        another_slice(monkeypatch)
+        torch.manual_seed(0)
+        gp.slim(Does(function), 0.5, torch.randn(64, 6), form="module")
+
+
+@case(
+    r"the model ran other operators than when it was analysed: step \d is aten\.\w+\.default, where the "
+    r"analysis saw aten\.\w+\.default; its control flow depends on values, so pass example_inputs that "
+    "take the usual path"
+)
+def another_way_each_time(_: Path) -> None:
+    ways = itertools.cycle([torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.sin])
+    gp.slim(Does(lambda module, x: module.last(next(ways)(x))), 0.5, X, form="module")
+
+
+@case(
+    r"an in-place statistic along a cut axis \(messages\.centre_, message_cases\.py:\d+\): give its rule "
+    "to an operator that returns the result instead"
+)
+def a_statistic_in_place(_: Path) -> None:
+    with torch.library._scoped_library("messages", "FRAGMENT") as library:
+        library.define("centre_(Tensor(a!) x) -> Tensor(a!)")
+        library.impl(
+            "centre_", lambda x: x.sub_(x.mean(-1, keepdim=True)), "CompositeExplicitAutograd"
+        )
+        operator = torch.ops.messages.centre_
+
+        def centred(call: Any) -> Any:
+            call.renormalise(call.layouts("x")[1], "a mean")
+            return [call.layouts("x")]
+
+        gp.rule(operator)(centred)
+        try:
+            model = Does(lambda module, x: module.last(operator(x)))
+            gp.slim(model, 0.5, X, renormalised=True, form="module")
+        finally:
+            importlib.import_module("graphprune.rules").unregister(operator)
+
+
+# -------------------------------------------------------------------------------- plans and passes
+
+said(
+    r"the plan keeps 1 of 2 channels of group 'fc\.weight:0', but the model has no such group; a plan fits "
+    "the model that it was made for",
+    lambda: gp.slim(net(), 0.5, X, plan=gp.Plan({"fc.weight:0": [0]}, {"fc.weight:0": 2})),
+)
+said(
+    r"the plan keeps 1 of 2 channels of group '0\.weight:0', but the model has 8 channels; a plan fits the "
+    "model that it was made for",
+    lambda: gp.slim(net(), 0.5, X, plan=gp.Plan({"0.weight:0": [0]}, {"0.weight:0": 2})),
+)
+
+
+@case(r".*plan\.json is not a plan that graphprune saved: format 'other' version 1")
+def a_plan_of_another_format(folder: Path) -> None:
+    (folder / "plan.json").write_text(json.dumps({"format": "other", "version": 1}))
+    gp.Plan.load(folder / "plan.json")
+
+
+@case(
+    r".*plan\.json is not a plan that graphprune saved: group '0\.weight:0' does not keep sorted slots of "
+    "its 8"
+)
+def a_plan_of_unsorted_slots(folder: Path) -> None:
+    gp.Plan({"0.weight:0": [3, 1]}, {"0.weight:0": 8}).save(folder / "plan.json")
+    gp.Plan.load(folder / "plan.json")
+
+
+class Breaks(gp.Pass):
+    def rewrite(self, program: Any) -> bool:
+        nodes = list(program.graph_module.graph.nodes)
+        nodes[-2].append(nodes[0])
+        return True
+
+    def __str__(self) -> str:
+        return self.name()
+
+
+class Hides(Breaks):
+    def rewrite(self, program: Any) -> bool:
+        graph: fx.Graph = program.graph_module.graph
+        with graph.inserting_before(graph.output_node()):
+            graph.call_function(torch.ops.aten.relu.default, (graph.output_node().args[0][0],))
+        return False
+
+
+said("breaks left a graph that is not well formed: .+", lambda: Breaks()(net(), X))
+said("hides changed the graph and said that it did not", lambda: Hides()(net(), X))
+
+# ------------------------------------------------------------------------------------------- ONNX
+
+
+@case(
+    r"the model cannot be run in PyTorch on Inputs\(float32\[2, 5\]\): RuntimeError: mat1 and mat2 shapes "
+    r"cannot be multiplied \(2x5 and 6x8\)"
+)
+def export_of_a_model_that_does_not_run(folder: Path) -> None:
+    gp.export(net(), torch.ones(2, 5), folder / "net.onnx")
+
+
+@case(r"the model gives no tensors for Inputs\(float32\[2, 6\]\), so nothing to export")
+def export_of_nothing(folder: Path) -> None:
+    gp.export(Does(lambda module, x: None), X, folder / "net.onnx")
+
+
+@case(
+    r"the model cannot be exported to ONNX: DispatchError: No ONNX function found for .*bessel_j0.*"
+)
+def export_of_what_onnx_lacks(folder: Path) -> None:
+    gp.export(Does(lambda module, x: torch.special.bessel_j0(x)), X, folder / "net.onnx")
+
+
+@case(
+    r"dimension 0 of x is fixed to 2 in net\.onnx, because exporting it free did not work: \w+: .+"
+)
+def export_of_one_batch_size(folder: Path) -> None:
+    gp.export(Does(lambda module, x: module.last(x.view(2, 8))), X, folder / "net.onnx")
+
+
+@case(r"opset 3 was asked for, but PyTorch could only write \d+")
+def an_old_opset(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx", opset=3)
+
+
+@case(r"ONNX Runtime has no provider 'Abacus' here; it has .*CPUExecutionProvider")
+def a_provider_that_is_not_there(folder: Path) -> None:
+    onnx.open_session(folder / "net.onnx", "Abacus")
+
+
+@case("ONNX Runtime cannot start 'AbacusExecutionProvider' here")
+def a_provider_that_does_not_start(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["AbacusExecutionProvider"])
+        monkeypatch.setattr(ort.InferenceSession, "__init__", lambda *_, **__: None)
+        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [onnx.CPU])
+        onnx.open_session(folder / "net.onnx", "AbacusExecutionProvider")
+
+
+class Session:
+    """A session of ONNX Runtime whose results are changed."""
+
+    change: Callable[[Any], Any]
+
+    def __init__(self, path: Path) -> None:
+        self.session = real_session(path)
+
+    def get_inputs(self) -> Any:
+        return self.session.get_inputs()
+
+    def run(self, names: None, feed: Any) -> Any:
+        return [type(self).change(array) for array in self.session.run(names, feed)]
+
+
+real_session = onnx.open_session
+
+
+def changed(folder: Path, change: Callable[[Any], Any]) -> None:
+    kind = type("Changed", (Session,), {"change": staticmethod(change)})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules["graphprune.onnx"], "open_session", kind)
+        gp.export(nn.ReLU(), torch.ones(2, 3), folder / "relu.onnx")
+
+
+@case(r"output at batch 2 has shape \[2, 3\] in PyTorch and \[3, 2\] in ONNX Runtime")
+def another_shape_in_onnx_runtime(folder: Path) -> None:
+    changed(folder, np.transpose)
+
+
+@case(
+    r"output at batch 2, shape \[2, 3\], differs between PyTorch and ONNX Runtime by 0\.5 of its largest "
+    r"value; the tolerance is 0\.0001"
+)
+def another_result_in_onnx_runtime(folder: Path) -> None:
+    changed(folder, lambda array: array + 0.5)
+
+
+@case("no feeds for b; each model needs its own")
+def no_feed(folder: Path) -> None:
+    timing.time_onnx({"b": folder / "b.onnx"}, {})
+
+
+# ------------------------------------------------------------------------------- the command line
+
+said(r"there is no file missing\.pt", lambda: cli.loaded("missing.pt"))
+said("os:getcwd gives a str, not a model", lambda: cli.loaded("os:getcwd"))
+said(
+    r"'resnet18' names no model; write package\.module:callable, or a file ending in \.pt or \.pt2",
+    lambda: cli.loaded("resnet18"),
+)
+said(
+    r"'no\.such:model' does not give a model: No module named 'no'",
+    lambda: cli.loaded("no.such:model"),
+)
+said(r"--input 'a,b' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["a,b"]))
