@@ -41,7 +41,7 @@ SECONDS, GIGABYTES = 300, 10
 GOOD_REASONS = (
     "a dimension of the model's input",
     "a dimension of the model's output",
-    "a window or extent",
+    "a window",
     "a spatial extent",
     "positions",
     "made of values that depend on the position",
@@ -55,7 +55,7 @@ def measured(member: str) -> Row:
         model, inputs = zoo_members.build(member)
         call(model, gp.Inputs.of(inputs))
     except Exception as failure:
-        return {"untried": _first_line(failure)}
+        return {"untried": _in_short(failure)}
     row: Row = {"before": gp.count_parameters(model)}
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -88,7 +88,7 @@ def exported(model: nn.Module, slimmer: nn.Module, inputs: Any) -> Row:
             found = gp.export(slimmer, inputs, path)
             return {"equal": found.difference, "batch_free": found.batch_free}
         except gp.GraphPruneError as failure:
-            why = _first_line(failure)
+            why = _in_short(failure)
         try:
             gp.export(model, inputs, path)
         except gp.GraphPruneError:
@@ -132,8 +132,12 @@ def _parts(layout: Layout) -> Sequence[Layout]:
     return layout.parts if isinstance(layout, Concat) else (layout,)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+def _in_short(error: BaseException) -> str:
+    """Return the error's kind and what it says first, without the folders of this machine."""
+    text = " ".join(str(error).split())
+    for folder in sorted((*filter(None, sys.path), tempfile.gettempdir()), key=len, reverse=True):
+        text = text.replace(f"{folder}/", "")
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def one(member: str) -> None:
@@ -144,7 +148,7 @@ def one(member: str) -> None:
     try:
         row = measured(member)
     except Exception as failure:
-        row = {"refused": _first_line(failure)}
+        row = {"refused": _in_short(failure)}
     row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     print(json.dumps(row))
 
@@ -235,6 +239,7 @@ def main() -> None:
     rows = _kept(kept, options.again)
     waiting = [name for name in _members(options.only) if name not in rows]
     random.Random(0).shuffle(waiting)  # so that a run cut short is a fair sample
+    options.out.write_text(table(dict(sorted(rows.items()))))
     for name, row in _in_parallel(waiting, options.jobs):
         rows[name] = row
         with kept.open("a") as file:

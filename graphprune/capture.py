@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.caches import without_caches
-from graphprune.errors import CaptureError, InvalidRequestError
+from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.interpretation import hushed, plain_kernels
 from graphprune.state import copy_with, named_tensors, working_copy
@@ -173,8 +173,7 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
                 graph_module = unlifted(program)
                 _check_same(quiet, graph_module, inputs, free)
         except Exception as failure:
-            first = (str(failure).strip().splitlines() or ["(no message)"])[0]
-            problems.append(f"  {name}: {type(failure).__name__}: {first}")
+            problems.append(f"  {name}: {in_a_line(failure)}")
             continue
         return graph_module
     raise CaptureError(

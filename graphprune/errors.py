@@ -1,5 +1,9 @@
 """What graphprune raises and warns with: one root, and a kind for each thing a caller may handle."""
 
+from __future__ import annotations
+
+import textwrap
+
 
 class GraphPruneError(Exception):
     """Root of every error that graphprune raises on purpose."""
@@ -31,3 +35,11 @@ class ExportError(GraphPruneError):
 
 class GraphPruneWarning(UserWarning):
     """Something was done differently from what a reader of the call would expect."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the kind of the error that began it, and the first line of what it says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or ["(no message)"]
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"

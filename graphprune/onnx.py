@@ -10,7 +10,6 @@ import itertools
 import logging
 import re
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
 from graphprune.caches import without_caches
-from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
+from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.state import evaluating, working_copy
 
@@ -181,7 +180,7 @@ def _first_case(flat: _Flat) -> _Case:
         case = _Case.of(flat, 1)
     except Exception as error:
         raise ExportError(
-            f"the model cannot be run in PyTorch on {flat.inputs}: {_reason(error)}"
+            f"the model cannot be run in PyTorch on {flat.inputs}: {in_a_line(error)}"
         ) from error
     if not case.expected:
         raise ExportError(f"the model gives no tensors for {flat.inputs}, so nothing to export")
@@ -207,7 +206,7 @@ def _export_free(request: _Request, first: _Case) -> Exported:
     try:
         return _export_cases(request, [first, _Case.of(flat, 2)])
     except Exception as error:
-        obstacle = _reason(error)
+        obstacle = in_a_line(error)
     exported = _export_fixed(request, first)
     warnings.warn(
         f"dimension 0 of {', '.join(fixed)} is fixed to {flat.batch} in {request.path.name}, "
@@ -225,7 +224,7 @@ def _export_fixed(request: _Request, first: _Case) -> Exported:
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"the model cannot be exported to ONNX: {_reason(error)}") from error
+        raise ExportError(f"the model cannot be exported to ONNX: {in_a_line(error)}") from error
 
 
 def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
@@ -284,16 +283,13 @@ def _without_assertions(program: torch.export.ExportedProgram) -> None:
     """Take out the checks of values that a model makes (`torch._check`), and what is only for them."""
     graph = program.graph_module.graph
     for node in reversed(graph.nodes):
-        if node.target in _ASSERTIONS or not (node.users or node.is_impure()):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _ASSERTIONS or not (node.users or node.is_impure()):
             graph.erase_node(node)
     program.graph_module.recompile()
 
 
-_ASSERTIONS = tuple(
-    overload
-    for packet in (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)
+_ASSERTIONS = (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
 
 
 def _free_batch(flat: _Flat, model: ir.Model) -> None:
@@ -405,14 +401,6 @@ def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().numpy()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the kind of the error that began it, and the first line of what it says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 300)}"
 
 
 @contextlib.contextmanager

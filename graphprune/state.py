@@ -64,7 +64,8 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
             if value is not None:
                 memo[id(tensor)] = _like(tensor, value)
     for tensor in _computed(model):
-        memo.setdefault(id(tensor), tensor.detach().clone())
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from graphprune.layout import Product, split
+from graphprune.layout import Product, regroup, size_of
 from graphprune.rules.pattern import pattern
 from graphprune.rules.registry import Call, Layouts, Rule, register, rule
 
@@ -97,8 +97,10 @@ def overlaid(call: Call) -> Sequence[Layouts]:
     """Add windows up to an image: the inverse of laying them side by side."""
     *leading, columns, places = call.layouts("self")
     call.fix(places, "positions of windows")
-    channels, window = split(columns, prod(call["kernel_size"]), call.why("windows"))
-    call.fix(window, "a window")
+    window = prod(call["kernel_size"])
+    sizes = [size_of(columns) // window, window]
+    channels, positions = regroup([columns], sizes, call.why("windows that cut across channels"))
+    call.fix(positions, "a window")
     extents = [call.fixed(size, "a spatial extent") for size in call["output_size"]]
     return [[*leading, channels, *extents]]
 
