@@ -261,6 +261,24 @@ on_channels(
     function=lambda x: F.fold(x.flatten(2)[..., :25], (6, 7), (2, 3)),
     last=partial(out, 4),
 )
+
+
+@structure(normal(6, 6))
+class FoldAcrossPieces(nn.Module):
+    """Windows of nine out of pieces of five and thirteen: no slot of either can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(6, 12, 1)
+        self.five, self.thirteen = nn.Conv1d(12, 5, 1), nn.Conv1d(12, 13, 1)
+        self.last = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        pieces = torch.cat([self.five(x), self.thirteen(x)], dim=1)
+        return self.last(F.fold(pieces, (4, 5), (3, 3)))
+
+
 on_features("maxout", function=lambda x: x.view(-1, 4, 5).amax(1), last=partial(head, 5))
 on_channels(
     "maxout_channels", function=lambda x: x.unflatten(1, (8, 3)).amax(2), last=partial(out, 8)

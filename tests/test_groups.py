@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from tests.models import ALL
+from tests.structures import STRUCTURES
 
 LAYERS = [
     "errors",
@@ -152,3 +153,11 @@ def test_public_names_exist_and_are_documented() -> None:
         assert getattr(gp, name).__doc__, name
     for module in pkgutil.walk_packages(gp.__path__, "graphprune."):
         assert importlib.import_module(module.name).__doc__, module.name
+
+
+def test_windows_that_cut_across_pieces_fix_them() -> None:
+    structure = STRUCTURES["fold_across_pieces"]
+    graph = gp.analyze(structure.build(), structure.inputs())
+    why = {(fixed.parameter, fixed.dim): (fixed.size, fixed.reason.why) for fixed in graph.fixed}
+    assert why["five.weight", 0] == (5, "windows that cut across channels")
+    assert why["thirteen.weight", 0] == (13, "windows that cut across channels")
