@@ -6,12 +6,15 @@ cut exactly, that one can be cut but only inexactly, or that none can be cut.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from tests.models import import_transformers
 
 aten = torch.ops.aten
 
@@ -32,11 +35,11 @@ CASES: list[Case] = []
 
 # Operators with a rule that have no kernel for the CPU; the rule is shared with one that has.
 CANNOT_RUN = {
-    aten._scaled_dot_product_flash_attention: "a CUDA kernel",
-    aten._scaled_dot_product_efficient_attention: "a CUDA kernel",
-    aten._scaled_dot_product_cudnn_attention: "a CUDA kernel",
-    aten._scaled_dot_product_attention_math_for_mps: "an MPS kernel",
-    aten.cudnn_batch_norm: "a cuDNN kernel",
+    "aten::_scaled_dot_product_flash_attention": "a CUDA kernel",
+    "aten::_scaled_dot_product_efficient_attention": "a CUDA kernel",
+    "aten::_scaled_dot_product_cudnn_attention": "a CUDA kernel",
+    "aten::_scaled_dot_product_attention_math_for_mps": "an MPS kernel",
+    "aten::cudnn_batch_norm": "a cuDNN kernel",
 }
 
 
@@ -516,6 +519,11 @@ exact(aten._grouped_mm.default, x(8, 6), x(3, 6, 5), ends)
 exact(aten._grouped_mm.default, x(3, 4, 6), x(6, 8), ends)
 exact(aten._grouped_mm.default, x(4, 8), x(8, 5), ends)
 exact(aten._grouped_mm.default, x(3, 4, 6), x(3, 6, 5))
+
+import_transformers()  # brings an operator for products of groups of rows of its own
+importlib.import_module("transformers.integrations.moe")
+grouped = torch.ops.transformers.grouped_mm_fallback.default
+exact(grouped, x(8, 6), x(3, 6, 5), torch.tensor([2, 5, 8], dtype=torch.int32))
 
 # Chance.
 for draw in (aten.uniform.default, aten.exponential.default, aten.random.default):

@@ -69,6 +69,9 @@ def grouped_product(call: Call) -> Sequence[Layouts]:
     return [[*(call.fixed(n, "groups of rows") for n in groups), rows, columns]]
 
 
+pattern("0 i, 0 i o, 0 -> 0 o", "transformers::grouped_mm_fallback")
+
+
 @rule(aten._cdist_forward)
 def distances(call: Call) -> Sequence[Layouts]:
     """Sum powers of differences between the rows of two matrices; equal features add nothing."""

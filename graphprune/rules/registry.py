@@ -23,7 +23,9 @@ from graphprune.layout import (
 )
 
 Layouts: TypeAlias = list[Layout]
-Operator: TypeAlias = OpOverload | OpOverloadPacket
+Operator: TypeAlias = OpOverload | OpOverloadPacket | str
+"""An overload, a packet (all of its overloads), or a packet's name, `library::operator`, which need
+not be loaded yet."""
 
 
 @dataclass
@@ -93,28 +95,34 @@ class Call:
 Rule: TypeAlias = Callable[[Call], Sequence[Layouts]]
 """From a call to the layouts of its outputs, one list an output tensor."""
 
-_RULES: dict[Operator, Rule] = {}
+_RULES: dict[OpOverload | str, Rule] = {}
 
 
 def register(rule: Rule, *operators: Operator) -> None:
-    """Give `operators` a rule; a packet stands for all of its overloads.
+    """Give `operators` a rule.
 
     Raises:
         InvalidRequestError: one of them has a rule already.
 
     """
     for operator in operators:
-        if operator in _RULES:
+        key = _key(operator)
+        if key in _RULES:
             raise InvalidRequestError(f"{operator} has a rule already; each operator takes one")
-        _RULES[operator] = rule
+        _RULES[key] = rule
     rule_for.cache_clear()
 
 
 def unregister(*operators: Operator) -> None:
     """Take the rules of `operators` away again."""
     for operator in operators:
-        _RULES.pop(operator, None)
+        _RULES.pop(_key(operator), None)
     rule_for.cache_clear()
+
+
+def _key(operator: Operator) -> OpOverload | str:
+    """Return what an operator's rule is kept under: a packet goes by its name."""
+    return operator._qualified_op_name if isinstance(operator, OpOverloadPacket) else operator
 
 
 def rule(*operators: Operator) -> Callable[[Rule], Rule]:
@@ -127,8 +135,8 @@ def rule(*operators: Operator) -> Callable[[Rule], Rule]:
     return decorate
 
 
-def registered() -> dict[Operator, Rule]:
-    """Return the rules by operator, in order of registration."""
+def registered() -> dict[OpOverload | str, Rule]:
+    """Return the rules by overload or by name of a packet, in order of registration."""
     return dict(_RULES)
 
 
@@ -136,10 +144,10 @@ def registered() -> dict[Operator, Rule]:
 def rule_for(func: OpOverload) -> Rule | None:
     """Return the rule of an overload: its own, its packet's, its out-of-place twin's, or None."""
     for operator in (func, func.overloadpacket, _twin_of(func)):
-        if operator is not None and operator in _RULES:
-            return _RULES[operator]
+        if operator is not None and _key(operator) in _RULES:
+            return _RULES[_key(operator)]
     if torch.Tag.pointwise in func.tags:
-        return _RULES.get(POINTWISE)
+        return _RULES.get(_key(POINTWISE))
     return None
 
 
