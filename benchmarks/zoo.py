@@ -1,6 +1,6 @@
 """The zoo: every family of torchvision, timm and transformers, slimmed, verified, exported, compared.
 
-    pip install --no-deps torchvision==0.28.0 timm==1.0.31
+    pip install --no-deps torchvision==0.28.0 timm==1.0.31 pillow pyyaml
     python benchmarks/zoo.py --out benchmarks/results/zoo.md [--only transformers/bert ...]
 
 A process a model, with limits on time and memory. What was found is kept beside the table, a line of
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -140,31 +143,42 @@ def _in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def one(member: str) -> None:
-    """Print the row of one member as JSON; what goes wrong is its refusal."""
+def one(member: str, answer: Connection) -> None:
+    """Send the row of one member; what goes wrong is its refusal."""
     limit = GIGABYTES << 30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
-    try:
-        row = measured(member)
-    except Exception as failure:
-        row = {"refused": _in_short(failure)}
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            row = measured(member)
+        except Exception as failure:
+            row = {"refused": _in_short(failure)}
     row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(json.dumps(row))
+    answer.send(row)
+
+
+# Processes are forked from one that has imported the libraries, which takes longer than most models.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["zoo_members", "onnxruntime", "onnxscript"])
 
 
 def run(member: str) -> Row:
     """Return the row of one member, measured in a process of its own."""
-    command = [sys.executable, __file__, "--one", member]
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=one, args=(member, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"refused": f"not done in {SECONDS} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        return {"refused": last[:300]}
-    found: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        if not receiver.poll(SECONDS):
+            return {"refused": f"not done in {SECONDS} s"}
+        row: Row = receiver.recv()
+        return row
+    except EOFError:
+        process.join()
+        return {"refused": f"its process ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -226,15 +240,14 @@ def _line(name: str, row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one")
     parser.add_argument("--only", nargs="*", help="members, or the beginnings of their names")
     parser.add_argument("--again", action="store_true", help="try again what was refused")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("zoo.md"))
     options = parser.parse_args()
-    if options.one:
-        one(options.one)
-        return
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        sys.path
+    )  # the server of processes starts without it
     kept = options.out.with_suffix(".jsonl")
     rows = _kept(kept, options.again)
     waiting = [name for name in _members(options.only) if name not in rows]

@@ -1,6 +1,6 @@
 """The members of the zoo: what there is in torchvision, timm and transformers, and how to build it.
 
-    pip install --no-deps torchvision==0.28.0 timm==1.0.31
+    pip install --no-deps torchvision==0.28.0 timm==1.0.31 pillow pyyaml
 
 A member is named `library/name`. Weights are random: nothing is downloaded.
 """
@@ -12,6 +12,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.models import import_torchvision, import_transformers
+
+torchvision, transformers = import_torchvision(), import_transformers()
+timm = import_module("timm")
+MODEL_MAPPING_NAMES = import_module("transformers.models.auto.modeling_auto").MODEL_MAPPING_NAMES
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 
@@ -62,7 +67,6 @@ def livened(model: nn.Module) -> nn.Module:
 
 def _torchvision() -> Iterator[str]:
     """Yield one of each kind of classifier and video network; every segmenter and backbone."""
-    torchvision = import_torchvision()
     families: dict[str, list[str]] = {}
     for name in torchvision.models.list_models():
         module = torchvision.models.get_model_builder(name).__module__
@@ -98,7 +102,6 @@ class _Backbone(nn.Module):
 
 
 def _build_torchvision(name: str) -> tuple[nn.Module, Any]:
-    torchvision = import_torchvision()
     builder = torchvision.models.get_model_builder(name)
     module = builder.__module__
     if ".detection" in module:
@@ -120,9 +123,6 @@ def _build_torchvision(name: str) -> tuple[nn.Module, Any]:
 
 def _timm() -> Iterator[str]:
     """Yield the smallest model of each module of timm, by parameters."""
-    import_torchvision()
-    import timm
-
     for module in timm.list_modules():
         names = timm.list_models(module=module)
         counted = [(count, name) for name in names if (count := _size_of_timm(name)) is not None]
@@ -131,8 +131,6 @@ def _timm() -> Iterator[str]:
 
 
 def _size_of_timm(name: str) -> int | None:
-    import timm
-
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,9 +140,6 @@ def _size_of_timm(name: str) -> int | None:
 
 
 def _build_timm(name: str) -> tuple[nn.Module, Any]:
-    import_torchvision()
-    import timm
-
     channels, *size = timm.get_pretrained_cfg(name).input_size
     if max(size) > 256:  # what a smaller image shows takes minutes less
         with contextlib.suppress(TypeError):
@@ -200,9 +195,6 @@ _SMALL: dict[str, Any] = {
 
 
 def _transformers() -> Iterator[str]:
-    import_transformers()
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
-
     yield from (f"transformers/{name}" for name in MODEL_MAPPING_NAMES)
 
 
@@ -230,11 +222,8 @@ def shrink_config(config: Any) -> Any:
 
 
 def _build_transformers(name: str) -> tuple[nn.Module, Any]:
-    transformers = import_transformers()
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     transformers.logging.set_verbosity_error()
-    config = shrink_config(CONFIG_MAPPING[name]())
+    config = shrink_config(transformers.CONFIG_MAPPING[name]())
     model = transformers.AutoModel.from_config(config, attn_implementation="eager")
     return model, _inputs_for(model, config)
 
