@@ -142,8 +142,12 @@ def _size_of_timm(name: str) -> int | None:
 def _build_timm(name: str) -> tuple[nn.Module, Any]:
     channels, *size = timm.get_pretrained_cfg(name).input_size
     if max(size) > 256:  # what a smaller image shows takes minutes less
-        with contextlib.suppress(TypeError):
-            return timm.create_model(name, img_size=256), torch.randn(1, channels, 256, 256)
+        image = torch.randn(1, channels, 224, 224)
+        for options in ({"img_size": 224}, {}):
+            with contextlib.suppress(Exception), torch.no_grad():
+                model = timm.create_model(name, **options)
+                model.eval()(image)
+                return model, image
     return timm.create_model(name), torch.randn(1, channels, *size)
 
 

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from graphprune.caches import without_caches
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.interpretation import hushed, plain_kernels
 from graphprune.state import copy_with, named_tensors, working_copy
+from graphprune.switches import hushed, plain_kernels
 
 # Sizes of images that published networks take.
 _IMAGE_SIZES = (224, 32, 28, 64, 128, 256, 299, 384)

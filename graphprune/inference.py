@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
-from graphprune.interpretation import Interpretation, hushed, interpret
+from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Reason, fix, flattened, size_of
 from graphprune.rules import (
     Call,
@@ -29,6 +29,7 @@ from graphprune.rules import (
     tensors_in,
 )
 from graphprune.state import copy_with, double_copy, double_of, named_tensors
+from graphprune.switches import hushed
 
 UNKNOWN = "an operator without a rule"
 

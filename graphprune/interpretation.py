@@ -6,11 +6,8 @@ tensor its layouts, the other sets the removed slots of each tensor to zero.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -32,9 +28,7 @@ from graphprune.layout import Reason
 from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
 from graphprune.state import as_double, double_of
-
-# Torch's switches for kernels, logging and warnings are the process's, not the thread's.
-_ONE_THREAD = threading.RLock()
+from graphprune.switches import plain_kernels
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
@@ -161,43 +155,6 @@ def _source_of(node: fx.Node) -> str:
         if not path.startswith(_LIBRARIES):
             return f"{os.path.basename(path)}:{number}"
     return ""
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Within it, torch picks kernels by what they compute, not by device or shape.
-
-    Nothing is compiled on the way. The fused encoder path would hide a whole transformer layer
-    behind one operator, and the choice of an attention kernel could differ between two runs whose
-    operators are compared one by one.
-    """
-    with _ONE_THREAD:
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with (
-                torch.compiler.set_stance("force_eager"),
-                sdpa_kernel(SDPBackend.MATH),
-                torch.no_grad(),
-            ):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Keep torch's own logging and warnings from the user."""
-    with _ONE_THREAD:
-        logger = logging.getLogger("torch")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            logger.setLevel(level)
 
 
 def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:

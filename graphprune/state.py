@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, InvalidRequestError
+from graphprune.switches import hushed
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -67,7 +68,8 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        with hushed() if isinstance(model, fx.GraphModule) else nullcontext():
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied by copy.deepcopy, and graphprune never changes "
