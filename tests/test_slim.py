@@ -202,7 +202,6 @@ def test_the_graph_form_trains(images: Tensor) -> None:
     assert torch.equal(graph(images), graph(images))
 
 
-@pytest.mark.parametrize("form", ["module", "graph"])
 def test_making_a_graph_says_nothing_of_torch_itself() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -210,6 +209,7 @@ def test_making_a_graph_says_nothing_of_torch_itself() -> None:
     assert not [str(warning.message) for warning in caught]
 
 
+@pytest.mark.parametrize("form", ["module", "graph"])
 def test_the_result_copies_pickles_compiles_and_loads(images: Tensor, form: Any) -> None:
     slimmer = gp.slim(Net().eval(), 0.5, images, form=form)
     wanted = slimmer(images)
