@@ -243,8 +243,10 @@ def _repeat_by(name: str) -> Callable[[_Site], None]:
 def _repeat_interleave(site: _Site) -> None:
     dim = site.arguments["dim"]
     if dim is not None and site.is_cut(site.output[dim]):
-        each = site.left(site.layouts("self")[dim])
-        site.set("repeats", site.left(site.output[dim]) // each)
+        each, after = site.left(site.layouts("self")[dim]), site.left(site.output[dim])
+        site.set("repeats", after // each)
+        if site.arguments["output_size"] is not None:
+            site.set("output_size", after)
 
 
 def _pad(site: _Site) -> None:

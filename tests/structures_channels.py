@@ -97,6 +97,11 @@ on_channels(
     "repeat_interleave", function=lambda x: x.repeat_interleave(2, dim=1), last=partial(out, 48)
 )
 on_channels(
+    "repeat_interleave_sized",
+    function=lambda x: x.repeat_interleave(2, dim=1, output_size=48),
+    last=partial(out, 48),
+)
+on_channels(
     "expand_channels",
     function=lambda x: x[:, None].expand(-1, 3, -1, -1, -1).reshape(x.size(0), 72, 9, 8),
     last=partial(out, 72),
