@@ -50,3 +50,12 @@ def hushed() -> Iterator[None]:
                 yield
         finally:
             logger.setLevel(level)
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """Within it random numbers are the same each time; the user's own go on after it as before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _ONE_THREAD, torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield

@@ -210,6 +210,15 @@ def test_making_a_graph_says_nothing_of_torch_itself() -> None:
 
 
 @pytest.mark.parametrize("form", ["module", "graph"])
+def test_a_model_may_draw_random_numbers_in_evaluation(form: Any) -> None:
+    model, x = Applied(lambda y: y * torch.rand(len(y), 1)), torch.randn(4, 3)
+    state = torch.get_rng_state()
+    result = gp.slimmed(model, 0.5, x, form=form)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert result.plan.removed and result.verification is not None
+
+
+@pytest.mark.parametrize("form", ["module", "graph"])
 def test_the_result_copies_pickles_compiles_and_loads(images: Tensor, form: Any) -> None:
     slimmer = gp.slim(Net().eval(), 0.5, images, form=form)
     wanted = slimmer(images)
