@@ -230,14 +230,13 @@ def _globally(
     request: Request,
 ) -> dict[str, int]:
     """Return how many slots each group keeps when all slots compete by score."""
-    relative = {g.name: _relative(scores[g.name]) for g in groups}
-    thresholds = np.unique(np.concatenate([np.zeros(1), *relative.values()]))
+    thresholds = np.unique(np.concatenate([[-np.inf], *(scores[g.name] for g in groups)]))
     target = cost.total() * (1 - request.ratio)
 
     def kept_above(threshold: float) -> dict[str, int]:
         return {
-            name: nearest(options[name], float(np.count_nonzero(values > threshold)))
-            for name, values in relative.items()
+            g.name: nearest(options[g.name], float(np.count_nonzero(scores[g.name] > threshold)))
+            for g in groups
         }
 
     def total(kept: Mapping[str, int]) -> int:
@@ -251,28 +250,21 @@ def _globally(
         else:
             low = middle + 1
     kept = kept_above(thresholds[low]) if request.ratio > 0 else {g.name: g.size for g in groups}
-    reached = _give_back(kept, options, relative, total, target)
+    reached = _give_back(kept, options, scores, total, target)
     if total(reached) > target and groups:
         warnings.warn(_out_of_reach(cost, total(reached), request), GraphPruneWarning, stacklevel=4)
     return reached
 
 
-def _relative(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return scores in units of their mean, so that groups of different scale can compete."""
-    shifted = values - min(0.0, float(values.min()))
-    mean = float(shifted.mean())
-    return shifted / mean if mean > 0 else np.ones_like(shifted)
-
-
 def _give_back(
     kept: dict[str, int],
     options: Mapping[str, Sequence[int]],
-    relative: Scores,
+    scores: Scores,
     total: Callable[[Mapping[str, int]], int],
     target: float,
 ) -> dict[str, int]:
     """Return the best-scored slots that still fit under the target: rounding removed a few too many."""
-    best = {name: np.sort(values)[::-1] for name, values in relative.items()}
+    best = {name: np.sort(scores[name])[::-1] for name in kept}
     waiting = {name for name in kept if kept[name] < options[name][-1]}
     while waiting:
         name = max(sorted(waiting), key=lambda n: best[n][kept[n]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -12,8 +12,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
+from graphprune.calibration import batches_of
 from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
+from graphprune.compensation import Compensation, Method, compensated, method_of
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
@@ -23,7 +25,7 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.groups import DependencyGraph
-from graphprune.importance import Importance, scores
+from graphprune.importance import Importance, Loss, Subject, scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import counts_of
@@ -48,6 +50,7 @@ class Slimmed:
         form: "module" (the model's own class) or "graph" (an fx.GraphModule).
         why_graph: for a graph, what kept the module form from working; else "".
         verification: what was compared, or None where that was not asked for or not possible.
+        compensation: what the repair did, or None where none was asked for.
 
     """
 
@@ -58,6 +61,7 @@ class Slimmed:
     form: str
     why_graph: str
     verification: Verification | None
+    compensation: Compensation | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ def slim(
     form: Form = "auto",
     verify: bool = True,
     seed: int = 0,
+    data: Any = None,
+    loss: Loss | None = None,
+    compensate: bool | Method = False,
 ) -> Any:
     """Return a smaller copy of a model, checked against the original; the original is not changed.
 
@@ -103,7 +110,10 @@ def slim(
             `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
         of: "channels" cuts every group by the same fraction; "parameters" and "macs" rank all
             channels together until that fraction of the model's total is gone.
-        importance: "l2", "l1", "random", or a function from model and dependency graph to scores.
+        importance: what makes a channel matter. By the weights: "l2", "l1", "lamp", "bn_scale",
+            "random". By what the loss on `data` does without it: "taylor" and "taylor2" (first and
+            second order), "fisher", "obs", "oracle" (brute force). Or a function from model and
+            dependency graph to scores. `graphprune.importance.CRITERIA` has a docstring for each.
         align: numbers of convolution channels to keep: "auto" for what ONNX Runtime runs fast
             (multiples of 8, of 4 in groups under 16), or a number; 1 for any.
         include: cut only groups whose name or a member parameter's name fits one of these globs.
@@ -117,6 +127,12 @@ def slim(
         verify: compare with the original, removed channels silenced, in float64; without it, the
             slim model is only seen to run.
         seed: for importance "random".
+        data: batches, a few hundred samples in all: a list, a DataLoader or another iterable of the
+            model's inputs or of pairs of inputs and target.
+        loss: from the model's output and a batch's target to one number, as F.cross_entropy is.
+        compensate: change the weights that stay so that each layer gives what it gave before, on
+            `data` (whose targets are not used): True or "least_squares" for weights and biases,
+            "constants" for biases alone. The slim model is verified before that.
 
     Returns:
         An nn.Module; for an ExportedProgram, an ExportedProgram.
@@ -130,6 +146,7 @@ def slim(
     result = slimmed(
         model, ratio, example_inputs, of=of, importance=importance, align=align, include=include,
         exclude=exclude, renormalised=renormalised, plan=plan, form=form, verify=verify, seed=seed,
+        data=data, loss=loss, compensate=compensate,
     )  # fmt: skip
     if isinstance(model, ExportedProgram):
         return reexported(model, result.model, example_inputs)
@@ -152,24 +169,38 @@ def slimmed(
     form: Form = "auto",
     verify: bool = True,
     seed: int = 0,
+    data: Any = None,
+    loss: Loss | None = None,
+    compensate: bool | Method = False,
 ) -> Slimmed:
-    """Return what `slim` returns together with its plan, graph, form and verification."""
+    """Return what `slim` returns together with its plan, graph, form, verification and repair."""
     if form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={form!r} must be 'auto', 'module' or 'graph'")
     request = Request(ratio, of, align, include, exclude, renormalised)
+    method = method_of(compensate)
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
+    batches = None if data is None else batches_of(data)
 
     def plan_for(graph: DependencyGraph) -> Plan:
-        return plan or choose(graph, scores(module, graph, importance, seed), request)
+        subject = Subject(module, graph, batches, loss, seed)
+        return plan or choose(graph, scores(subject, importance), request)
 
-    job = Job(module, inputs, plan_for, verify and has_data)
-    if is_aten_graph(module):
+    result = in_form(form, Job(module, inputs, plan_for, verify and has_data))
+    if method is None:
+        return result
+    repair = compensated(module, result.model, result.plan, inputs, batches, method)
+    return replace(result, compensation=repair)
+
+
+def in_form(form: Form, job: Job) -> Slimmed:
+    """Return the slim model in the form that was asked for, or for "auto" the first that works."""
+    if is_aten_graph(job.module):
         return as_graph(job, "the model is a graph")
     if form == "graph":
         return as_graph(job, "asked for")
-    graph = DependencyGraph(infer(module, inputs))
-    chosen = plan_for(graph)
+    graph = DependencyGraph(infer(job.module, job.inputs))
+    chosen = job.plan_for(graph)
     try:
         return as_module(job, graph, chosen)
     except VerificationError as failure:

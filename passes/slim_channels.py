@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import fx
 
 from graphprune.choose import Align, Unit
-from graphprune.importance import Importance
+from graphprune.compensation import Method
+from graphprune.importance import Importance, Loss
 from graphprune.pipeline import Pass, Program
 from graphprune.slim import slimmed
 
@@ -33,6 +34,9 @@ class SlimChannels(Pass):
         renormalised: also cut channels along which a statistic is taken.
         verify: compare with the original, removed channels silenced.
         seed: for importance "random".
+        data: batches to choose or to repair by.
+        loss: of the model's output and a batch's target.
+        compensate: repair what is left on the data.
 
     """
 
@@ -45,6 +49,9 @@ class SlimChannels(Pass):
     renormalised: bool = False
     verify: bool = True
     seed: int = 0
+    data: Any = None
+    loss: Loss | None = None
+    compensate: bool | Method = False
 
     def rewrite(self, program: Program) -> bool:
         """Replace the graph by a slim one."""

@@ -88,7 +88,8 @@ said(
 )
 said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
 said(
-    "importance='luck' is not a criterion; choose from l1, l2, random",
+    "importance='luck' is not a criterion; choose from random, l1, l2, lamp, bn_scale, taylor, taylor2, "
+    "fisher, obs, oracle",
     lambda: gp.slim(net(), 0.5, X, importance="luck"),
 )
 said(
@@ -99,6 +100,51 @@ said(
     r"0\.weight is on the meta device and has no values to score; use importance='random' or a function, "
     "or load the weights first",
     lambda: gp.slim(net().to("meta"), 0.5, X),
+)
+said(
+    r"this importance looks at data; pass data=\[\.\.\.\], a list of batches or a DataLoader",
+    lambda: gp.slim(net(), 0.5, X, importance="taylor", loss=nn.functional.mse_loss),
+)
+said(
+    "this importance looks at a loss; pass loss=, a function of the model's output and the target of a "
+    "batch that returns one number",
+    lambda: gp.slim(net(), 0.5, X, importance="taylor", data=[(X, X[:, :3])]),
+)
+said(
+    "importance='taylor' gives no numbers on this data: the loss or its derivatives are not finite",
+    lambda: gp.slim(
+        net(), 0.5, X, importance="taylor", data=[(X, X)], loss=lambda y, _: y.sum() * torch.nan
+    ),
+)
+said(
+    r"data must be several batches, as in \[batch\] or a DataLoader, not Tensor",
+    lambda: gp.slim(net(), 0.5, X, data=X, compensate=True),
+)
+said(
+    r"data holds no batch; pass at least one, as in data=\[images\]",
+    lambda: gp.slim(net(), 0.5, X, data=[], compensate=True),
+)
+said(
+    r"batch 1 of data must be the model's input \(a tensor, a dict or graphprune\.Inputs\) or a pair of it "
+    "and a target, not list of 3",
+    lambda: gp.slim(net(), 0.5, X, data=[X, [X, X, X]], compensate=True),
+)
+said(
+    "compensate='magic' must be True, False, 'least_squares' or 'constants'",
+    lambda: gp.slim(net(), 0.5, X, compensate="magic"),
+)
+said(
+    r"compensate= repairs on data; pass data=\[\.\.\.\], a list of batches or a DataLoader",
+    lambda: gp.slim(net(), 0.5, X, compensate=True),
+)
+said(
+    "compensate= needs weights, and this model is on the meta device; load them first",
+    lambda: gp.slim(net().to("meta"), 0.5, X, importance="random", data=[X], compensate=True),
+)
+said(
+    r"the model does not run on a batch of data, Inputs\(float32\[2, 5\]\): RuntimeError: .*; batches need "
+    "the form of example_inputs, and their sizes where tracing left none free",
+    lambda: gp.slim(net(), 0.5, X, data=[X[:, :5]], compensate=True),
 )
 said(
     r"aten\.add has a rule already; each operator takes one",

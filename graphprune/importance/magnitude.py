@@ -2,92 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
-from graphprune.errors import InvalidRequestError
-from graphprune.groups import DependencyGraph, Group
+from graphprune.groups import DependencyGraph
+from graphprune.importance.subject import Scores, Subject, values_of
 from graphprune.layout import slots_of
 from graphprune.state import named_tensors
 
-Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
-"""By group name, one score a slot."""
-
-Importance: TypeAlias = (
-    str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
-)
-"""The name of a criterion, or a function from a model and its graph to scores."""
+aten = torch.ops.aten
 
 
-def _random(model: nn.Module, graph: DependencyGraph, seed: int) -> Scores:
+def random(subject: Subject) -> Scores:
     """Score by chance: the baseline that every criterion has to beat."""
     return {
-        group.name: np.random.default_rng([seed, crc32(group.name.encode())]).random(group.size)
-        for group in graph.groups
+        group.name: np.random.default_rng([subject.seed, crc32(group.name.encode())]).random(
+            group.size
+        )
+        for group in subject.graph.groups
     }
 
 
-def _l1(model: nn.Module, graph: DependencyGraph, seed: int) -> Scores:
+def l1(subject: Subject) -> Scores:
     """Score by the sum of absolute weights over all members.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets, section 3.1 (arXiv 1608.08710), here
     summed over every parameter that the channel runs through.
     """
-    return _power_sums(model, graph, 1)
+    return _power_sums(subject.model, subject.graph, 1)
 
 
-def _l2(model: nn.Module, graph: DependencyGraph, seed: int) -> Scores:
+def l2(subject: Subject) -> Scores:
     """Score by the Euclidean norm of the weights over all members."""
-    squares = _power_sums(model, graph, 2)
+    squares = _power_sums(subject.model, subject.graph, 2)
     return {name: np.sqrt(values) for name, values in squares.items()}
 
 
-CRITERIA: dict[str, Callable[[nn.Module, DependencyGraph, int], Scores]] = {
-    "random": _random,
-    "l1": _l1,
-    "l2": _l2,
-}
+def lamp(subject: Subject) -> Scores:
+    """Score by the square of the weights over that of all channels of the group that are no smaller.
 
+    The strongest channel of each group scores 1, so a global choice leaves at least one of each.
 
-def scores(
-    model: nn.Module, graph: DependencyGraph, importance: Importance, seed: int = 0
-) -> Scores:
-    """Return a score for every slot of every group, higher for slots that matter more.
-
-    Args:
-        model: holds the weights.
-        graph: the groups to score.
-        importance: "random", "l1", "l2", or a function from model and graph to scores by group.
-        seed: for "random".
-
-    Raises:
-        InvalidRequestError: there is no such criterion, it needs weights and the model has none, or
-            a function returned scores that do not fit the groups.
-
+    Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, section 3 (arXiv
+    2010.07611), here for whole channels.
     """
-    if isinstance(importance, str):
-        if importance not in CRITERIA:
-            raise InvalidRequestError(
-                f"importance={importance!r} is not a criterion; choose from {', '.join(sorted(CRITERIA))}"
-            )
-        return CRITERIA[importance](model, graph, seed)
-    given = importance(model, graph)
-    return {group.name: _checked(group, given) for group in graph.groups}
+    squares = _power_sums(subject.model, subject.graph, 2)
+    return {name: _share_of_larger(values) for name, values in squares.items()}
 
 
-def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    values = np.asarray(given.get(group.name, ()), dtype=np.float64)
-    if values.shape != (group.size,) or np.isnan(values).any():
-        raise InvalidRequestError(
-            f"the importance function must give {group.size} numbers for group {group.name!r}, "
-            f"not an array of shape {values.shape}{' with NaN' if np.isnan(values).any() else ''}"
-        )
-    return values
+def bn_scale(subject: Subject) -> Scores:
+    """Score by the largest absolute weight of the batch norms that the channel runs through.
+
+    A group that runs through none cannot be scored so: all of its channels score infinity, and stay
+    as long as a choice over all groups can take others.
+
+    Source: Liu et al., Learning efficient convolutional networks through network slimming, section
+    3 (arXiv 1708.06519).
+    """
+    tensors = named_tensors(subject.model)
+    scales = _batch_norm_weights(subject.graph)
+    result: Scores = {}
+    for group in subject.graph.groups:
+        found = [
+            np.abs(values_of(m.parameter, tensors[m.parameter]).cpu().double().numpy())
+            for m in group.members
+            if m.parameter in scales and m.layout is group.axis
+        ]
+        result[group.name] = np.max(found, axis=0) if found else np.full(group.size, np.inf)
+    return result
+
+
+def _batch_norm_weights(graph: DependencyGraph) -> set[str]:
+    packets = (aten.native_batch_norm, aten.cudnn_batch_norm, aten._native_batch_norm_legit)
+    values = (
+        step.arguments.get("weight")
+        for step in graph.inference.steps
+        if step.func.overloadpacket in packets
+    )
+    return {v.source for v in values if v is not None and isinstance(v.source, str)}
+
+
+def _share_of_larger(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    order = np.argsort(squares, kind="stable")
+    ascending = squares[order]
+    of_larger = np.cumsum(ascending[::-1])[::-1]
+    shares = np.empty_like(squares)
+    shares[order] = ascending / np.maximum(of_larger, np.finfo(float).tiny)
+    return shares
 
 
 def _power_sums(model: nn.Module, graph: DependencyGraph, order: Literal[1, 2]) -> Scores:
@@ -115,12 +121,7 @@ def _sums_along(
     name: str, tensor: Tensor, order: Literal[1, 2]
 ) -> dict[tuple[str, int], npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
-    if tensor.is_meta:
-        raise InvalidRequestError(
-            f"{name} is on the meta device and has no values to score; use importance='random' or a "
-            "function, or load the weights first"
-        )
-    entries = tensor.detach()
+    entries = values_of(name, tensor).cpu()
     entries = (entries.abs() if entries.is_complex() else entries).float()
     powers = entries.square() if order == 2 else entries.abs()
     windows = (

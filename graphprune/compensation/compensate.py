@@ -1,0 +1,179 @@
+"""Layer after layer, in the order of execution: fit the weights that stay to what the original computed.
+
+Two runs keep in step on the same data, the original and the slim model. When the slim one comes to a
+layer, its weights are replaced by those that bring its output nearest to the original's (of the
+channels that stay); what follows sees the repaired layer. So each layer also makes up for what the
+layers before it could not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import fx, nn
+
+from graphprune.calibration import Batch
+from graphprune.capture import capture, is_aten_graph
+from graphprune.compensation.fitted import FittedLayer
+from graphprune.compensation.layers import Layer, layers_of
+from graphprune.compensation.runs import Run
+from graphprune.compensation.sites import Site, followed, sites_of
+from graphprune.errors import InvalidRequestError
+from graphprune.groups import DependencyGraph
+from graphprune.inference import infer
+from graphprune.inputs import Inputs
+from graphprune.layout import Axis, Mask
+from graphprune.plan import Plan
+from graphprune.shrink import sliced
+from graphprune.state import evaluating, named_tensors
+
+Method: TypeAlias = Literal["least_squares", "constants"]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What became of one layer.
+
+    Attributes:
+        weight: the name of its weight.
+        before: squared error of its output against the original's over that output's variance, with
+            the weights that it had.
+        after: the same with the weights that it has now.
+
+    """
+
+    weight: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What a repair did, a layer after the other."""
+
+    layers: tuple[Repaired, ...]
+
+    def __str__(self) -> str:
+        lines = ["error of each layer's output, as cut and repaired:"]
+        lines += [f"  {one.weight}: {one.before:.3g} -> {one.after:.3g}" for one in self.layers]
+        return "\n".join(lines)
+
+
+def method_of(compensate: bool | str) -> Method | None:
+    """Return the method that the argument `compensate` of `slim` means, or None for no repair.
+
+    Raises:
+        InvalidRequestError: there is no such method.
+
+    """
+    if compensate is False:
+        return None
+    if compensate is True:
+        return "least_squares"
+    if compensate not in get_args(Method):
+        raise InvalidRequestError(
+            f"compensate={compensate!r} must be True, False, 'least_squares' or 'constants'"
+        )
+    return cast(Method, compensate)
+
+
+@torch.no_grad()
+def compensated(
+    original: nn.Module,
+    slimmer: nn.Module,
+    plan: Plan,
+    inputs: Inputs,
+    batches: Sequence[Batch] | None,
+    method: Method = "least_squares",
+) -> Compensation:
+    """Change the weights of a slim model, in place, so that it does what the original did on the data.
+
+    Args:
+        original: the model that was cut.
+        slimmer: the slim model; its parameters and batch norm statistics change.
+        plan: what was cut.
+        inputs: example inputs.
+        batches: a few hundred samples; targets are not used.
+        method: "least_squares" fits weights and biases, "constants" biases alone.
+
+    Raises:
+        CaptureError: one of the models cannot be traced.
+        InvalidRequestError: there is no data, the models have no weights, or they do not run on it.
+
+    """
+    if batches is None:
+        raise InvalidRequestError(
+            "compensate= repairs on data; pass data=[...], a list of batches or a DataLoader"
+        )
+    if any(tensor.is_meta for tensor in named_tensors(original).values()):
+        raise InvalidRequestError(
+            "compensate= needs weights, and this model is on the meta device; load them first"
+        )
+    wanted, given = _graph_of(original, inputs), _graph_of(slimmer, inputs)
+    graph = DependencyGraph(infer(wanted, inputs))
+    with evaluating(given), evaluating(wanted):
+        repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
+        repaired = tuple(repair.layers(method))
+    if given is not slimmer:
+        _carry_over(given, slimmer)
+    return Compensation(repaired)
+
+
+def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Give the model the values of the tensors of a graph that was traced from it."""
+    values = named_tensors(graph_module)
+    for name, tensor in named_tensors(model).items():
+        if name in values and values[name].shape == tensor.shape:
+            tensor.copy_(values[name])
+
+
+def _graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    return cast(fx.GraphModule, model) if is_aten_graph(model) else capture(model, inputs)
+
+
+class _Repair:
+    """The runs of both models, in step, and the layers that are repaired on the way."""
+
+    def __init__(
+        self,
+        wanted: fx.GraphModule,
+        given: fx.GraphModule,
+        graph: DependencyGraph,
+        masks: dict[Axis, Mask],
+        batches: Sequence[Batch],
+    ) -> None:
+        self.given = given
+        self.layouts = graph.inference.nodes
+        self.masks = masks
+        self.originals = layers_of(wanted.graph)
+        self.sites, order = sites_of(given)
+        self.wanted_runs = [Run(wanted, b.inputs, list(wanted.graph.nodes)) for b in batches]
+        self.given_runs = [Run(given, b.inputs, order) for b in batches]
+
+    def layers(self, method: Method) -> Iterator[Repaired]:
+        """Repair one layer after the other."""
+        for site in self.sites:
+            original = self.originals.get(str(site.layer.weight.target))
+            if original is not None:
+                yield self.repaired(site, _end_of(original, site), method)
+
+    def repaired(self, site: Site, end: fx.Node, method: Method) -> Repaired:
+        """Fit one layer; `end` is the node of the original whose value is aimed at."""
+        fitted = FittedLayer(site, self.given)
+        for wanted, given in zip(self.wanted_runs, self.given_runs, strict=True):
+            target = wanted.until(end, inclusive=True)
+            small = sliced(target, self.layouts[end.name], self.masks)
+            given.until(site.layer.node)
+            fitted.add(given.env, target if small is None else small)
+        before, after = fitted.solve(bias_alone=method == "constants")
+        return Repaired(str(site.layer.weight.target), before, after)
+
+
+def _end_of(original: Layer, site: Site) -> fx.Node:
+    """Return the node of the original that stands where the site of the slim model ends."""
+    its = followed(original)
+    ends = its.total if site.total else its.norm if site.norm else original.node
+    return ends or original.node

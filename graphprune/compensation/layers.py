@@ -1,0 +1,160 @@
+"""Layers that are linear in a weight, seen as a product of a matrix and features of the input."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.rules import bind_arguments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Layer(ABC):
+    """A node of a graph that computes `weight * input + bias`.
+
+    Attributes:
+        node: the call.
+        data: the node that gives its input.
+        weight: the node that reads its weight.
+        bias: the node that reads its bias, or None.
+
+    """
+
+    node: fx.Node
+    data: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+    def arguments(self, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
+        """Return the call's other arguments by name, computed ones by their values."""
+        node = self.node
+        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        return {
+            name: fx.map_arg(argument, values.__getitem__)
+            for name, argument in given.items()
+            if argument not in (self.data, self.weight, self.bias)
+        }
+
+    @abstractmethod
+    def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return what each output is a weighted sum of, `[groups, samples, features]`."""
+
+    @abstractmethod
+    def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return an output of the layer as `[groups, samples, outputs]`."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the weight as `[groups, outputs, features]`."""
+
+    @abstractmethod
+    def weight_like(self, weight: Tensor, matrix: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return such a matrix in the shape of the weight."""
+
+
+class LinearLayer(Layer):
+    """`aten.linear`: the features are the input's last dimension."""
+
+    def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the input's vectors."""
+        return data.reshape(1, -1, data.shape[-1])
+
+    def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the output's vectors."""
+        return output.reshape(1, -1, output.shape[-1])
+
+    def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the weight, which is a matrix."""
+        return weight.unsqueeze(0)
+
+    def weight_like(self, weight: Tensor, matrix: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the one matrix."""
+        return matrix.squeeze(0)
+
+
+class ConvolutionLayer(Layer):
+    """A convolution: the features of an output position are the input under its window.
+
+    They are read off by the convolution itself, with a weight whose every output is one entry of the
+    window; so strides, padding, dilation and transposition need no code of their own.
+    """
+
+    def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the windows' entries, channel by channel."""
+        groups, space = arguments["groups"], weight.shape[2:]
+        inputs = weight.shape[0] // groups if self._is_transposed else weight.shape[1]
+        count = inputs * space.numel()
+        entries = torch.eye(count, dtype=data.dtype, device=data.device)
+        reader = entries.reshape(count, inputs, *space)
+        if self._is_transposed:
+            reader = reader.transpose(0, 1)
+        reader = reader.repeat(groups, 1, *[1] * len(space))
+        call = {**arguments, "input": data, "weight": reader, "bias": None}
+        return self.samples(self.node.target(**call), arguments)  # type: ignore[operator]
+
+    def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the positions of the maps `[batch, groups * channels, *space]`."""
+        batch, channels = output.shape[:2]
+        own = channels // arguments["groups"]
+        by_group = output.reshape(batch, arguments["groups"], own, -1)
+        return by_group.permute(1, 0, 3, 2).reshape(arguments["groups"], -1, own)
+
+    def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the filters; a transposed convolution keeps inputs before outputs."""
+        by_group = weight.reshape(arguments["groups"], -1, *weight.shape[1:])
+        return (by_group.transpose(1, 2) if self._is_transposed else by_group).flatten(2)
+
+    def weight_like(self, weight: Tensor, matrix: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the filters in their shape."""
+        if self._is_transposed:
+            inputs = weight.shape[0] // arguments["groups"]
+            matrix = matrix.unflatten(2, (inputs, -1)).transpose(1, 2)
+        return matrix.reshape(weight.shape)
+
+    @property
+    def _is_transposed(self) -> bool:
+        return "transpose" in str(self.node.target)
+
+
+_KINDS: dict[Any, type[Layer]] = {
+    aten.linear: LinearLayer,
+    aten.conv1d: ConvolutionLayer,
+    aten.conv2d: ConvolutionLayer,
+    aten.conv3d: ConvolutionLayer,
+    aten.conv_transpose1d: ConvolutionLayer,
+    aten.conv_transpose2d: ConvolutionLayer,
+    aten.conv_transpose3d: ConvolutionLayer,
+}
+
+
+def held_by(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """Return the tensor that a node of the graph reads from its module, without its history."""
+    tensor: Tensor = attrgetter(str(node.target))(graph_module)
+    return tensor.detach()
+
+
+def layers_of(graph: fx.Graph) -> dict[str, Layer]:
+    """Return, by the name of its weight, each layer whose weight and bias nothing else reads."""
+    readers: dict[str, set[fx.Node]] = {}
+    for read in graph.find_nodes(op="get_attr"):
+        readers.setdefault(str(read.target), set()).update(read.users)
+    found: dict[str, Layer] = {}
+    for node in graph.nodes:
+        kind = _KINDS.get(getattr(node.target, "overloadpacket", None))
+        if kind is None:
+            continue
+        given = bind_arguments(node.target, node.args, dict(node.kwargs))
+        weight, bias = given["weight"], given.get("bias")
+        if weight.op == "get_attr" and readers[str(weight.target)] == {node}:
+            own = bias is not None and bias.op == "get_attr"
+            if bias is None or (own and readers[str(bias.target)] == {node}):
+                found[str(weight.target)] = kind(node, given["input"], weight, bias)
+    return found

@@ -1,0 +1,54 @@
+"""A batch norm in evaluation, seen as a scale and a shift for each channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.compensation.layers import held_by
+from graphprune.rules import bind_arguments
+
+
+class BatchNorm:
+    """What a batch norm of a graph does to each channel, and the tensors that say so."""
+
+    def __init__(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        self.eps: float = given["eps"]
+        self.held = {
+            name: given[name] for name in ("weight", "bias", "running_mean", "running_var")
+        }
+        self.weight, self.bias, self.mean, self.variance = (
+            held_by(graph_module, one) for one in self.held.values()
+        )
+
+    @property
+    def scale(self) -> Tensor:
+        """What each channel is multiplied by, in float64."""
+        return self.weight.double() / (self.variance.double() + self.eps).sqrt()
+
+    def inverse(self, output: Tensor) -> Tensor:
+        """Return the input that gives this output; channels `[batch, channel, ...]`.
+
+        A channel whose scale is next to zero gives the same whatever comes in; its input is its output.
+        """
+        scale = self.scale
+        scale = torch.where(scale.abs() < 1e-6, 1.0, scale)
+        shape = (1, -1, *[1] * (output.dim() - 2))
+        centred = (output - self.bias.view(shape)) / scale.view(shape)
+        return (centred + self.mean.view(shape)).to(output.dtype)
+
+    def become(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
+        """Give the statistics of a new input, and do to it plus `extra` what was done to the old one.
+
+        Args:
+            mean: of the new input, a value a channel.
+            variance: of the new input.
+            extra: a bias that the new input lacks.
+
+        """
+        scale = self.scale
+        self.bias.copy_(self.bias + scale * (mean + extra - self.mean))
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.weight.copy_(scale * (variance + self.eps).sqrt())

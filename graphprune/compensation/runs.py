@@ -1,0 +1,48 @@
+"""A graph running on one batch, one node at a time, so that many batches can keep in step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from graphprune.errors import InvalidRequestError, in_a_line
+from graphprune.inputs import Inputs
+from graphprune.interpretation import flat_arguments
+
+
+class Run(fx.Interpreter):
+    """A graph on the way through its nodes, in a given order; values are let go after their last use."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, inputs: Inputs, order: Sequence[fx.Node]
+    ) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.args_iter = iter(flat_arguments(graph_module, inputs))
+        self.inputs = inputs
+        self.order = order
+        self.place = 0
+        self.last_use = {used: node for node in order for used in node.all_input_nodes}
+
+    def until(self, node: fx.Node, *, inclusive: bool = False) -> Any:
+        """Run every node before this one, and it too if `inclusive`; return its value then."""
+        while self.order[self.place] is not node:
+            self._advance()
+        return self._advance() if inclusive else None
+
+    def _advance(self) -> Any:
+        node = self.order[self.place]
+        self.place += 1
+        try:
+            value = self.env[node] = self.run_node(node)
+        except Exception as failure:
+            raise InvalidRequestError(
+                f"the model does not run on a batch of data, {self.inputs}: {in_a_line(failure)}; batches "
+                "need the form of example_inputs, and their sizes where tracing left none free"
+            ) from failure
+        for used in node.all_input_nodes:
+            if self.last_use[used] is node:
+                self.env.pop(used, None)
+        return value

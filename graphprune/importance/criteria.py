@@ -1,0 +1,87 @@
+"""The criteria by name, and scores that channels of all groups can compete by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from graphprune.errors import InvalidRequestError
+from graphprune.groups import DependencyGraph, Group
+from graphprune.importance import loss_based, magnitude
+from graphprune.importance.subject import Scores, Subject
+
+Importance: TypeAlias = (
+    str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
+)
+"""The name of a criterion, or a function from a model and its graph to scores."""
+
+CRITERIA: dict[str, Callable[[Subject], Scores]] = {
+    "random": magnitude.random,
+    "l1": magnitude.l1,
+    "l2": magnitude.l2,
+    "lamp": magnitude.lamp,
+    "bn_scale": magnitude.bn_scale,
+    "taylor": loss_based.taylor,
+    "taylor2": loss_based.taylor2,
+    "fisher": loss_based.fisher,
+    "obs": loss_based.obs,
+    "oracle": loss_based.oracle,
+}
+
+# Sums over a group's members say nothing of another group, which may have more and larger ones.
+_OF_THEIR_GROUP = ("random", "l1", "l2")
+
+
+def scores(subject: Subject, importance: Importance) -> Scores:
+    """Return a score for every slot of every group, higher for slots that matter more.
+
+    Scores of sums of weights, and of functions, are in units of their group's mean; the others are
+    in the criterion's own units.
+
+    Args:
+        subject: the model, its groups, and data where the criterion looks at data.
+        importance: a criterion's name, or a function from model and graph to scores by group.
+
+    Raises:
+        InvalidRequestError: there is no such criterion, it lacks weights, data or a loss, or a function
+            returned scores that do not fit the groups.
+
+    """
+    if isinstance(importance, str):
+        if importance not in CRITERIA:
+            raise InvalidRequestError(
+                f"importance={importance!r} is not a criterion; choose from {', '.join(CRITERIA)}"
+            )
+        found = CRITERIA[importance](subject)
+        if any(np.isnan(values).any() for values in found.values()):
+            raise InvalidRequestError(
+                f"importance={importance!r} gives no numbers on this data: the loss or its derivatives "
+                "are not finite"
+            )
+        if importance not in _OF_THEIR_GROUP:
+            return found
+    else:
+        given = importance(subject.model, subject.graph)
+        found = {group.name: _checked(group, given) for group in subject.graph.groups}
+    return {name: _relative(values) for name, values in found.items()}
+
+
+def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    values = np.asarray(given.get(group.name, ()), dtype=np.float64)
+    if values.shape != (group.size,) or np.isnan(values).any():
+        raise InvalidRequestError(
+            f"the importance function must give {group.size} numbers for group {group.name!r}, "
+            f"not an array of shape {values.shape}{' with NaN' if np.isnan(values).any() else ''}"
+        )
+    return values
+
+
+def _relative(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return scores in units of their mean, so that groups of different scale can compete."""
+    shifted = values - min(0.0, float(values.min()))
+    mean = float(shifted.mean())
+    return shifted / mean if mean > 0 else np.ones_like(shifted)

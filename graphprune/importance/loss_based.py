@@ -1,0 +1,151 @@
+"""Criteria that ask what the loss does when a channel's output becomes zero.
+
+With a gate `a` on every channel (1 as it is, 0 for a channel that is gone), the loss E over the data
+changes by E(a = 0) - E(a = 1), which is computed ("oracle"), or expanded around a = 1. A channel's
+output is `a * o`, so dE/da = o dE/do and d2E/da2 = o2 d2E/do2, summed over everything that a channel
+holds: these are the terms of The Incredible Shrinking Neural Network (arXiv 1701.04465, section 3),
+for whole units of any network. Scores are the predicted changes, signed: a negative one says that the
+loss gets smaller without the channel.
+
+Units: those of the loss, averaged over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils import _pytree as pytree
+
+from graphprune.calibration import Batch
+from graphprune.importance.gates import GatedLoss
+from graphprune.importance.subject import Scores, Subject
+from graphprune.inputs import Inputs
+
+# How many channels, or samples, are looked at at once.
+CHUNK = 32
+
+Gates = dict[str, Tensor]
+
+
+def taylor(subject: Subject) -> Scores:
+    """Score by the first-order term, -o dE/do."""
+    return _as_scores({name: -first for name, first in _mean(_first, subject).items()})
+
+
+def taylor2(subject: Subject) -> Scores:
+    """Score by first- and second-order terms, -o dE/do + o2/2 d2E/do2, with the exact second derivative."""
+    first, second = _mean(_first, subject), _mean(_second, subject)
+    return _as_scores({name: second[name] / 2 - first[name] for name in first})
+
+
+def fisher(subject: Subject) -> Scores:
+    """Score by the mean square, over samples, of the first-order term.
+
+    Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, section 2.1
+    (arXiv 1801.05787).
+    """
+    each = _each_sample(subject)
+    return _as_scores({name: first.square().mean(0) for name, first in each.items()})
+
+
+def obs(subject: Subject) -> Scores:
+    """Score by the loss that is left once the other channels of a group have made up for one.
+
+    Half of 1 / [inverse of the Fisher matrix over the gates]_kk, the matrix being estimated from the
+    samples' gradients.
+
+    Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
+    section 3, with the Fisher matrix in place of the Hessian.
+    """
+    return _as_scores({name: _obs(g.double()) for name, g in _each_sample(subject).items()})
+
+
+def oracle(subject: Subject) -> Scores:
+    """Score by the change of the loss itself when the channel is gone: brute force.
+
+    What does not depend on the channel is computed once for many channels, and those that do side by
+    side.
+    """
+    return _as_scores(_mean(_changes, subject))
+
+
+def _first(gated: GatedLoss, batch: Batch) -> Gates:
+    first: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
+    return first
+
+
+def _second(gated: GatedLoss, batch: Batch) -> Gates:
+    """Return d2E/da2, a gate after the other (many at once): the diagonal of the exact Hessian."""
+
+    def own(group: str, open_gates: Tensor, direction: Tensor) -> Tensor:
+        first = grad(partial(_loss_of_one, gated, batch, group))
+        change: Tensor = jvp(first, (open_gates,), (direction,))[1]
+        return change.dot(direction)
+
+    return {
+        group: vmap(partial(own, group, gates), chunk_size=CHUNK)(torch.diag(gates))
+        for group, gates in gated.ones().items()
+    }
+
+
+def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
+    """Return the loss as a function of one group's gates."""
+    return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
+
+
+def _changes(gated: GatedLoss, batch: Batch) -> Gates:
+    """Return what the loss gains when a gate closes, a gate after the other (many at once)."""
+    ones = gated.ones()
+    with torch.no_grad():
+        now = gated(ones, batch.inputs, batch.target)
+        return {
+            group: vmap(partial(_loss_of_one, gated, batch, group), chunk_size=CHUNK)(
+                1 - torch.diag(open_gates)
+            )
+            - now
+            for group, open_gates in ones.items()
+        }
+
+
+def _each_sample(subject: Subject) -> Gates:
+    """Return o dE/do of every sample, `[samples, channels]` by group."""
+    gated = GatedLoss(subject)
+
+    def first(inputs: Inputs, target: object) -> Gates:
+        one = inputs.map(lambda tensor: tensor.unsqueeze(0))
+        its_target = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
+        found: Gates = grad(gated)(gated.ones(), one, its_target)
+        return found
+
+    found = [
+        vmap(lambda args, kwargs, target: first(Inputs(*args, **kwargs), target), chunk_size=CHUNK)(
+            batch.inputs.args, batch.inputs.kwargs, batch.target
+        )
+        for batch in subject.data
+    ]
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+
+def _obs(gradients: Tensor) -> Tensor:
+    matrix = gradients.mT @ gradients / len(gradients)
+    ridge = 1e-3 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny
+    inverse: Tensor = torch.linalg.inv(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
+    return 0.5 / inverse.diagonal()
+
+
+def _mean(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
+    """Return the mean over batches of what the function gives."""
+    gated, count = GatedLoss(subject), len(subject.data)
+    total = {name: torch.zeros_like(gates) for name, gates in gated.ones().items()}
+    for batch in subject.data:
+        for name, value in function(gated, batch).items():
+            total[name] += value.detach() / count
+    return total
+
+
+def _as_scores(values: Mapping[str, Tensor]) -> Scores:
+    return {name: value.double().cpu().numpy() for name, value in values.items()}

@@ -1,0 +1,70 @@
+"""What is to be scored, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from graphprune.calibration import Batch
+from graphprune.errors import InvalidRequestError
+from graphprune.groups import DependencyGraph
+
+Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
+"""By group name, one score a slot: the higher, the more it matters."""
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+"""From a model's output and a batch's target to one number."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose channels are scored.
+
+    Attributes:
+        model: holds the weights; it is not changed.
+        graph: the groups to score.
+        batches: for criteria that look at data.
+        loss: from the model's output and a batch's target to one number, for criteria that ask for it.
+        seed: for chance.
+
+    """
+
+    model: nn.Module
+    graph: DependencyGraph
+    batches: Sequence[Batch] | None = None
+    loss: Loss | None = None
+    seed: int = 0
+
+    @property
+    def data(self) -> Sequence[Batch]:
+        """The batches.
+
+        Raises:
+            InvalidRequestError: there are none.
+
+        """
+        if self.batches is None:
+            raise InvalidRequestError(
+                "this importance looks at data; pass data=[...], a list of batches or a DataLoader"
+            )
+        return self.batches
+
+
+def values_of(name: str, parameter: Tensor) -> Tensor:
+    """Return a parameter's values, without its history.
+
+    Raises:
+        InvalidRequestError: it has none, being on the meta device.
+
+    """
+    if parameter.is_meta:
+        raise InvalidRequestError(
+            f"{name} is on the meta device and has no values to score; use importance='random' or a "
+            "function, or load the weights first"
+        )
+    return parameter.detach()

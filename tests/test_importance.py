@@ -1,0 +1,221 @@
+"""Criteria: each against what it claims to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, hessian
+
+import graphprune as gp
+from graphprune.calibration import batches_of
+from graphprune.importance import CRITERIA, Subject, scores
+from graphprune.importance.gates import GatedLoss
+from graphprune.inference import infer
+from graphprune.inputs import Inputs, call, output_tensors
+from graphprune.layout import Axis, Mask
+from graphprune.switches import plain_kernels
+from graphprune.verify import silenced_outputs
+from tests.structures import STRUCTURES
+
+# Structures whose channels an operator mixes along the cut dimension before anything reads them, or
+# whose weights are computed from others, so that gates on parameters do not silence them.
+NOT_BY_GATES = {"cumsum_channels", "attention_linear", "spectral_norm", "weight_norm"}
+
+
+class Perceptron(nn.Module):
+    """Sigmoid units in two layers, as in the paper that the Taylor criteria come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).sigmoid()).sigmoid())
+
+    def with_gates(self, first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+        return self.last(second * self.second(first * self.first(x).sigmoid()).sigmoid())
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum() / 2
+
+
+@pytest.fixture
+def model() -> Perceptron:
+    torch.manual_seed(0)
+    return Perceptron().double()
+
+
+@pytest.fixture
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(9, 5, generator=generator).double(), torch.randn(9, 3, generator=generator))
+        for _ in range(3)
+    ]
+
+
+def scored(criterion: str, model: nn.Module, data: Any, loss: Any = squared) -> list[Any]:
+    graph = gp.analyze(model, data[0][0])
+    return list(scores(Subject(model, graph, batches_of(data), loss), criterion).values())
+
+
+def expected(
+    of_batch: Callable[[Any, Tensor, Tensor], Any], model: Perceptron, data: Any
+) -> list[Any]:
+    """Return the mean over batches of a function of the loss over both layers' gates."""
+
+    def one(x: Tensor, target: Tensor) -> Any:
+        def loss(gates: tuple[Tensor, Tensor]) -> Tensor:
+            return squared(model.with_gates(*gates, x), target)
+
+        return of_batch(loss, torch.ones(7).double(), torch.ones(6).double())
+
+    return [sum(parts) / len(data) for parts in zip(*(one(*batch) for batch in data), strict=True)]
+
+
+def test_taylor_is_the_first_order_term_of_the_units_outputs(model: Perceptron, data: Any) -> None:
+    def first(loss: Any, *ones: Tensor) -> list[Tensor]:
+        return [-g for g in grad(loss)(ones)]
+
+    for given, wanted in zip(
+        scored("taylor", model, data), expected(first, model, data), strict=True
+    ):
+        np.testing.assert_allclose(given, wanted.detach().numpy(), rtol=1e-9)
+
+
+def test_taylor2_has_the_exact_diagonal_of_the_hessian(model: Perceptron, data: Any) -> None:
+    def second(loss: Any, *ones: Tensor) -> list[Tensor]:
+        gradients, hessians = grad(loss)(ones), hessian(loss)(ones)
+        return [hessians[i][i].diagonal() / 2 - gradients[i] for i in range(2)]
+
+    for given, wanted in zip(
+        scored("taylor2", model, data), expected(second, model, data), strict=True
+    ):
+        np.testing.assert_allclose(given, wanted.detach().numpy(), rtol=1e-6)
+
+
+def test_the_oracle_is_the_loss_of_the_model_without_a_channel(
+    model: Perceptron, data: Any
+) -> None:
+    graph = gp.analyze(model, data[0][0])
+    found = scores(Subject(model, graph, batches_of(data), squared), "oracle")
+    for group in graph.groups:
+        for slot in (0, group.size - 1):
+            kept = {g.name: list(range(g.size)) for g in graph.groups}
+            kept[group.name].remove(slot)
+            plan = gp.Plan(kept, {g.name: g.size for g in graph.groups}, {})
+            slimmer = gp.slim(model, example_inputs=data[0][0], plan=plan)
+            changes = [
+                float(squared(call(slimmer, Inputs(x)), t) - squared(call(model, Inputs(x)), t))
+                for x, t in data
+            ]
+            assert found[group.name][slot] == pytest.approx(sum(changes) / len(data), rel=1e-9)
+
+
+def test_fisher_is_the_mean_square_over_samples(model: Perceptron, data: Any) -> None:
+    each = [
+        [-s for s in scored("taylor", model, [(x[None], t[None])])]
+        for x, t in zip(*data[0], strict=True)
+    ]
+    for given, of_samples in zip(
+        scored("fisher", model, data[:1]), zip(*each, strict=True), strict=True
+    ):
+        np.testing.assert_allclose(given, np.square(of_samples).mean(0), rtol=1e-9)
+
+
+def test_obs_charges_less_for_a_channel_that_another_can_replace() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[1] = tensor[0]
+        model[2].weight[:, 1] = model[2].weight[:, 0]
+    data = [(torch.randn(64, 4).double(), torch.randn(64, 2).double())]
+    fisher, obs = scored("fisher", model, data)[0], scored("obs", model, data)[0]
+    assert obs[0] / fisher[0] < 0.1 * obs[2] / fisher[2]
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - NOT_BY_GATES))
+def test_a_closed_gate_silences_its_channel(name: str) -> None:
+    torch.manual_seed(0)
+    structure = STRUCTURES[name]
+    model, inputs = structure.build().eval(), Inputs.of(structure.inputs())
+    graph = gp.DependencyGraph(infer(model, inputs, with_data=True))
+    if not any(p.is_floating_point() for p in model.parameters()):
+        return
+    gated = GatedLoss(Subject(model, graph, None, _squares))
+    for group in (group for group in graph.groups if group.exact):
+        slot = group.size // 2
+        gates = gated.ones()
+        gates[group.name][slot] = 0
+        with plain_kernels():  # as the silenced model is run
+            given = float(gated(gates, inputs, None))
+        masks: dict[Axis, Mask] = {group.axis: np.arange(group.size) != slot}
+        outputs = silenced_outputs(model, inputs, graph.inference, masks, {})
+        wanted = float(_squares([tensor for _, tensor in outputs], None))
+        assert given == pytest.approx(wanted, rel=1e-4), group.name
+
+
+def _squares(output: Any, _: Any) -> Tensor:
+    tensors = (tensor for _, tensor in output_tensors(output) if tensor.is_floating_point())
+    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+
+
+def test_lamp_is_the_share_of_a_square_among_no_smaller_ones() -> None:
+    model = nn.Sequential(nn.Linear(1, 3, bias=False), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [2.0], [3.0]]))
+        model[1].weight.zero_()
+    graph = gp.analyze(model, torch.randn(2, 1))
+    (found,) = scores(Subject(model, graph), "lamp").values()
+    np.testing.assert_allclose(found, [1 / 14, 4 / 13, 1])
+
+
+def test_bn_scale_is_the_weight_of_the_batch_norm() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
+    )
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([0.5, -2.0, 1.0, 0.0]))
+    graph = gp.analyze(model, torch.randn(2, 3, 4, 4))
+    first, second = scores(Subject(model, graph), "bn_scale").values()
+    np.testing.assert_allclose(first, [0.5, 2, 1, 0])
+    assert np.isinf(second).all()
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+def test_every_criterion_chooses_alike_twice_and_leaves_the_model_alone(
+    criterion: str, model: Perceptron, data: Any
+) -> None:
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plans = [
+        gp.slimmed(model, 0.5, data[0][0], importance=criterion, data=data, loss=squared).plan
+        for _ in range(2)
+    ]
+    assert plans[0].keep == plans[1].keep
+    assert plans[0].removed
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_criteria_work_where_parameters_are_frozen_shared_and_in_half_precision() -> None:
+    torch.manual_seed(0)
+    tied = nn.Linear(8, 8)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(inplace=True), tied, nn.ReLU(), tied, nn.Linear(8, 3)
+    )
+    model = model.bfloat16().requires_grad_(False)
+    data = [(torch.randn(6, 4).bfloat16(), torch.randint(3, (6,)))]
+    for criterion in ("taylor", "taylor2", "fisher", "oracle"):
+        slimmer = gp.slim(
+            model, 0.5, data[0][0], importance=criterion, data=data, loss=F.cross_entropy
+        )
+        assert slimmer[0].out_features == 4
