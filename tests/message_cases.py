@@ -89,7 +89,7 @@ said(
 said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
 said(
     "importance='luck' is not a criterion; choose from random, l1, l2, lamp, bn_scale, taylor, taylor2, "
-    "fisher, obs, oracle",
+    "fisher, obs, oracle, reconstruction",
     lambda: gp.slim(net(), 0.5, X, importance="luck"),
 )
 said(

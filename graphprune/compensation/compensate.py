@@ -8,18 +8,17 @@ layers before it could not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from graphprune.calibration import Batch
+from graphprune.calibration import Batch, Layer, Run, layers_of
 from graphprune.capture import capture, is_aten_graph
 from graphprune.compensation.fitted import FittedLayer
-from graphprune.compensation.layers import Layer, layers_of
-from graphprune.compensation.runs import Run
 from graphprune.compensation.sites import Site, followed, sites_of
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
@@ -33,14 +32,21 @@ from graphprune.state import evaluating, named_tensors
 Method: TypeAlias = Literal["least_squares", "constants"]
 
 
+# Fits where a ReLU follows: each aims at what is left to gain after the one before.
+_ROUNDS = 4
+
+# An error smaller than this is none: the layer and what it reads are as they were.
+_ROUNDING = 1e-10
+
+
 @dataclass(frozen=True)
 class Repaired:
     """What became of one layer.
 
     Attributes:
         weight: the name of its weight.
-        before: squared error of its output against the original's over that output's variance, with
-            the weights that it had.
+        before: squared error of its output against the original's, over that output's square, as far
+            as what follows can tell (a ReLU takes all negative values for one), as it was cut.
         after: the same with the weights that it has now.
 
     """
@@ -163,13 +169,22 @@ class _Repair:
     def repaired(self, site: Site, end: fx.Node, method: Method) -> Repaired:
         """Fit one layer; `end` is the node of the original whose value is aimed at."""
         fitted = FittedLayer(site, self.given)
-        for wanted, given in zip(self.wanted_runs, self.given_runs, strict=True):
-            target = wanted.until(end, inclusive=True)
-            small = sliced(target, self.layouts[end.name], self.masks)
-            given.until(site.layer.node)
-            fitted.add(given.env, target if small is None else small)
-        before, after = fitted.solve(bias_alone=method == "constants")
-        return Repaired(str(site.layer.weight.target), before, after)
+        targets = [self.target(run, end) for run in self.wanted_runs]
+        for run in self.given_runs:
+            run.until(site.layer.node)
+        fitted.aim(self.given_runs, targets)
+        before = fitted.error
+        for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
+            if fitted.error > _ROUNDING:
+                fitted.fit(bias_alone=method == "constants")
+                fitted.aim(self.given_runs, targets)
+        return Repaired(str(site.layer.weight.target), before, fitted.error)
+
+    def target(self, run: Run, end: fx.Node) -> Tensor:
+        """Return what the original's node gives, of the channels that stay."""
+        value: Tensor = run.until(end, inclusive=True)
+        small = sliced(value, self.layouts[end.name], self.masks)
+        return value.clone() if small is None else small
 
 
 def _end_of(original: Layer, site: Site) -> fx.Node:

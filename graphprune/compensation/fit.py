@@ -1,4 +1,4 @@
-"""Least squares in closed form: the weights that bring a layer's output nearest to what is wanted."""
+"""Least squares in closed form: the change of a layer that brings its output nearest to what is wanted."""
 
 from __future__ import annotations
 
@@ -13,71 +13,77 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Sums(NamedTuple):
-    """Sums over samples: of f f' `[G, F, F]`, of t f' `[G, O, F]` and of t squared `[G, O]`."""
+    """Sums over samples, with features f and residuals r: of f f', of r f' and of r squared.
+
+    Shapes: `[G, F, F]`, `[G, O, F]` and `[G, O]`, for G layers side by side (one but for grouped
+    convolutions), F features and O outputs; in float64.
+    """
 
     squares: Tensor
     products: Tensor
-    targets: Tensor
+    residuals: Tensor
 
 
 class NormalEquations:
-    """Sums over samples from which a linear layer can be fitted; memory does not grow with samples.
+    """Sums over samples from which a layer `W f` can be changed; memory does not grow with samples.
 
-    With features `f` and targets `t`, a layer `t = W f` is fitted to minimise the squared error and a
-    ridge `r * diag(sum f f') ` on the distance from the weights that it had. Two halves of the samples
-    are summed apart, so that the ridge can be chosen by how well a fit to one half serves the other.
-
-    Shapes: groups G (layers side by side, one but for grouped convolutions), samples P, features F,
-    outputs O. Sums are in float64.
+    The change `D` minimises the squared residual `r - D f` and a ridge `D diag(sum f f') D'`. Samples
+    come in portions, which are summed in two halves by turns, so that the ridge can be chosen by how
+    well a fit to one half serves the other.
     """
 
     def __init__(self) -> None:
-        self.halves: list[Sums] = []
+        self.squares: list[Tensor] = []
+        self.products: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+        self.portions = 0
 
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """Take in samples: features `[G, P, F]` and targets `[G, P, O]`."""
-        middle = features.shape[1] // 2
-        for half, part in enumerate((slice(None, middle), slice(middle, None))):
-            f, t = features[:, part].double(), targets[:, part].double()
-            sums = Sums(f.mT @ f, t.mT @ f, t.square().sum(1))
-            if half == len(self.halves):
-                self.halves.append(sums)
-            else:
-                for total, more in zip(self.halves[half], sums, strict=True):
-                    total += more
+    def add(self, squares: Tensor | None, products: Tensor, residuals: Tensor) -> None:
+        """Take in the sums over a portion; those of the features are None where they are known."""
+        half = self.portions % 2
+        if squares is not None:
+            _add(self.squares, half, squares)
+        _add(self.products, half, products)
+        _add(self.residuals, half, residuals)
+        self.portions += 1
 
-    def fit(self, start: Tensor, free: slice = slice(None)) -> Tensor:
-        """Return the weights `[G, O, F]` that fit all samples, in float64.
+    def forget_residuals(self) -> None:
+        """Keep what is known of the features alone: the portions come again with other residuals."""
+        self.products, self.residuals, self.portions = [], [], 0
 
-        Args:
-            start: weights to stay near; returned as they are where no fit to one half of the samples
-                serves the other half better.
-            free: which features' weights may change.
-
-        """
-        one, other = self.halves
-        errors = {
-            ridge: _error(other, _solved(one, start, free, ridge))
-            + _error(one, _solved(other, start, free, ridge))
-            for ridge in RIDGES
-        }
-        best = min(errors, key=errors.__getitem__)
-        if not errors[best] < _error(one, start) + _error(other, start):
-            return start
-        return _solved(self.total, start, free, best)
+    @property
+    def halves(self) -> list[Sums]:
+        """The sums over each half of the samples; one where there was but one portion."""
+        return list(map(Sums, self.squares, self.products, self.residuals))
 
     @property
     def total(self) -> Sums:
         """The sums over all samples."""
-        return Sums(*(a + b for a, b in zip(*self.halves, strict=True)))
+        halves = self.halves
+        return (
+            halves[0] if len(halves) == 1 else Sums(*(a + b for a, b in zip(*halves, strict=True)))
+        )
 
-    def error(self, weights: Tensor) -> float:
-        """Return the squared error of these weights over the square of the targets."""
-        total = self.total
-        return _error(total, weights) / max(float(total.targets.sum()), 1e-300)
+    def fit(self, free: slice = slice(None)) -> Tensor:
+        """Return the change of the weights, `[G, O, F]`, float64; zero where none would do good.
+
+        Args:
+            free: which features' weights may change.
+
+        """
+        halves = self.halves
+        pairs = [(halves[0], halves[-1]), (halves[-1], halves[0])]
+        errors = {
+            ridge: sum(_error(other, _solved(one, free, ridge)) for one, other in pairs)
+            for ridge in RIDGES
+        }
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] < sum(float(other.residuals.sum()) for _, other in pairs):
+            return _solved(self.total, free, best)
+        return torch.zeros_like(self.products[0])
 
     def moments(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each output, `[G * O]`, the last feature being always one."""
+        """Return mean and variance of `W f` by output, `[G * O]`, the last feature being always one."""
         squares = self.total.squares
         count = squares[..., -1:, -1]
         mean = (weights @ squares[..., -1:]).squeeze(-1) / count
@@ -85,19 +91,25 @@ class NormalEquations:
         return mean.flatten(), (second - mean.square()).clamp_min(0).flatten()
 
 
-def _error(sums: Sums, weights: Tensor) -> float:
-    explained = (weights @ sums.squares - 2 * sums.products) * weights
-    return float(sums.targets.sum() + explained.sum())
+def _add(sums: list[Tensor], half: int, more: Tensor) -> None:
+    if half == len(sums):
+        sums.append(more)
+    else:
+        sums[half] += more
 
 
-def _solved(sums: Sums, start: Tensor, free: slice, ridge: float) -> Tensor:
-    """Return the weights whose free features minimise the squared error and the ridge."""
-    missing = (sums.products - start @ sums.squares)[..., free]
+def _error(sums: Sums, change: Tensor) -> float:
+    """Return the squared residual that a change leaves."""
+    explained = (change @ sums.squares - 2 * sums.products) * change
+    return float(sums.residuals.sum() + explained.sum())
+
+
+def _solved(sums: Sums, free: slice, ridge: float) -> Tensor:
+    """Return the change of the free features' weights that minimises squared residual and ridge."""
     squares = sums.squares[..., free, free]
     own = squares.diagonal(dim1=-2, dim2=-1)
     least = own.mean(-1, keepdim=True) * 1e-6 + torch.finfo(own.dtype).tiny
     factor = torch.linalg.cholesky(squares + torch.diag_embed(ridge * own + least))
-    change = torch.cholesky_solve(missing.mT, factor).mT
-    found = start.clone()
-    found[..., free] += change
-    return found
+    change = torch.zeros_like(sums.products)
+    change[..., free] = torch.cholesky_solve(sums.products[..., free].mT, factor).mT
+    return change

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from graphprune.calibration import Run, held_by
 from graphprune.compensation.fit import NormalEquations
-from graphprune.compensation.layers import held_by
 from graphprune.compensation.norm import BatchNorm
 from graphprune.compensation.sites import Site
-
-# Features of convolutions are written out at most this much at a time.
-_FEATURE_BYTES = 256 << 20
-
-# An error smaller than this is none: the layer and what it reads are as they were.
-_ROUNDING = 1e-10
 
 
 class FittedLayer:
     """A layer of a graph, the batch norm that may follow it, and the sums that its fit needs.
 
-    A batch norm is seen through: with `scale = weight / sqrt(variance + eps)` its output is
-    `scale * (layer - mean) + bias`, so a target for its output is one for the layer's. It takes the
-    bias of a layer that has none, and its statistics become those of the new layer, so that it says
-    the same in training as in evaluation.
+    A batch norm is seen through: what is missing at its output is missing at the layer's, over the
+    norm's scale. It takes the bias of a layer that has none, and its statistics become those of the
+    new layer, so that it says the same in training as in evaluation.
+
+    Attributes:
+        error: squared distance from what is aimed at, over the square of that, at the last `aim`.
+
     """
 
     def __init__(self, site: Site, graph_module: fx.GraphModule) -> None:
@@ -38,47 +35,68 @@ class FittedLayer:
         self.norm = BatchNorm(graph_module, site.norm) if site.norm else None
         self.arguments: dict[str, Any] = {}
         self.equations = NormalEquations()
-
-    def add(self, values: Mapping[fx.Node, Any], target: Tensor) -> None:
-        """Take in a batch: the values of the slim graph's nodes, and what the site should end in."""
-        if self.site.rest is not None:
-            target = target - values[self.site.rest]
-        if self.norm is not None:
-            target = self.norm.inverse(target)
-        data = values[self.layer.data]
-        self.arguments = self.layer.arguments(values)
-        for rows in self._pieces(data):
-            features = self.layer.features(data[rows], self.weight, self.arguments)
-            if self.has_bias:
-                features = F.pad(features, (0, 1), value=1.0)
-            self.equations.add(features, self.layer.samples(target[rows], self.arguments))
+        self.error = 0.0
 
     @property
     def has_bias(self) -> bool:
         """Whether there is a place for a bias: the layer's own, or that of the batch norm."""
         return self.bias is not None or self.norm is not None
 
-    def _pieces(self, data: Tensor) -> Iterator[slice]:
-        """Yield slices of the data's first dimension whose features are not too large."""
-        one = data[:1].numel() * self.weight[0, 0].numel() * data.element_size()
-        step = max(1, _FEATURE_BYTES // max(one, 1))
-        yield from (slice(start, start + step) for start in range(0, len(data), step))
+    def aim(self, runs: Sequence[Run], targets: Sequence[Tensor]) -> None:
+        """Take in what the site should end in, for runs of the slim graph that stand before it."""
+        known = self.equations.portions > 0
+        self.equations.forget_residuals()
+        missed = wanted = 0.0
+        for run, target in zip(runs, targets, strict=True):
+            self.arguments = self.layer.arguments(run.env)
+            missing = self._missing(run.env, target)
+            missed += float(missing.double().square().sum())
+            wanted += float(target.double().square().sum())
+            if self.norm is not None:
+                missing = self.norm.unscaled(missing)
+            self._add(run.env[self.layer.data], missing, known=known)
+        self.error = missed / wanted if wanted else 0.0
 
-    def solve(self, *, bias_alone: bool) -> tuple[float, float]:
-        """Give the layer the weights that fit, or its bias alone; return its errors before and after.
+    def _missing(self, values: Mapping[fx.Node, Any], target: Tensor) -> Tensor:
+        """Return what the end of the site lacks.
 
-        Units: squared error over the square of the target, summed over all outputs.
+        Where what follows takes one value for another (a ReLU, all negative ones), a value on the
+        target's side lacks nothing.
         """
-        start = self._matrix()
-        free = slice(start.shape[-1] - 1, None) if bias_alone else slice(None)
-        as_cut = self.equations.error(start)
-        if as_cut < _ROUNDING or (bias_alone and not self.has_bias):
-            return as_cut, as_cut
-        found = self.equations.fit(start, free)
-        errors = as_cut, self.equations.error(found)
-        if found is not start:
-            self._take(found)
-        return errors
+        data = values[self.layer.data]
+        given = self.layer.value(data, self.weight, self.bias, self.arguments)
+        if self.norm is not None:
+            given = self.norm(given)
+        if self.site.rest is not None:
+            given = given + values[self.site.rest]
+        low, high = self.site.bounds
+        return target.clamp(low, high) - torch.where(
+            (target > low) & (target < high), given, given.clamp(low, high)
+        )
+
+    def _add(self, data: Tensor, missing: Tensor, *, known: bool) -> None:
+        for rows in self.layer.pieces(data, self.weight):
+            products = self.layer.products(data[rows], missing[rows], self.weight, self.arguments)
+            residuals = self.layer.samples(missing[rows], self.arguments).double()
+            if self.has_bias:
+                products = torch.cat([products, residuals.sum(1).unsqueeze(-1)], dim=-1)
+            squares = None if known else self._squares(data[rows])
+            self.equations.add(squares, products, residuals.square().sum(1))
+
+    def _squares(self, data: Tensor) -> Tensor:
+        features = self.layer.features(data, self.weight, self.arguments).double()
+        if self.has_bias:
+            features = F.pad(features, (0, 1), value=1.0)
+        return features.mT @ features
+
+    def fit(self, *, bias_alone: bool) -> None:
+        """Give the layer the weights that fit, or its bias alone."""
+        if bias_alone and not self.has_bias:
+            return
+        count = self.equations.products[0].shape[-1]
+        change = self.equations.fit(slice(count - 1, None) if bias_alone else slice(None))
+        if bool(change.any()):
+            self._take(self._matrix() + change)
 
     def _matrix(self) -> Tensor:
         matrix = self.layer.matrix(self.weight, self.arguments).double()

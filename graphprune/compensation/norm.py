@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphprune.compensation.layers import held_by
+from graphprune.calibration.layers import held_by
 from graphprune.rules import bind_arguments
 
 
@@ -27,16 +27,21 @@ class BatchNorm:
         """What each channel is multiplied by, in float64."""
         return self.weight.double() / (self.variance.double() + self.eps).sqrt()
 
-    def inverse(self, output: Tensor) -> Tensor:
-        """Return the input that gives this output; channels `[batch, channel, ...]`.
+    def __call__(self, given: Tensor) -> Tensor:
+        """Return the output for an input `[batch, channel, ...]`."""
+        shape = (1, -1, *[1] * (given.dim() - 2))
+        centred = given - self.mean.view(shape)
+        return (centred * self.scale.view(shape) + self.bias.view(shape)).to(given.dtype)
 
-        A channel whose scale is next to zero gives the same whatever comes in; its input is its output.
+    def unscaled(self, difference: Tensor) -> Tensor:
+        """Return the difference of inputs that makes such a difference of outputs.
+
+        A channel whose scale is next to zero gives the same whatever comes in: no difference does it.
         """
         scale = self.scale
-        scale = torch.where(scale.abs() < 1e-6, 1.0, scale)
-        shape = (1, -1, *[1] * (output.dim() - 2))
-        centred = (output - self.bias.view(shape)) / scale.view(shape)
-        return (centred + self.mean.view(shape)).to(output.dtype)
+        inverse = torch.where(scale.abs() < 1e-6, 0.0, 1 / scale)
+        shape = (1, -1, *[1] * (difference.dim() - 2))
+        return difference * inverse.view(shape).to(difference.dtype)
 
     def become(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
         """Give the statistics of a new input, and do to it plus `extra` what was done to the old one.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from graphprune.compensation.layers import Layer, held_by, layers_of
+from graphprune.calibration.layers import Layer, held_by, layers_of
 from graphprune.rules import bind_arguments, is_in_place
 
 aten = torch.ops.aten
@@ -35,6 +36,24 @@ class Site:
     def end(self) -> fx.Node:
         """The node whose value the fit aims at."""
         return self.total or self.norm or self.layer.node
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Below the first and above the second, all that reads the end takes one value for another."""
+        all_bounds = [_bounds(reader) for reader in self.end.users]
+        return min(low for low, _ in all_bounds), max(high for _, high in all_bounds)
+
+
+def _bounds(reader: fx.Node) -> tuple[float, float]:
+    packet = getattr(reader.target, "overloadpacket", None)
+    if packet in (aten.relu, aten.relu_):
+        return 0.0, math.inf
+    if packet in (aten.relu6, aten.relu6_):
+        return 0.0, 6.0
+    if packet in (aten.hardtanh, aten.hardtanh_):
+        given = bind_arguments(reader.target, reader.args, dict(reader.kwargs))  # type: ignore[arg-type]
+        return given["min_val"], given["max_val"]
+    return -math.inf, math.inf
 
 
 def sites_of(graph_module: fx.GraphModule) -> tuple[list[Site], list[fx.Node]]:

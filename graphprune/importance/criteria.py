@@ -12,6 +12,7 @@ from torch import nn
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
+from graphprune.importance.reconstruction import reconstruction
 from graphprune.importance.subject import Scores, Subject
 
 Importance: TypeAlias = (
@@ -30,6 +31,7 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
     "fisher": loss_based.fisher,
     "obs": loss_based.obs,
     "oracle": loss_based.oracle,
+    "reconstruction": reconstruction,
 }
 
 # Sums over a group's members say nothing of another group, which may have more and larger ones.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,9 @@ from torch import Tensor, fx
 from graphprune.rules import bind_arguments
 
 aten = torch.ops.aten
+
+# Features of convolutions are written out at most this much at a time.
+_FEATURE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,11 @@ class Layer(ABC):
         data: the node that gives its input.
         weight: the node that reads its weight.
         bias: the node that reads its bias, or None.
+        summed: the dimension of the input over which it sums.
 
     """
 
+    summed: ClassVar[int]
     node: fx.Node
     data: fx.Node
     weight: fx.Node
@@ -42,6 +47,34 @@ class Layer(ABC):
             for name, argument in given.items()
             if argument not in (self.data, self.weight, self.bias)
         }
+
+    def value(
+        self, data: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Return what the layer gives for an input, with such a weight and bias."""
+        given = {**arguments, "input": data, "weight": weight, "bias": bias}
+        result: Tensor = self.node.target(**given)  # type: ignore[operator]
+        return result
+
+    def products(
+        self, data: Tensor, output: Tensor, weight: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Return the sum over samples of an output times the features, `[groups, outputs, features]`.
+
+        It is the gradient of a weight whose output has that gradient.
+        """
+        with torch.enable_grad():
+            free = weight.clone().requires_grad_()
+            value = self.value(data, free, None, arguments)
+            (gradient,) = torch.autograd.grad(value, free, output.to(value.dtype))
+        return self.matrix(gradient, arguments).double()
+
+    @staticmethod
+    def pieces(data: Tensor, weight: Tensor) -> Iterator[slice]:
+        """Yield slices of an input's first dimension, two at least, whose features are not too large."""
+        one = data[:1].numel() * weight[0, 0].numel() * data.element_size()
+        step = min(max(1, _FEATURE_BYTES // max(one, 1)), max(1, len(data) // 2))
+        yield from (slice(start, start + step) for start in range(0, len(data), step))
 
     @abstractmethod
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -62,6 +95,8 @@ class Layer(ABC):
 
 class LinearLayer(Layer):
     """`aten.linear`: the features are the input's last dimension."""
+
+    summed = -1
 
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the input's vectors."""
@@ -87,6 +122,8 @@ class ConvolutionLayer(Layer):
     window; so strides, padding, dilation and transposition need no code of their own.
     """
 
+    summed = 1
+
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the windows' entries, channel by channel."""
         groups, space = arguments["groups"], weight.shape[2:]
@@ -97,8 +134,7 @@ class ConvolutionLayer(Layer):
         if self._is_transposed:
             reader = reader.transpose(0, 1)
         reader = reader.repeat(groups, 1, *[1] * len(space))
-        call = {**arguments, "input": data, "weight": reader, "bias": None}
-        return self.samples(self.node.target(**call), arguments)  # type: ignore[operator]
+        return self.samples(self.value(data, reader, None, arguments), arguments)
 
     def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the positions of the maps `[batch, groups * channels, *space]`."""

@@ -1,0 +1,186 @@
+"""A criterion that counts on repair: what is lost once the weights that stay have been refitted.
+
+A layer that reads a group's channels computes `W f` from features `f`. Without the features of one
+channel, and with all other weights refitted by least squares, the squared error of its output over
+the data is `tr(w [inverse of sum f f']_jj^-1 w')`, w being the channel's weights and jj its block: a
+Schur complement, no fit has to be tried. Channels go one by one, the one that costs least first, and
+the inverse and the weights follow; a channel's score is what all up to it have cost.
+
+Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, for
+whole columns of a layer; the greedy order over structures as in Kurtic et al., ZipLM, section 3.1
+(arXiv 2302.04089).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
+from graphprune.capture import capture, is_aten_graph
+from graphprune.groups import DependencyGraph
+from graphprune.importance.magnitude import l2
+from graphprune.importance.subject import Scores, Subject
+from graphprune.inference import infer
+from graphprune.layout import Axis, Layout, free_axes, slots_of
+from graphprune.state import evaluating
+
+# Share of the features' own squares that is added to them: channels that are the same in all samples
+# leave the inverse finite.
+_RIDGE = 1e-4
+
+
+@dataclass
+class Reading:
+    """A layer that reads channels.
+
+    Attributes:
+        channels: what the dimension of its input that it sums over is made of.
+        matrix: its weights, `[groups, outputs, features]`, float64.
+        squares: sum over samples of f f', a last feature of one added, float64.
+
+    """
+
+    channels: Layout
+    matrix: Tensor
+    squares: Tensor
+
+
+@dataclass
+class Part:
+    """One group of a layer, and which of its features belong to which channel.
+
+    Attributes:
+        weights: `[outputs, features + 1]`, the last for the bias; what is eliminated becomes zero.
+        inverse: of the regularised sum of f f', `[features + 1, features + 1]`.
+        features: the features of each channel, `[channels, features a channel]`.
+        scale: the variance of the outputs, summed over samples.
+
+    """
+
+    weights: Tensor
+    inverse: Tensor
+    features: Tensor
+    scale: Tensor
+
+    def costs(self) -> Tensor:
+        """Return what each channel's going would cost now, over the variance of the outputs."""
+        blocks = self.inverse[self.features[:, :, None], self.features[:, None, :]]
+        weights = self.weights[:, self.features].movedim(1, 0)
+        explained: Tensor = torch.linalg.solve(blocks, weights.mT).mT
+        return (explained * weights).sum((1, 2)) / self.scale
+
+    def eliminate(self, channel: int) -> None:
+        """Take a channel out and refit the other weights."""
+        gone = self.features[channel]
+        block = self.inverse[gone][:, gone]
+        others = torch.linalg.solve(block, self.inverse[gone])
+        self.weights -= self.weights[:, gone] @ others
+        self.inverse -= self.inverse[:, gone] @ others
+        self.inverse[gone, gone] = 1.0  # so that its block stays one that can be solved
+        self.weights[:, gone] = 0.0
+
+
+@torch.no_grad()
+def reconstruction(subject: Subject) -> Scores:
+    """Score by the error of the layers that read a channel, after least squares have made up for it.
+
+    Units: squared error over the variance of the layer's output. Groups that no convolution or linear
+    layer reads are scored by their weights.
+    """
+    inputs, module = subject.data[0].inputs, subject.model
+    graph_module = (
+        cast(fx.GraphModule, module) if is_aten_graph(module) else capture(module, inputs)
+    )
+    traced = DependencyGraph(infer(graph_module, inputs))
+    with evaluating(graph_module):
+        readings = _readings(graph_module, traced, subject.data)
+    by_weight = l2(subject)
+    found: Scores = {}
+    for group in subject.graph.groups:
+        own = traced.by_name.get(group.name)
+        parts = [] if own is None else [p for one in readings for p in _parts(one, own.axis)]
+        found[group.name] = _eliminated(parts) if parts else by_weight[group.name]
+    return found
+
+
+def _readings(
+    graph_module: fx.GraphModule, graph: DependencyGraph, batches: Sequence[Batch]
+) -> list[Reading]:
+    """Run the model on the data and return its layers with the sums over their features."""
+    layers = {layer.node: layer for layer in layers_of(graph_module.graph).values()}
+    order = list(graph_module.graph.nodes)
+    runs = [Run(graph_module, batch.inputs, order) for batch in batches]
+    found = []
+    for node in order:
+        layer = layers.get(node)
+        channels = _channels(graph, layer) if layer else None
+        if layer is None or channels is None or not free_axes(channels):
+            continue
+        weight = held_by(graph_module, layer.weight)
+        squares: Tensor | None = None
+        for run in runs:
+            run.until(node)
+            data, arguments = run.env[layer.data], layer.arguments(run.env)
+            for rows in layer.pieces(data, weight):
+                features = layer.features(data[rows], weight, arguments)
+                features = F.pad(features, (0, 1), value=1.0).double()
+                more = features.mT @ features
+                squares = more if squares is None else squares + more
+        assert squares is not None
+        found.append(Reading(channels, layer.matrix(weight, arguments).double(), squares))
+    return found
+
+
+def _channels(graph: DependencyGraph, layer: Layer) -> Layout | None:
+    """Return the dimension of its input that a layer sums over."""
+    layouts = graph.inference.nodes.get(layer.data.name)
+    return layouts[layer.summed] if layouts else None
+
+
+def _parts(reading: Reading, axis: Axis) -> Iterator[Part]:
+    """Yield the groups of a layer in which the axis is read."""
+    groups, _, count = reading.matrix.shape
+    for slots in slots_of(reading.channels, axis):
+        window = groups * count // len(slots)
+        of_feature = torch.from_numpy(slots).repeat_interleave(window).reshape(groups, count)
+        for squares, matrix, its_slots in zip(
+            reading.squares, reading.matrix, of_feature, strict=True
+        ):
+            order = torch.argsort(its_slots, stable=True)[(its_slots < 0).sum() :]
+            if len(order) and len(order) % axis.size == 0:
+                own = squares.diagonal()
+                regular = squares + torch.diag(_RIDGE * own + 1e-9 * own.mean())
+                weights = F.pad(matrix, (0, 1))
+                mean = weights @ squares[:, -1] / squares[-1, -1]
+                power = ((weights @ squares) * weights).sum(1)
+                scale = (power - squares[-1, -1] * mean.square()).sum()
+                yield Part(
+                    weights,
+                    torch.linalg.inv(regular),
+                    order.reshape(axis.size, -1),
+                    scale.clamp_min(torch.finfo(scale.dtype).tiny),
+                )
+
+
+def _eliminated(parts: Sequence[Part]) -> npt.NDArray[np.float64]:
+    """Take out channel after channel, the cheapest first; return what all up to each have cost."""
+    count = len(parts[0].features)
+    scores, total = np.zeros(count), 0.0
+    left = np.ones(count, dtype=bool)
+    for _ in range(count):
+        costs = torch.stack([part.costs() for part in parts]).sum(0).numpy()
+        channel = int(np.where(left, costs, np.inf).argmin())
+        total += max(float(costs[channel]), 0.0)
+        scores[channel] = total
+        left[channel] = False
+        for part in parts:
+            part.eliminate(channel)
+    return scores
