@@ -28,7 +28,7 @@ from graphprune.layout import Reason
 from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
 from graphprune.state import as_double, double_of
-from graphprune.switches import plain_kernels, same_chance
+from graphprune.switches import doubles, plain_kernels, same_chance
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
@@ -167,7 +167,14 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
         mode: sees the operators.
 
     """
-    with without_caches(model), plain_kernels(), same_chance(), mode, _RecurrentWhole(mode):
+    with (
+        without_caches(model),
+        plain_kernels(),
+        same_chance(),
+        doubles(),
+        mode,
+        _RecurrentWhole(mode),
+    ):
         if isinstance(model, fx.GraphModule):
             return _NodeByNode(model, mode).run_with(inputs)
         with _paths_recorded(model, mode.module_path):

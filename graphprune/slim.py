@@ -33,7 +33,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived, named_tensors
-from graphprune.verify import Verification, check_runs, verify
+from graphprune.verify import Verification, check_runs, silenced_copy, verify
 
 Form: TypeAlias = Literal["auto", "module", "graph"]
 
@@ -332,11 +332,32 @@ def _checked(
 def _verified(
     job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
 ) -> Verification:
-    """Verify, analysing the model on its data where it runs other operators there."""
+    """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
+    masks = plan.masks(graph)
     try:
-        return verify(module, slimmer, job.inputs, graph.inference, plan.masks(graph))
+        return verify(module, slimmer, job.inputs, graph.inference, masks)
     except OtherOperatorsError:
-        on_data = DependencyGraph(infer(module, job.inputs, with_data=True))
+        silenced = silenced_copy(module, graph.inference, masks, {})
+        on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
+        used = plan.without(_not_used(on_data, plan, graph))
         return verify(
-            module, slimmer, job.inputs, on_data.inference, plan.masks(on_data), as_it_is=True
+            module, slimmer, job.inputs, on_data.inference, used.masks(on_data), as_it_is=True
         )
+
+
+def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:
+    """Return the groups that are cut and that the values of the example inputs do not reach."""
+    unused = set(on_data.inference.unused)
+    names = [
+        name
+        for name in plan.keep
+        if all(member.parameter in unused for member in graph.by_name[name].members)
+    ]
+    if names:
+        warnings.warn(
+            f"{_listed(names)} are cut but not compared: with the values of the example inputs the model "
+            "does not use them (experts that no token goes to, say); pass example_inputs that do",
+            GraphPruneWarning,
+            stacklevel=4,
+        )
+    return names

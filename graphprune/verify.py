@@ -75,7 +75,7 @@ class Silencing(Interpretation):
         result = self.run(func, args, kwargs)
         if not func.is_view:
             for tensor, value in zip(_tensors(result), step.outputs, strict=False):
-                self._silence(tensor, value)
+                _silence(tensor, value.layouts, self.masks)
         return result
 
     def _is_recorded(self, func: OpOverload) -> bool:
@@ -95,12 +95,6 @@ class Silencing(Interpretation):
 
     def _is_cut(self, value: Value) -> bool:
         return any(touches(layout, self.masks) for layout in value.layouts)
-
-    def _silence(self, tensor: Tensor, value: Value) -> None:
-        for dim, layout in enumerate(value.layouts):
-            if touches(layout, self.masks):
-                gone = torch.from_numpy((~mask_of(layout, self.masks)).nonzero()[0])
-                tensor.index_fill_(dim, gone, 0)
 
     def _on_kept_slots(self, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operator on the kept slots alone and put the result back among zeros."""
@@ -227,19 +221,44 @@ def silenced_outputs(
 ) -> list[tuple[str, Tensor]]:
     """Return the outputs of the original, in float64, with the removed slots silenced."""
     mode = Silencing(inference, masks)
-
-    def silent(name: str, tensor: Tensor) -> Tensor:
-        double = _double(name, tensor, constants)
-        mode._silence(double, Value(inference.parameters[name], name))
-        return double
-
-    reference = copy_with(model, silent).eval()
+    reference = silenced_copy(model, inference, masks, constants).eval()
     try:
         return list(output_tensors(interpret(reference, inputs.map(double_copy), mode)))
     except GraphPruneError:
         raise
     except Exception as failure:
         raise not_runnable(model, inputs, failure) from failure
+
+
+def silenced_copy(
+    model: nn.Module,
+    inference: Inference,
+    masks: Mapping[Axis, Mask],
+    constants: Mapping[str, float],
+) -> nn.Module:
+    """Return a copy of the model in float64 with the removed entries of its tensors at zero.
+
+    Args:
+        model: the original.
+        inference: the layouts of its tensors.
+        masks: which slots of each cut axis stay.
+        constants: by name, a number to fill a parameter with.
+
+    """
+
+    def silent(name: str, tensor: Tensor) -> Tensor:
+        double = _double(name, tensor, constants)
+        _silence(double, inference.parameters[name], masks)
+        return double
+
+    return copy_with(model, silent)
+
+
+def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mask]) -> None:
+    for dim, layout in enumerate(layouts):
+        if touches(layout, masks):
+            gone = torch.from_numpy((~mask_of(layout, masks)).nonzero()[0])
+            tensor.index_fill_(dim, gone, 0)
 
 
 class _InDouble(Interpretation):
