@@ -34,7 +34,7 @@ from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of, size_of, t
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import copy_with, double_copy, evaluating, parameter_names
+from graphprune.state import copy_with, double_copy, evaluating, named_tensors, parameter_names
 
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
@@ -56,19 +56,29 @@ class Verification:
 
 
 class Silencing(Interpretation):
-    """Runs the recorded operators again, on data, with the removed slots of every result at zero."""
+    """Runs the recorded operators again, on data, with the removed slots of every result at zero.
 
-    def __init__(self, inference: Inference, masks: Mapping[Axis, Mask]) -> None:
+    Args:
+        model: what is run, whose own tensors the operators should read as recorded.
+        inference: what was recorded.
+        masks: which slots of each cut axis stay.
+
+    """
+
+    def __init__(self, model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> None:
         super().__init__()
         self.inference = inference
         self.masks = masks
+        self.names: dict[int, str] = {}
+        for name, tensor in named_tensors(model).items():
+            self.names.setdefault(id(tensor), name)
         self.number = 0
 
     def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operator and zero what is removed from its result."""
-        if not self._is_recorded(func):
+        step = self._recorded(func, args, kwargs)
+        if step is None:
             return self.run(func, args, kwargs)
-        step = self.inference.steps[self.number]
         self.number += 1
         if step.renormalises and any(self._is_cut(value) for value in step.inputs):
             return self._on_kept_slots(step, args, kwargs)
@@ -78,20 +88,39 @@ class Silencing(Interpretation):
                 _silence(tensor, value.layouts, self.masks)
         return result
 
-    def _is_recorded(self, func: OpOverload) -> bool:
-        """Say whether this is the next recorded operator; one that made no tensor was not recorded."""
+    def _recorded(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Step | None:
+        """Return the recorded operator that this one is; None for one that made no tensor."""
         steps = self.inference.steps
-        if self.number < len(steps) and steps[self.number].func is func:
-            return True
+        if self.number < len(steps) and self._is(steps[self.number], func, args, kwargs):
+            return steps[self.number]
         if any("Tensor" in str(result.type) for result in func._schema.returns):
-            at = f"{func}, where the analysis saw " + (
-                str(steps[self.number].func) if self.number < len(steps) else "the end"
-            )
-            raise OtherOperatorsError(
-                f"the model ran other operators than when it was analysed: step {self.number} is {at}; "
-                "its control flow depends on values, so pass example_inputs that take the usual path"
-            )
-        return False
+            raise self._other(str(func))
+        return None
+
+    def _is(self, step: Step, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Say whether the operator is the recorded one, on the same tensors of the model."""
+        if step.func is not func:
+            return False
+        given = (self.names.get(id(t)) for t in tensors_in((*args, *kwargs.values())))
+        recorded = (v.source if isinstance(v.source, str) else None for v in step.inputs)
+        return all(
+            name is None or source is None or name == source
+            for name, source in zip(given, recorded, strict=False)
+        )
+
+    def check_at_end(self) -> None:
+        """Raise OtherOperatorsError where the run ended before the recorded one."""
+        if self.number < len(self.inference.steps):
+            raise self._other("the end")
+
+    def _other(self, found: str) -> OtherOperatorsError:
+        steps = self.inference.steps
+        expected = str(steps[self.number].func) if self.number < len(steps) else "the end"
+        return OtherOperatorsError(
+            f"the model ran other operators than when it was analysed: step {self.number} is {found}, "
+            f"where the analysis saw {expected}; its control flow depends on values, so pass "
+            "example_inputs that take the usual path"
+        )
 
     def _is_cut(self, value: Value) -> bool:
         return any(touches(layout, self.masks) for layout in value.layouts)
@@ -220,10 +249,12 @@ def silenced_outputs(
     constants: Mapping[str, float],
 ) -> list[tuple[str, Tensor]]:
     """Return the outputs of the original, in float64, with the removed slots silenced."""
-    mode = Silencing(inference, masks)
     reference = silenced_copy(model, inference, masks, constants).eval()
+    mode = Silencing(reference, inference, masks)
     try:
-        return list(output_tensors(interpret(reference, inputs.map(double_copy), mode)))
+        outputs = list(output_tensors(interpret(reference, inputs.map(double_copy), mode)))
+        mode.check_at_end()
+        return outputs
     except GraphPruneError:
         raise
     except Exception as failure:

@@ -369,6 +369,23 @@ def another_way_each_time(_: Path) -> None:
 
 
 @case(
+    r"the model ran other operators than when it was analysed: step \d+ is the end, where the analysis saw "
+    r"aten\.sin\.default; its control flow depends on values, so pass example_inputs that take the usual "
+    "path"
+)
+def a_shorter_way_each_time(_: Path) -> None:
+    lengths = itertools.count(9, -1)
+
+    def function(module: Any, x: Tensor) -> Tensor:
+        y = module.last(x)
+        for _ in range(next(lengths)):
+            y = y.sin()
+        return y
+
+    gp.slim(Does(function), 0.5, X, form="module")
+
+
+@case(
     r"an in-place statistic along a cut axis \(messages\.centre_, message_cases\.py:\d+\): give its rule "
     "to an operator that returns the result instead"
 )
@@ -390,6 +407,45 @@ def a_statistic_in_place(_: Path) -> None:
             gp.slim(model, 0.5, X, renormalised=True, form="module")
         finally:
             importlib.import_module("graphprune.rules").unregister(operator)
+
+
+class Routed(nn.Module):
+    """Two experts, the first for rows whose last hidden unit is on; it runs only if there are such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.gate = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(net() for _ in range(2))
+        self.entries = nn.ModuleList(nn.Linear(8, 6) for _ in range(2))
+        with torch.no_grad():
+            self.hidden.weight[7] = torch.eye(6)[0]
+            self.hidden.bias[7] = 0
+            self.gate.weight.copy_(torch.eye(8)[[7, 6]] * torch.tensor([[5.0], [0.0]]))
+            self.gate.bias.copy_(torch.tensor([0.0, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x).relu()
+        chosen = self.gate(hidden).argmax(-1)
+        result = x.new_zeros(len(x), 3)
+        for number in chosen.unique().tolist():
+            rows = torch.where(chosen == number)[0]
+            result = result.index_add(
+                0, rows, self.experts[number](self.entries[number](hidden[rows]))
+            )
+        return result
+
+
+ROUTED = torch.eye(6)[:2]
+
+
+@case(
+    r"experts\.0\.0\.weight:0 are cut but not compared: with the values of the example inputs the model "
+    r"does not use them \(experts that no token goes to, say\); pass example_inputs that do"
+)
+def an_expert_that_is_not_used_once_silenced(folder: Path) -> None:
+    kept = {"hidden.weight:0": list(range(7)), "experts.0.0.weight:0": [0, 1, 2, 3]}
+    sizes = {"hidden.weight:0": 8, "experts.0.0.weight:0": 8}
+    gp.slim(Routed(), example_inputs=ROUTED, plan=gp.Plan(kept, sizes, {}), form="module")
 
 
 # -------------------------------------------------------------------------------- plans and passes

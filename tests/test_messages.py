@@ -31,6 +31,7 @@ KINDS = {name for name, value in vars(gp).items() if isinstance(value, type)} | 
     "OtherOperatorsError",
     "not_runnable",
     "_other_shape",
+    "self._other",
     "type(failure)",
 }
 
