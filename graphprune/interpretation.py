@@ -28,7 +28,7 @@ from graphprune.layout import Reason
 from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
 from graphprune.rules.recurrent import overload_of
 from graphprune.state import as_double, double_of
-from graphprune.switches import doubles, plain_kernels, same_chance
+from graphprune.switches import plain_kernels, same_chance
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
 
@@ -56,7 +56,7 @@ class Interpretation(TorchDispatchMode):
     ) -> Any:
         if isinstance(func, HigherOrderOperator):
             return self.higher_order(func, args, kwargs or {})
-        kwargs = _in_double(func, kwargs or {})
+        kwargs = _in_double(func, args, kwargs or {})
         rule = rule_for(func)
         if rule is None:
             with self:
@@ -92,8 +92,12 @@ class Interpretation(TorchDispatchMode):
         return Reason("", name, path, _source_line())
 
 
-class _RecurrentWhole(TorchFunctionMode):
-    """Hands recurrent operators to an interpretation before torch takes them apart."""
+class _BeforeDispatch(TorchFunctionMode):
+    """Sees what is called before torch takes it apart.
+
+    Recurrent operators are handed whole to an interpretation. A number that only float64 holds (its
+    limits, as the model's code reads them off a tensor) becomes a tensor of that type.
+    """
 
     def __init__(self, mode: Interpretation) -> None:
         super().__init__()
@@ -102,11 +106,14 @@ class _RecurrentWhole(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], float) and kwargs.get("dtype") is None:
+            return func(*args, **{**kwargs, "dtype": torch.float64})
         whole = overload_of(func, args)
         if whole is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         with _disable_current_modes():
-            return self.mode.step(whole, rule_for(whole), args, kwargs or {})
+            return self.mode.step(whole, rule_for(whole), args, kwargs)
 
 
 def _normal(tensor: Tensor) -> Tensor:
@@ -116,10 +123,12 @@ def _normal(tensor: Tensor) -> Tensor:
     return double.contiguous()
 
 
-def _in_double(func: OpOverload, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if kwargs.get("dtype") is None:
-        return kwargs
-    return {**kwargs, "dtype": double_of(kwargs["dtype"])}
+def _in_double(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by name with the type that is asked for, or that a number needs, doubled."""
+    dtype = kwargs.get("dtype")
+    if dtype is None and func is torch.ops.aten.full.default and isinstance(args[1], float):
+        dtype = torch.float64
+    return kwargs if dtype is None else {**kwargs, "dtype": double_of(dtype)}
 
 
 def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -171,9 +180,8 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
         without_caches(model),
         plain_kernels(),
         same_chance(),
-        doubles(),
         mode,
-        _RecurrentWhole(mode),
+        _BeforeDispatch(mode),
     ):
         if isinstance(model, fx.GraphModule):
             return _NodeByNode(model, mode).run_with(inputs)

@@ -59,15 +59,3 @@ def same_chance() -> Iterator[None]:
     with _ONE_THREAD, torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
-
-
-@contextmanager
-def doubles() -> Iterator[None]:
-    """Within it torch makes numbers of Python float64, as the limits of that type need."""
-    with _ONE_THREAD:
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(usual)

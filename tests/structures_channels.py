@@ -108,6 +108,15 @@ on_channels(
 )
 on_channels("pad_channels", function=lambda x: F.pad(x, (0, 0, 0, 0, 3, 5)), last=partial(out, 32))
 on_channels("pad_space", function=lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect"), last=out)
+on_channels(
+    "lowest_numbers",
+    function=lambda x: (
+        x.maximum(torch.full((), torch.finfo(x.dtype).min))
+        .minimum(torch.tensor(torch.finfo(x.dtype).max, device=x.device))
+        .relu()
+    ),
+    last=out,
+)
 on_channels("roll_channels", function=lambda x: x.roll(5, 1), last=out)
 on_channels("roll_space", function=lambda x: x.roll((2, 1), (2, 3)), last=out)
 on_channels("flip_channels", function=lambda x: x.flip(1), last=out)
