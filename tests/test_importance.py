@@ -142,6 +142,50 @@ def test_obs_charges_less_for_a_channel_that_another_can_replace() -> None:
     assert obs[0] / fisher[0] < 0.1 * obs[2] / fisher[2]
 
 
+def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    x = torch.randn(200, 5).double()
+    graph = gp.analyze(model, x)
+    (found,) = scores(Subject(model, graph, batches_of([x])), "reconstruction").values()
+    with torch.no_grad():
+        hidden, output = model[:2](x), model(x)
+    features = torch.cat([hidden, torch.ones(200, 1).double()], dim=1)
+    scale = (output - output.mean(0)).square().sum()
+
+    def left(without: list[int]) -> float:
+        kept = features[:, [i for i in range(7) if i not in without]]
+        fitted = torch.linalg.lstsq(kept, output).solution
+        return float((kept @ fitted - output).square().sum() / scale)
+
+    gone: list[int] = []
+    for channel in np.argsort(found)[:-1].tolist():
+        others = [other for other in range(6) if other not in gone]
+        least = min(left([*gone, other]) for other in others)
+        assert left([*gone, channel]) == pytest.approx(least, rel=1e-6)
+        gone.append(channel)
+        assert found[channel] == pytest.approx(left(gone), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: (nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1)), (3, 9, 8)),
+        (lambda: (nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 3, stride=2)), (3, 9, 8)),
+        (lambda: (nn.Conv1d(5, 8, 3), nn.Conv1d(8, 4, 2)), (5, 12)),
+    ],
+)
+def test_reconstruction_lets_go_first_of_what_another_channel_says(build: Any, shape: Any) -> None:
+    torch.manual_seed(0)
+    first, last = build()
+    with torch.no_grad():
+        first.weight[5], first.bias[5] = 3 * first.weight[4], 3 * first.bias[4]
+    model, x = nn.Sequential(first, nn.ReLU(), last), torch.randn(16, *shape)
+    graph = gp.analyze(model, x)
+    found = scores(Subject(model, graph, batches_of([x])), "reconstruction")[graph.groups[0].name]
+    assert int(np.argmin(found)) in (4, 5)
+
+
 @pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - NOT_BY_GATES))
 def test_a_closed_gate_silences_its_channel(name: str) -> None:
     torch.manual_seed(0)
