@@ -138,6 +138,10 @@ said(
     lambda: gp.slim(net(), 0.5, X, compensate=True),
 )
 said(
+    "nothing is repaired: no convolution or linear layer of this model reads a weight of its own",
+    lambda: gp.slim(nn.GRU(6, 8, batch_first=True), 0.5, X[None], data=[X[None]], compensate=True),
+)
+said(
     "compensate= needs weights, and this model is on the meta device; load them first",
     lambda: gp.slim(net().to("meta"), 0.5, X, importance="random", data=[X], compensate=True),
 )

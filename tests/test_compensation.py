@@ -36,6 +36,18 @@ class Residual(nn.Module):
         return self.head(x.relu().mean((2, 3)))
 
 
+class Matrices(nn.Module):
+    """Weights that lie inputs first, with a bias and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias = nn.Parameter(torch.randn(8, 7)), nn.Parameter(torch.randn(7))
+        self.second = nn.Parameter(torch.randn(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.first).sigmoid() @ self.second
+
+
 class Attention(nn.Module):
     """A transformer layer that normalises first."""
 
@@ -95,6 +107,7 @@ REDUNDANT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         series,
     ),
+    "matrices": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Matrices()), vector),
     "pooled": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 9, 4)

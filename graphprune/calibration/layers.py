@@ -80,6 +80,14 @@ class Layer(ABC):
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return what each output is a weighted sum of, `[groups, samples, features]`."""
 
+    def takes(self, weight: Tensor) -> bool:
+        """Say whether the weight has a shape that the layer knows."""
+        return weight.dim() >= 2
+
+    @abstractmethod
+    def fan_in(self, weight: Tensor) -> int:
+        """Return how many entries of the input each output is made of."""
+
     @abstractmethod
     def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return an output of the layer as `[groups, samples, outputs]`."""
@@ -98,6 +106,10 @@ class LinearLayer(Layer):
 
     summed = -1
 
+    def fan_in(self, weight: Tensor) -> int:
+        """Return the length of the input's vectors."""
+        return weight.shape[1]
+
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the input's vectors."""
         return data.reshape(1, -1, data.shape[-1])
@@ -115,6 +127,33 @@ class LinearLayer(Layer):
         return matrix.squeeze(0)
 
 
+class MatrixLayer(LinearLayer):
+    """`aten.addmm`, `aten.mm` and `aten.matmul`: a linear layer whose weight is `[inputs, outputs]`."""
+
+    def value(
+        self, data: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Return the product, and the bias added to it."""
+        product = data @ weight
+        return product if bias is None else product + bias
+
+    def takes(self, weight: Tensor) -> bool:
+        """Say whether the weight is one matrix."""
+        return weight.dim() == 2
+
+    def fan_in(self, weight: Tensor) -> int:
+        """Return the length of the input's vectors."""
+        return weight.shape[0]
+
+    def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the weight, outputs first."""
+        return weight.mT.unsqueeze(0)
+
+    def weight_like(self, weight: Tensor, matrix: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Return the one matrix, inputs first."""
+        return matrix.squeeze(0).mT
+
+
 class ConvolutionLayer(Layer):
     """A convolution: the features of an output position are the input under its window.
 
@@ -123,6 +162,10 @@ class ConvolutionLayer(Layer):
     """
 
     summed = 1
+
+    def fan_in(self, weight: Tensor) -> int:
+        """Return the entries of a window."""
+        return weight.numel() // weight.shape[1 if self._is_transposed else 0]
 
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the windows' entries, channel by channel."""
@@ -160,14 +203,20 @@ class ConvolutionLayer(Layer):
         return "transpose" in str(self.node.target)
 
 
-_KINDS: dict[Any, type[Layer]] = {
-    aten.linear: LinearLayer,
-    aten.conv1d: ConvolutionLayer,
-    aten.conv2d: ConvolutionLayer,
-    aten.conv3d: ConvolutionLayer,
-    aten.conv_transpose1d: ConvolutionLayer,
-    aten.conv_transpose2d: ConvolutionLayer,
-    aten.conv_transpose3d: ConvolutionLayer,
+_USUAL = ("input", "weight", "bias")
+
+# By operator, how it is seen, and the names of its input, weight and bias.
+_KINDS: dict[Any, tuple[type[Layer], tuple[str, str, str]]] = {
+    aten.linear: (LinearLayer, _USUAL),
+    aten.addmm: (MatrixLayer, ("mat1", "mat2", "self")),
+    aten.mm: (MatrixLayer, ("self", "mat2", "")),
+    aten.matmul: (MatrixLayer, ("self", "other", "")),
+    aten.conv1d: (ConvolutionLayer, _USUAL),
+    aten.conv2d: (ConvolutionLayer, _USUAL),
+    aten.conv3d: (ConvolutionLayer, _USUAL),
+    aten.conv_transpose1d: (ConvolutionLayer, _USUAL),
+    aten.conv_transpose2d: (ConvolutionLayer, _USUAL),
+    aten.conv_transpose3d: (ConvolutionLayer, _USUAL),
 }
 
 
@@ -177,20 +226,28 @@ def held_by(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     return tensor.detach()
 
 
-def layers_of(graph: fx.Graph) -> dict[str, Layer]:
+def layers_of(graph_module: fx.GraphModule) -> dict[str, Layer]:
     """Return, by the name of its weight, each layer whose weight and bias nothing else reads."""
     readers: dict[str, set[fx.Node]] = {}
-    for read in graph.find_nodes(op="get_attr"):
+    for read in graph_module.graph.find_nodes(op="get_attr"):
         readers.setdefault(str(read.target), set()).update(read.users)
     found: dict[str, Layer] = {}
-    for node in graph.nodes:
-        kind = _KINDS.get(getattr(node.target, "overloadpacket", None))
-        if kind is None:
-            continue
-        given = bind_arguments(node.target, node.args, dict(node.kwargs))
-        weight, bias = given["weight"], given.get("bias")
-        if weight.op == "get_attr" and readers[str(weight.target)] == {node}:
-            own = bias is not None and bias.op == "get_attr"
-            if bias is None or (own and readers[str(bias.target)] == {node}):
-                found[str(weight.target)] = kind(node, given["input"], weight, bias)
+    for layer in filter(None, map(_layer, graph_module.graph.nodes)):
+        held = [layer.weight, *([layer.bias] if layer.bias else [])]
+        if all(h.op == "get_attr" and readers[str(h.target)] == {layer.node} for h in held):
+            weight, *bias = (held_by(graph_module, one) for one in held)
+            if layer.takes(weight) and all(tensor.dim() == 1 for tensor in bias):
+                found[str(layer.weight.target)] = layer
     return found
+
+
+def _layer(node: fx.Node) -> Layer | None:
+    """Return the layer that a node is, or None; what it takes for a weight may be anything yet."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in _KINDS:
+        return None
+    kind, names = _KINDS[packet]
+    given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+        return None
+    return kind(node, given[names[0]], given[names[1]], given.get(names[2]))

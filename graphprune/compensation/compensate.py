@@ -9,6 +9,7 @@ layers before it could not.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
@@ -20,7 +21,7 @@ from graphprune.calibration import Batch, Layer, Run, layers_of
 from graphprune.capture import capture, is_aten_graph
 from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.sites import Site, followed, sites_of
-from graphprune.errors import InvalidRequestError
+from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
@@ -123,6 +124,12 @@ def compensated(
     with evaluating(given), evaluating(wanted):
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
         repaired = tuple(repair.layers(method))
+    if not repaired:
+        warnings.warn(
+            "nothing is repaired: no convolution or linear layer of this model reads a weight of its own",
+            GraphPruneWarning,
+            stacklevel=3,
+        )
     if given is not slimmer:
         _carry_over(given, slimmer)
     return Compensation(repaired)
@@ -154,7 +161,7 @@ class _Repair:
         self.given = given
         self.layouts = graph.inference.nodes
         self.masks = masks
-        self.originals = layers_of(wanted.graph)
+        self.originals = layers_of(wanted)
         self.sites, order = sites_of(given)
         self.wanted_runs = [Run(wanted, b.inputs, list(wanted.graph.nodes)) for b in batches]
         self.given_runs = [Run(given, b.inputs, order) for b in batches]

@@ -63,15 +63,19 @@ def sites_of(graph_module: fx.GraphModule) -> tuple[list[Site], list[fx.Node]]:
     sum lacks; the rest has to be known by then, so the layer moves to just before the sum. Where both
     operands are such layers, the one with more inputs makes up for the other.
     """
+
+    def fan_in(layer: Layer) -> int:
+        return layer.fan_in(held_by(graph_module, layer.weight))
+
     order = list(graph_module.graph.nodes)
     sites: dict[fx.Node, Site] = {}
     by_total: dict[fx.Node, Site] = {}
-    for layer in layers_of(graph_module.graph).values():
+    for layer in layers_of(graph_module).values():
         site = followed(layer)
         sites[layer.node] = Site(site.layer, site.norm)
         if site.total is not None and _may_move(site, order):
             rival = by_total.get(site.total)
-            if rival is None or _inputs(layer, graph_module) > _inputs(rival.layer, graph_module):
+            if rival is None or fan_in(layer) > fan_in(rival.layer):
                 by_total[site.total] = site
     for total, site in by_total.items():
         moved = [node for node in (site.layer.node, site.norm) if node is not None]
@@ -125,9 +129,3 @@ def _may_move(site: Site, order: Sequence[fx.Node]) -> bool:
         and is_in_place(node.target)
         for node in between
     )
-
-
-def _inputs(layer: Layer, graph_module: fx.GraphModule) -> int:
-    """Return how many entries of the input each output is made of."""
-    weight = held_by(graph_module, layer.weight)
-    return weight.numel() // weight.shape[0]

@@ -115,7 +115,7 @@ def _readings(
     graph_module: fx.GraphModule, graph: DependencyGraph, batches: Sequence[Batch]
 ) -> list[Reading]:
     """Run the model on the data and return its layers with the sums over their features."""
-    layers = {layer.node: layer for layer in layers_of(graph_module.graph).values()}
+    layers = {layer.node: layer for layer in layers_of(graph_module).values()}
     order = list(graph_module.graph.nodes)
     runs = [Run(graph_module, batch.inputs, order) for batch in batches]
     found = []
