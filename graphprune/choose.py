@@ -72,8 +72,17 @@ class Request:
                 raise InvalidRequestError(f"{name} must be a list of patterns, not the text alone")
 
 
-def choose(graph: DependencyGraph, scores: Scores, request: Request) -> Plan:
+def choose(
+    graph: DependencyGraph, scores: Scores, request: Request, *, losses: bool = False
+) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
+
+    Args:
+        graph: the groups to choose from.
+        scores: by group, a score a slot.
+        request: what to cut.
+        losses: the scores are amounts of a loss, so that channels of different groups compete by loss
+            for each parameter or MAC saved; else by the scores as they are.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
@@ -87,7 +96,8 @@ def choose(graph: DependencyGraph, scores: Scores, request: Request) -> Plan:
         kept = {g.name: nearest(options[g.name], g.size * (1 - request.ratio)) for g in groups}
     else:
         cost = (parameter_cost if request.of == "parameters" else mac_cost)(graph.inference)
-        kept = _globally(groups, scores, options, cost, request)
+        priorities = _per_cost(groups, scores, cost) if losses else scores
+        kept = _globally(groups, priorities, options, cost, request)
     inexact = [g.name for g in groups if not g.exact and kept[g.name] < g.size]
     if inexact:
         warnings.warn(_inexact(graph, inexact), GraphPruneWarning, stacklevel=3)
@@ -220,6 +230,14 @@ def _rest_of(layout: Layout, axis: Axis) -> list[int]:
             if inside:
                 return [each * size_of(layout) // size_of(factor) for each in inside]
     return []
+
+
+def _per_cost(groups: Sequence[Group], scores: Scores, cost: Cost) -> Scores:
+    """Return scores over what one slot of the group costs, the lowest score of all being zero."""
+    lowest = min((float(scores[g.name].min()) for g in groups), default=0.0)
+    whole = cost.total()
+    saved = {g.name: max(whole - cost.total({g.axis: g.size - 1}), 1) for g in groups}
+    return {g.name: (scores[g.name] - min(lowest, 0.0)) / saved[g.name] for g in groups}
 
 
 def _globally(

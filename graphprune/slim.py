@@ -25,7 +25,7 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.groups import DependencyGraph
-from graphprune.importance import Importance, Loss, Subject, scores
+from graphprune.importance import Importance, Loss, Subject, are_losses, scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import counts_of
@@ -109,7 +109,8 @@ def slim(
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments or
             `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
         of: "channels" cuts every group by the same fraction; "parameters" and "macs" rank all
-            channels together until that fraction of the model's total is gone.
+            channels together until that fraction of the model's total is gone: by score, or where
+            scores are amounts of a loss by loss for each parameter or MAC.
         importance: what makes a channel matter. By the weights: "l2", "l1", "lamp", "bn_scale",
             "random". By what the loss on `data` does without it: "taylor" and "taylor2" (first and
             second order), "fisher", "obs", "oracle" (brute force). Or a function from model and
@@ -184,7 +185,10 @@ def slimmed(
 
     def plan_for(graph: DependencyGraph) -> Plan:
         subject = Subject(module, graph, batches, loss, seed)
-        return plan or choose(graph, scores(subject, importance), request)
+        if plan is not None:
+            return plan
+        found = scores(subject, importance)
+        return choose(graph, found, request, losses=are_losses(importance))
 
     result = in_form(form, Job(module, inputs, plan_for, verify and has_data))
     if method is None:

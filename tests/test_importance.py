@@ -14,6 +14,7 @@ from torch.func import grad, hessian
 
 import graphprune as gp
 from graphprune.calibration import batches_of
+from graphprune.choose import Request, choose
 from graphprune.importance import CRITERIA, Subject, scores
 from graphprune.importance.gates import GatedLoss
 from graphprune.inference import infer
@@ -210,6 +211,21 @@ def test_a_closed_gate_silences_its_channel(name: str) -> None:
 def _squares(output: Any, _: Any) -> Tensor:
     tensors = (tensor for _, tensor in output_tensors(output) if tensor.is_floating_point())
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+
+
+def test_what_costs_more_goes_first_where_scores_are_losses() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.MaxPool2d(4), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+    )
+    graph = gp.analyze(model, torch.randn(1, 3, 8, 8))
+    costly, cheap = graph.groups
+    alike = {group.name: np.arange(1.0, 9.0) for group in graph.groups}
+    request = Request(0.3, of="macs", align=1)
+    ranked, weighed = (
+        choose(graph, alike, request, losses=losses).keep for losses in (False, True)
+    )
+    assert len(weighed[costly.name]) < len(ranked[costly.name])
+    assert len(weighed[cheap.name]) == 8
 
 
 def test_lamp_is_the_share_of_a_square_among_no_smaller_ones() -> None:

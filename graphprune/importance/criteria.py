@@ -37,6 +37,14 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
 # Sums over a group's members say nothing of another group, which may have more and larger ones.
 _OF_THEIR_GROUP = ("random", "l1", "l2")
 
+# What a channel's going does to a loss or an error, to be weighed against what it saves.
+_LOSSES = ("taylor", "taylor2", "fisher", "obs", "oracle", "reconstruction")
+
+
+def are_losses(importance: Importance) -> bool:
+    """Say whether the scores of a criterion are amounts of a loss or an error, not ranks."""
+    return importance in _LOSSES
+
 
 def scores(subject: Subject, importance: Importance) -> Scores:
     """Return a score for every slot of every group, higher for slots that matter more.
