@@ -234,7 +234,7 @@ def _rest_of(layout: Layout, axis: Axis) -> list[int]:
 
 def _per_cost(groups: Sequence[Group], scores: Scores, cost: Cost) -> Scores:
     """Return scores over what one slot of the group costs, the lowest score of all being zero."""
-    lowest = min((float(scores[g.name].min()) for g in groups), default=0.0)
+    lowest = min((float(scores[g.name].min()) for g in groups if g.size), default=0.0)
     whole = cost.total()
     saved = {g.name: max(whole - cost.total({g.axis: g.size - 1}), 1) for g in groups}
     return {g.name: (scores[g.name] - min(lowest, 0.0)) / saved[g.name] for g in groups}

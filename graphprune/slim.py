@@ -22,6 +22,7 @@ from graphprune.errors import (
     GraphPruneWarning,
     InvalidRequestError,
     OtherOperatorsError,
+    PlanError,
     VerificationError,
 )
 from graphprune.groups import DependencyGraph
@@ -340,13 +341,15 @@ def _verified(
     masks = plan.masks(graph)
     try:
         return verify(module, slimmer, job.inputs, graph.inference, masks)
-    except OtherOperatorsError:
+    except OtherOperatorsError as other:
         silenced = silenced_copy(module, graph.inference, masks, {})
         on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
         used = plan.without(_not_used(on_data, plan, graph))
-        return verify(
-            module, slimmer, job.inputs, on_data.inference, used.masks(on_data), as_it_is=True
-        )
+        try:
+            masks = used.masks(on_data)
+        except PlanError:  # sizes follow values too
+            raise other from None
+        return verify(module, slimmer, job.inputs, on_data.inference, masks, as_it_is=True)
 
 
 def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:

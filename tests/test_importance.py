@@ -15,6 +15,7 @@ from torch.func import grad, hessian
 import graphprune as gp
 from graphprune.calibration import batches_of
 from graphprune.choose import Request, choose
+from graphprune.groups import Group
 from graphprune.importance import CRITERIA, Subject, scores
 from graphprune.importance.gates import GatedLoss
 from graphprune.inference import infer
@@ -219,13 +220,18 @@ def test_what_costs_more_goes_first_where_scores_are_losses() -> None:
     )
     graph = gp.analyze(model, torch.randn(1, 3, 8, 8))
     costly, cheap = graph.groups
-    alike = {group.name: np.arange(1.0, 9.0) for group in graph.groups}
-    request = Request(0.3, of="macs", align=1)
-    ranked, weighed = (
-        choose(graph, alike, request, losses=losses).keep for losses in (False, True)
-    )
-    assert len(weighed[costly.name]) < len(ranked[costly.name])
-    assert len(weighed[cheap.name]) == 8
+    losses = {costly.name: np.full(8, 2.0), cheap.name: np.full(8, 1.0)}
+    request = Request(0.05, of="macs", align=1)
+    ranked, weighed = (choose(graph, losses, request, losses=own).keep for own in (False, True))
+    assert len(ranked[cheap.name]) < 8 == len(ranked[costly.name])
+    assert len(weighed[costly.name]) < 8 == len(weighed[cheap.name])
+
+
+def test_a_group_without_channels_has_no_scores() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    graph = gp.analyze(model, torch.randn(2, 5))
+    graph.groups.append(Group("none", Axis(0), (), False))
+    assert scores(Subject(model, graph), "l2")["none"].shape == (0,)
 
 
 def test_lamp_is_the_share_of_a_square_among_no_smaller_ones() -> None:

@@ -92,6 +92,8 @@ def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.
 
 def _relative(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return scores in units of their mean, so that groups of different scale can compete."""
+    if not values.size:
+        return values
     shifted = values - min(0.0, float(values.min()))
     mean = float(shifted.mean())
     return shifted / mean if mean > 0 else np.ones_like(shifted)
