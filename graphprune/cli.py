@@ -47,7 +47,7 @@ def slim(
     out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")],
     ratio: Ratio = 0.5,
     of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
-    importance: Annotated[str, typer.Option(help="l2, l1 or random")] = "l2",
+    importance: Annotated[str, typer.Option(help="l2, l1, lamp, bn_scale or random")] = "l2",
     renormalised: Annotated[bool, typer.Option(help="also cut along norms")] = False,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
