@@ -224,6 +224,24 @@ def test_a_weight_with_two_readers_is_left_as_it_is() -> None:
     assert "0.weight: " in str(result.compensation)
 
 
+def test_a_matrix_that_is_no_parameter_is_left_as_it_is() -> None:
+    class Transformed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(5, 3)
+            self.register_buffer("basis", torch.randn(8, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu() @ self.basis)
+
+    model, data = Transformed(), batches(vector)
+    result = gp.slimmed(model, 0.5, data[0], data=data, compensate=True)
+    assert result.compensation is not None
+    assert "basis" not in [layer.weight for layer in result.compensation.layers]
+    rows, columns = (result.plan.keep[name] for name in ("first.weight:0", "last.weight:1"))
+    assert torch.equal(result.model.basis, model.basis[rows][:, columns])
+
+
 def test_repair_does_not_depend_on_how_the_data_is_cut_into_batches() -> None:
     model, data = lively(REDUNDANT["convolution"][0]()), batches(image, count=2)
     together = [torch.cat(data)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.rules import bind_arguments
+from graphprune.state import parameter_names
 
 aten = torch.ops.aten
 
@@ -227,16 +228,18 @@ def held_by(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def layers_of(graph_module: fx.GraphModule) -> dict[str, Layer]:
-    """Return, by the name of its weight, each layer whose weight and bias nothing else reads."""
+    """Return, by the name of its weight, each layer whose parameters nothing else reads."""
+    parameters = parameter_names(graph_module)
     readers: dict[str, set[fx.Node]] = {}
     for read in graph_module.graph.find_nodes(op="get_attr"):
         readers.setdefault(str(read.target), set()).update(read.users)
     found: dict[str, Layer] = {}
     for layer in filter(None, map(_layer, graph_module.graph.nodes)):
         held = [layer.weight, *([layer.bias] if layer.bias else [])]
-        if all(h.op == "get_attr" and readers[str(h.target)] == {layer.node} for h in held):
-            weight, *bias = (held_by(graph_module, one) for one in held)
-            if layer.takes(weight) and all(tensor.dim() == 1 for tensor in bias):
+        if all(readers.get(str(one.target)) == {layer.node} for one in held):
+            weight, *bias = (parameters.get(str(one.target)) for one in held)
+            flat = all(one is not None and one.dim() == 1 for one in bias)
+            if weight is not None and layer.takes(weight) and flat:
                 found[str(layer.weight.target)] = layer
     return found
 
