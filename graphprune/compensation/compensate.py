@@ -98,6 +98,9 @@ def compensated(
 ) -> Compensation:
     """Change the weights of a slim model, in place, so that it does what the original did on the data.
 
+    Both models run on all batches side by side, so that each layer is met once: what is held is what
+    they hold at one point of their run, for all batches, and sums of a layer's features squared.
+
     Args:
         original: the model that was cut.
         slimmer: the slim model; its parameters and batch norm statistics change.
