@@ -193,6 +193,23 @@ def test_a_sum_is_what_is_aimed_at(monkeypatch: Any) -> None:
     assert with_sums < error(repaired())
 
 
+def test_a_layer_that_is_broadcast_in_a_sum_aims_at_its_own_output() -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+            self.places = nn.Parameter(torch.randn(5, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.places + self.middle(self.first(x).relu())[:, None]).relu())
+
+    model, data = lively(Broadcast()), batches(vector)
+    result = gp.slimmed(model, 0.5, data[0], data=data, compensate=True)
+    assert result.compensation is not None
+    before, after = zip(*((x.before, x.after) for x in result.compensation.layers), strict=True)
+    assert sum(after) < 0.9 * sum(before)
+
+
 def test_batch_norm_says_the_same_in_training_after_a_repair() -> None:
     model, plan = doubled(lively(REDUNDANT["into_a_batch_norm"][0]()))
     data = batches(image, count=1)

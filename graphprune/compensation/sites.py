@@ -40,8 +40,9 @@ class Site:
     @property
     def bounds(self) -> tuple[float, float]:
         """Below the first and above the second, all that reads the end takes one value for another."""
-        all_bounds = [_bounds(reader) for reader in self.end.users]
-        return min(low for low, _ in all_bounds), max(high for _, high in all_bounds)
+        of_readers = [_bounds(reader) for reader in self.end.users]
+        low = min((low for low, _ in of_readers), default=-math.inf)
+        return low, max((high for _, high in of_readers), default=math.inf)
 
 
 def _bounds(reader: fx.Node) -> tuple[float, float]:
@@ -101,9 +102,15 @@ def followed(layer: Layer) -> Site:
     operands = bind_arguments(reader.target, reader.args, dict(reader.kwargs))  # type: ignore[arg-type]
     pair = [operands["self"], operands["other"]]
     rest = next((one for one in pair if one is not last), None)
-    if operands["alpha"] != 1 or not isinstance(rest, fx.Node):
+    if operands["alpha"] != 1 or not isinstance(rest, fx.Node) or not _have_one_shape(rest, last):
         return Site(layer, norm)
     return Site(layer, norm, reader, rest)
+
+
+def _have_one_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Say whether two values are known to have the same shape, so that neither is broadcast."""
+    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (a, b)]
+    return None not in shapes and list(map(str, shapes[0])) == list(map(str, shapes[1]))
 
 
 def _is_own_norm(node: fx.Node) -> bool:
