@@ -109,8 +109,9 @@ def followed(layer: Layer) -> Site:
 
 def _have_one_shape(a: fx.Node, b: fx.Node) -> bool:
     """Say whether two values are known to have the same shape, so that neither is broadcast."""
-    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (a, b)]
-    return None not in shapes and list(map(str, shapes[0])) == list(map(str, shapes[1]))
+    values = [node.meta.get("val") for node in (a, b)]
+    shapes = [list(map(str, v.shape)) for v in values if isinstance(v, torch.Tensor)]
+    return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def _is_own_norm(node: fx.Node) -> bool:
