@@ -38,7 +38,7 @@ from graphprune.layout import Concat, Layout, free_axes, resolve, size_of, why_f
 Row: TypeAlias = dict[str, Any]
 
 RATIO = 0.5
-SECONDS, GIGABYTES = 300, 10
+SECONDS, GIGABYTES = 300, 16
 
 # Why a channel of a convolution or a linear layer may stay without anything being amiss.
 GOOD_REASONS = (
