@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
@@ -52,13 +52,14 @@ GOOD_REASONS = (
 )
 
 
-def measured(member: str) -> Row:
-    """Return everything that the table says about one member."""
+def measured(member: str) -> Iterator[Row]:
+    """Yield what the table says about one member: without its export, then with it."""
     try:
         model, inputs = zoo_members.build(member)
         call(model, gp.Inputs.of(inputs))
     except Exception as failure:
-        return {"untried": _in_short(failure)}
+        yield {"untried": _in_short(failure)}
+        return
     row: Row = {"before": gp.count_parameters(model)}
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -78,8 +79,8 @@ def measured(member: str) -> Row:
         ),
         **coverage(model, result.graph),
     }
-    row |= exported(model, result.model, inputs)
-    return row
+    yield {**row, "equal": None, "export": f"not done in {SECONDS} s"}
+    yield row | exported(model, result.model, inputs)
 
 
 def exported(model: nn.Module, slimmer: nn.Module, inputs: Any) -> Row:
@@ -144,17 +145,21 @@ def _in_short(error: BaseException) -> str:
 
 
 def one(member: str, answer: Connection) -> None:
-    """Send the row of one member; what goes wrong is its refusal."""
+    """Send the row of one member each time that more is known; what goes wrong is its refusal."""
     limit = GIGABYTES << 30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         try:
-            row = measured(member)
+            for row in measured(member):
+                answer.send(row | {"peak": _peak()})
         except Exception as failure:
-            row = {"refused": _in_short(failure)}
-    row["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    answer.send(row)
+            answer.send({"refused": _in_short(failure), "peak": _peak()})
+
+
+def _peak() -> float:
+    """Return the most memory that this process has held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
 # Processes are forked from one that has imported the libraries, which takes longer than most models.
@@ -168,14 +173,18 @@ def run(member: str) -> Row:
     process = _PROCESSES.Process(target=one, args=(member, sender))
     process.start()
     sender.close()
+    row: Row = {}
+    end = time.monotonic() + SECONDS
     try:
-        if not receiver.poll(SECONDS):
-            return {"refused": f"not done in {SECONDS} s"}
-        row: Row = receiver.recv()
-        return row
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            row = receiver.recv()
+        return row or {"refused": f"not done in {SECONDS} s"}
     except EOFError:
         process.join()
-        return {"refused": f"its process ended with {process.exitcode}"}
+        why = f"its process ended with {process.exitcode}"
+        if process.exitcode == 0:
+            return row
+        return {**row, "export": why} if row else {"refused": why}
     finally:
         process.kill()
         process.join()
