@@ -254,9 +254,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("zoo.md"))
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        sys.path
-    )  # the server of processes starts without it
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # which the server of processes lacks
     kept = options.out.with_suffix(".jsonl")
     rows = _kept(kept, options.again)
     waiting = [name for name in _members(options.only) if name not in rows]

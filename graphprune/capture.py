@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -210,6 +210,16 @@ def is_aten_graph(model: nn.Module) -> bool:
         )
         for node in model.graph.nodes
     )
+
+
+def graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """Return the model itself if it is a graph of ATen operators, else a graph of it.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+
+    """
+    return cast(fx.GraphModule, model) if is_aten_graph(model) else capture(model, inputs)
 
 
 def _is_arithmetic(node: fx.Node) -> bool:

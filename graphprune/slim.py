@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
 from graphprune.calibration import batches_of
-from graphprune.capture import capture, is_aten_graph, prepared, reexported
+from graphprune.capture import graph_of, is_aten_graph, prepared, reexported
 from graphprune.choose import Align, Request, Unit, choose
 from graphprune.compensation import Compensation, Method, compensated, method_of
 from graphprune.errors import (
@@ -185,10 +185,9 @@ def slimmed(
     batches = None if data is None else batches_of(data)
 
     def plan_for(graph: DependencyGraph) -> Plan:
-        subject = Subject(module, graph, batches, loss, seed)
         if plan is not None:
             return plan
-        found = scores(subject, importance)
+        found = scores(Subject(module, graph, batches, loss, seed), importance)
         return choose(graph, found, request, losses=are_losses(importance))
 
     result = in_form(form, Job(module, inputs, plan_for, verify and has_data))
@@ -291,9 +290,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
 
     """
     try:
-        module = job.module
-        if not is_aten_graph(module):
-            module = capture(module, job.inputs)
+        module = graph_of(job.module, job.inputs)
     except GraphPruneError as failure:
         raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
     graph = DependencyGraph(infer(module, job.inputs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphprune.errors import InvalidRequestError, in_a_line
@@ -20,7 +21,8 @@ class Run(fx.Interpreter):
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
-        self.args_iter = iter(flat_arguments(graph_module, inputs))
+        own = inputs.map(torch.clone)  # operators may write over them
+        self.args_iter = iter(flat_arguments(graph_module, own))
         self.inputs = inputs
         self.order = order
         self.place = 0

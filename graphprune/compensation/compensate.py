@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.calibration import Batch, Layer, Run, layers_of
-from graphprune.capture import capture, is_aten_graph
+from graphprune.capture import graph_of
 from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.sites import Site, followed, sites_of
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
@@ -31,7 +31,6 @@ from graphprune.shrink import sliced
 from graphprune.state import evaluating, named_tensors
 
 Method: TypeAlias = Literal["least_squares", "constants"]
-
 
 # Fits where a ReLU follows: each aims at what is left to gain after the one before.
 _ROUNDS = 4
@@ -122,7 +121,7 @@ def compensated(
         raise InvalidRequestError(
             "compensate= needs weights, and this model is on the meta device; load them first"
         )
-    wanted, given = _graph_of(original, inputs), _graph_of(slimmer, inputs)
+    wanted, given = graph_of(original, inputs), graph_of(slimmer, inputs)
     graph = DependencyGraph(infer(wanted, inputs))
     with evaluating(given), evaluating(wanted):
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
@@ -144,10 +143,6 @@ def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
     for name, tensor in named_tensors(model).items():
         if name in values and values[name].shape == tensor.shape:
             tensor.copy_(values[name])
-
-
-def _graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    return cast(fx.GraphModule, model) if is_aten_graph(model) else capture(model, inputs)
 
 
 class _Repair:

@@ -15,11 +15,9 @@ class BatchNorm:
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
         self.eps: float = given["eps"]
-        self.held = {
-            name: given[name] for name in ("weight", "bias", "running_mean", "running_var")
-        }
         self.weight, self.bias, self.mean, self.variance = (
-            held_by(graph_module, one) for one in self.held.values()
+            held_by(graph_module, given[name])
+            for name in ("weight", "bias", "running_mean", "running_var")
         )
 
     @property

@@ -194,16 +194,8 @@ def _table(rows: Sequence[Row], model: nn.Module, test: Sample) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in (
-        "channels",
-        "params",
-        "MACs",
-        "verified",
-        "as cut",
-        "repaired",
-        "tuned",
-        "latency",
-    ):
+    accuracies = ("as cut", "repaired", "tuned")
+    for name in ("channels", "params", "MACs", "verified", *accuracies, "latency"):
         table.add_column(name, justify="right", no_wrap=True)
     parameters, macs = count_parameters(model), count_macs(model, (test.images[:1],))
     original = f"{accuracy(model, test):.1%}"

@@ -55,9 +55,9 @@ class GatedLoss:
         gated = dict(self.parameters)
         for group, parameter, slots in self.slots:
             factors = gates[group].to(gated[parameter].dtype)
-            closed = torch.cat(
+            factors = torch.cat(
                 [factors, factors.new_ones(1)]
-            )  # slot -1 is no slot: its factor is one
-            gated[parameter] = gated[parameter] * closed[slots]
+            )  # the last for slot -1, which is none
+            gated[parameter] = gated[parameter] * factors[slots]
         output = functional_call(self.model, gated, inputs.args, inputs.kwargs)
         return self.loss(output, target)

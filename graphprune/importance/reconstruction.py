@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
-from graphprune.capture import capture, is_aten_graph
+from graphprune.capture import graph_of
 from graphprune.groups import DependencyGraph
 from graphprune.importance.magnitude import l2
 from graphprune.importance.subject import Scores, Subject
@@ -93,12 +92,10 @@ def reconstruction(subject: Subject) -> Scores:
     """Score by the error of the layers that read a channel, after least squares have made up for it.
 
     Units: squared error over the variance of the layer's output. Groups that no convolution or linear
-    layer reads are scored by their weights.
+    layer reads are scored by their share of the group's squared weights.
     """
     inputs, module = subject.data[0].inputs, subject.model
-    graph_module = (
-        cast(fx.GraphModule, module) if is_aten_graph(module) else capture(module, inputs)
-    )
+    graph_module = graph_of(module, inputs)
     traced = DependencyGraph(infer(graph_module, inputs))
     with evaluating(graph_module):
         readings = _readings(graph_module, traced, subject.data)
@@ -107,8 +104,13 @@ def reconstruction(subject: Subject) -> Scores:
     for group in subject.graph.groups:
         own = traced.by_name.get(group.name)
         parts = [] if own is None else [p for one in readings for p in _parts(one, own.axis)]
-        found[group.name] = _eliminated(parts) if parts else by_weight[group.name]
+        found[group.name] = _eliminated(parts) if parts else _shares(by_weight[group.name])
     return found
+
+
+def _shares(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    squares = np.square(norms)
+    return squares / max(float(squares.sum()), np.finfo(float).tiny)
 
 
 def _readings(
