@@ -183,12 +183,16 @@ def slimmed(
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if data is None else batches_of(data)
+    chosen: dict[tuple[Any, ...], Plan] = {}
 
     def plan_for(graph: DependencyGraph) -> Plan:
         if plan is not None:
             return plan
-        found = scores(Subject(module, graph, batches, loss, seed), importance)
-        return choose(graph, found, request, losses=are_losses(importance))
+        groups = tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
+        if groups not in chosen:  # a second form that is tried has the groups of the first
+            found = scores(Subject(module, graph, batches, loss, seed), importance)
+            chosen[groups] = choose(graph, found, request, losses=are_losses(importance))
+        return chosen[groups]
 
     result = in_form(form, Job(module, inputs, plan_for, verify and has_data))
     if method is None:

@@ -121,7 +121,7 @@ def test_the_oracle_is_the_loss_of_the_model_without_a_channel(
             assert found[group.name][slot] == pytest.approx(sum(changes) / len(data), rel=1e-9)
 
 
-def test_fisher_is_the_mean_square_over_samples(model: Perceptron, data: Any) -> None:
+def test_fisher_is_half_the_mean_square_over_samples(model: Perceptron, data: Any) -> None:
     each = [
         [-s for s in scored("taylor", model, [(x[None], t[None])])]
         for x, t in zip(*data[0], strict=True)
@@ -129,7 +129,7 @@ def test_fisher_is_the_mean_square_over_samples(model: Perceptron, data: Any) ->
     for given, of_samples in zip(
         scored("fisher", model, data[:1]), zip(*each, strict=True), strict=True
     ):
-        np.testing.assert_allclose(given, np.square(of_samples).mean(0), rtol=1e-9)
+        np.testing.assert_allclose(given, np.square(of_samples).mean(0) / 2, rtol=1e-9)
 
 
 def test_obs_charges_less_for_a_channel_that_another_can_replace() -> None:

@@ -7,6 +7,7 @@ new message without a case fails.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -23,6 +24,8 @@ import torch
 import graphprune as gp
 from graphprune.errors import GraphPruneError
 from tests.message_cases import CASES, Case
+
+importlib.import_module("tests.message_cases_outside")  # adds its own
 
 ROOT = Path(gp.__file__).parent
 INTERNAL = ("layout.py", "kernels.py")  # what they raise is for the library's own code

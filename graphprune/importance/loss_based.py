@@ -4,8 +4,8 @@ With a gate `a` on every channel (1 as it is, 0 for a channel that is gone), the
 changes by E(a = 0) - E(a = 1), which is computed ("oracle"), or expanded around a = 1. A channel's
 output is `a * o`, so dE/da = o dE/do and d2E/da2 = o2 d2E/do2, summed over everything that a channel
 holds: these are the terms of The Incredible Shrinking Neural Network (arXiv 1701.04465, section 3),
-for whole units of any network. Scores are the predicted changes, signed: a negative one says that the
-loss gets smaller without the channel.
+for whole units of any network. Scores are the changes, signed: a negative one says that the loss gets
+smaller without the channel; what is estimated from squares is never negative.
 
 Units: those of the loss, averaged over batches.
 """
@@ -38,18 +38,20 @@ def taylor(subject: Subject) -> Scores:
 
 def taylor2(subject: Subject) -> Scores:
     """Score by first- and second-order terms, -o dE/do + o2/2 d2E/do2, with the exact second derivative."""
-    first, second = _mean(_first, subject), _mean(_second, subject)
-    return _as_scores({name: second[name] / 2 - first[name] for name in first})
+    return _as_scores(_mean(_two_terms, subject))
 
 
 def fisher(subject: Subject) -> Scores:
-    """Score by the mean square, over samples, of the first-order term.
+    """Score by half the mean square, over samples, of the first-order term.
+
+    It is the second-order term where the Fisher information stands for the Hessian, and the first is
+    zero.
 
     Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, section 2.1
     (arXiv 1801.05787).
     """
     each = _each_sample(subject)
-    return _as_scores({name: first.square().mean(0) for name, first in each.items()})
+    return _as_scores({name: first.square().mean(0) / 2 for name, first in each.items()})
 
 
 def obs(subject: Subject) -> Scores:
@@ -76,6 +78,11 @@ def oracle(subject: Subject) -> Scores:
 def _first(gated: GatedLoss, batch: Batch) -> Gates:
     first: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
     return first
+
+
+def _two_terms(gated: GatedLoss, batch: Batch) -> Gates:
+    first, second = _first(gated, batch), _second(gated, batch)
+    return {name: second[name] / 2 - first[name] for name in first}
 
 
 def _second(gated: GatedLoss, batch: Batch) -> Gates:

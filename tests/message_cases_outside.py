@@ -1,0 +1,125 @@
+"""What is said of ONNX files, of timing and on the command line; see message_cases.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import graphprune as gp
+from graphprune import cli, onnx, timing
+from tests.message_cases import Does, X, case, net, said
+
+# ------------------------------------------------------------------------------------------- ONNX
+
+
+@case(
+    r"the model cannot be run in PyTorch on Inputs\(float32\[2, 5\]\): RuntimeError: mat1 and mat2 shapes "
+    r"cannot be multiplied \(2x5 and 6x8\)"
+)
+def export_of_a_model_that_does_not_run(folder: Path) -> None:
+    gp.export(net(), torch.ones(2, 5), folder / "net.onnx")
+
+
+@case(r"the model gives no tensors for Inputs\(float32\[2, 6\]\), so nothing to export")
+def export_of_nothing(folder: Path) -> None:
+    gp.export(Does(lambda module, x: None), X, folder / "net.onnx")
+
+
+@case(
+    r"the model cannot be exported to ONNX: DispatchError: No ONNX function found for .*bessel_j0.*"
+)
+def export_of_what_onnx_lacks(folder: Path) -> None:
+    gp.export(Does(lambda module, x: torch.special.bessel_j0(x)), X, folder / "net.onnx")
+
+
+@case(
+    r"dimension 0 of x is fixed to 2 in net\.onnx, because exporting it free did not work: \w+: .+"
+)
+def export_of_one_batch_size(folder: Path) -> None:
+    gp.export(Does(lambda module, x: module.last(x.view(2, 8))), X, folder / "net.onnx")
+
+
+@case(r"opset 3 was asked for, but PyTorch could only write \d+")
+def an_old_opset(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx", opset=3)
+
+
+@case(r"ONNX Runtime has no provider 'Abacus' here; it has .*CPUExecutionProvider")
+def a_provider_that_is_not_there(folder: Path) -> None:
+    onnx.open_session(folder / "net.onnx", "Abacus")
+
+
+@case("ONNX Runtime cannot start 'AbacusExecutionProvider' here")
+def a_provider_that_does_not_start(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["AbacusExecutionProvider"])
+        monkeypatch.setattr(ort.InferenceSession, "__init__", lambda *_, **__: None)
+        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [onnx.CPU])
+        onnx.open_session(folder / "net.onnx", "AbacusExecutionProvider")
+
+
+class Session:
+    """A session of ONNX Runtime whose results are changed."""
+
+    change: Callable[[Any], Any]
+
+    def __init__(self, path: Path) -> None:
+        self.session = real_session(path)
+
+    def get_inputs(self) -> Any:
+        return self.session.get_inputs()
+
+    def run(self, names: None, feed: Any) -> Any:
+        return [type(self).change(array) for array in self.session.run(names, feed)]
+
+
+real_session = onnx.open_session
+
+
+def changed(folder: Path, change: Callable[[Any], Any]) -> None:
+    kind = type("Changed", (Session,), {"change": staticmethod(change)})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules["graphprune.onnx"], "open_session", kind)
+        gp.export(nn.ReLU(), torch.ones(2, 3), folder / "relu.onnx")
+
+
+@case(r"output at batch 2 has shape \[2, 3\] in PyTorch and \[3, 2\] in ONNX Runtime")
+def another_shape_in_onnx_runtime(folder: Path) -> None:
+    changed(folder, np.transpose)
+
+
+@case(
+    r"output at batch 2, shape \[2, 3\], differs between PyTorch and ONNX Runtime by 0\.5 of its largest "
+    r"value; the tolerance is 0\.0001"
+)
+def another_result_in_onnx_runtime(folder: Path) -> None:
+    changed(folder, lambda array: array + 0.5)
+
+
+@case("no feeds for b; each model needs its own")
+def no_feed(folder: Path) -> None:
+    timing.time_onnx({"b": folder / "b.onnx"}, {})
+
+
+# ------------------------------------------------------------------------------- the command line
+
+said(r"there is no file missing\.pt", lambda: cli.loaded("missing.pt"))
+said("os:getcwd gives a str, not a model", lambda: cli.loaded("os:getcwd"))
+said(
+    r"'resnet18' names no model; write package\.module:callable, or a file ending in \.pt or \.pt2",
+    lambda: cli.loaded("resnet18"),
+)
+said(
+    r"'no\.such:model' does not give a model: No module named 'no'",
+    lambda: cli.loaded("no.such:model"),
+)
+said(r"--input 'a,b' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["a,b"]))
