@@ -107,7 +107,8 @@ class _BeforeDispatch(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and isinstance(args[0], float) and kwargs.get("dtype") is None:
+        number = args[0] if args else kwargs.get("data")
+        if func is torch.tensor and isinstance(number, float) and kwargs.get("dtype") is None:
             return func(*args, **{**kwargs, "dtype": torch.float64})
         whole = overload_of(func, args)
         if whole is None:
@@ -126,8 +127,9 @@ def _normal(tensor: Tensor) -> Tensor:
 def _in_double(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by name with the type that is asked for, or that a number needs, doubled."""
     dtype = kwargs.get("dtype")
-    if dtype is None and func is torch.ops.aten.full.default and isinstance(args[1], float):
-        dtype = torch.float64
+    if dtype is None and func is torch.ops.aten.full.default:
+        number = args[1] if len(args) > 1 else kwargs["fill_value"]
+        dtype = torch.float64 if isinstance(number, float) else None
     return kwargs if dtype is None else {**kwargs, "dtype": double_of(dtype)}
 
 

@@ -112,7 +112,8 @@ on_channels(
     "lowest_numbers",
     function=lambda x: (
         x.maximum(torch.full((), torch.finfo(x.dtype).min))
-        .minimum(torch.tensor(torch.finfo(x.dtype).max, device=x.device))
+        .minimum(torch.tensor(data=torch.finfo(x.dtype).max, device=x.device))
+        .maximum(torch.tensor(torch.finfo(x.dtype).min))
         .relu()
     ),
     last=out,
