@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import tomllib
 from pathlib import Path
 
 import torch
@@ -149,6 +150,14 @@ def test_imports_follow_the_layers() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphprune."):
                 other = (node.module or "").split(".")[1]
                 assert LAYERS.index(other) <= mine, f"{path.name} imports {node.module}"
+
+
+def test_every_package_is_installed() -> None:
+    root = Path(gp.__file__).parent
+    here = {"graphprune", "graphprune.passes"}
+    here |= {f"graphprune.{path.parent.name}" for path in root.glob("*/__init__.py")}
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    assert set(project["tool"]["setuptools"]["packages"]) == here
 
 
 def test_public_names_exist_and_are_documented() -> None:
