@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,25 +10,19 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from graphprune.allocation import Align, allowed_sizes, competing, nearest, per_cost, quantiles
 from graphprune.cost import Cost, mac_cost, parameter_cost
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
-from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
 from graphprune.plan import Plan
 
 Unit: TypeAlias = Literal["channels", "parameters", "macs"]
-Align: TypeAlias = int | Literal["auto"]
+Ranking: TypeAlias = Literal["auto", "uniform", "global"]
 
-# ONNX Runtime's blocked convolution kernels take channels in blocks of 8 (AVX2) or 16 (AVX-512), and
-# leave them for slow ones when a count is not a multiple of 4.
-CONVOLUTION_BLOCK = 8
-CONVOLUTION_MULTIPLE = 4
-
-# Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
-GROUPED_MULTIPLE = 8
+# A target that is missed by more than this share of the total is worth a warning.
+_MISSED = 0.02
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,12 @@ class Request:
 
     Attributes:
         ratio: fraction to remove, 0 <= ratio < 1.
-        of: what the ratio counts: "channels" cuts every group by the same fraction; "parameters" and
-            "macs" rank all channels together until that fraction of the model's total is gone.
+        of: what the ratio counts: "channels" of the groups that may be cut, "parameters" or "macs" of
+            the whole model.
+        ranking: "uniform" removes the same fraction of each group; "global" has the channels of all
+            groups compete; "auto" is uniform for channels and global for the others.
+        steps: how many times the channels that are left are scored while the ratio is approached: 1
+            for a single ranking, more for iterative re-ranking.
         align: keep a multiple of this many channels where they belong to convolutions; "auto" keeps
             multiples of 8, or of 4 in groups under 16; 1 keeps any number.
         include: cut only groups with a name, or a member parameter's name, that fits one of these globs.
@@ -54,6 +51,8 @@ class Request:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     renormalised: bool = False
+    ranking: Ranking = "auto"
+    steps: int = 1
 
     def __post_init__(self) -> None:
         ratio = self.ratio
@@ -63,6 +62,12 @@ class Request:
             )
         if self.of not in ("channels", "parameters", "macs"):
             raise InvalidRequestError(f"of={self.of!r} must be 'channels', 'parameters' or 'macs'")
+        if self.ranking not in ("auto", "uniform", "global"):
+            raise InvalidRequestError(
+                f"ranking={self.ranking!r} must be 'auto', 'uniform' or 'global'"
+            )
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidRequestError(f"steps={self.steps!r} must be a whole number from 1")
         if self.align != "auto" and (not isinstance(self.align, int) or self.align < 1):
             raise InvalidRequestError(
                 f"align={self.align!r} must be 'auto' or a whole number from 1"
@@ -71,18 +76,28 @@ class Request:
             if isinstance(getattr(self, name), str):
                 raise InvalidRequestError(f"{name} must be a list of patterns, not the text alone")
 
+    @property
+    def is_global(self) -> bool:
+        """Whether the channels of all groups compete."""
+        return self.ranking == "global" or (self.ranking == "auto" and self.of != "channels")
+
 
 def choose(
-    graph: DependencyGraph, scores: Scores, request: Request, *, losses: bool = False
+    graph: DependencyGraph,
+    scores_without: Callable[[Plan | None], Scores],
+    request: Request,
+    *,
+    losses: bool = False,
 ) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
 
     Args:
         graph: the groups to choose from.
-        scores: by group, a score a slot.
+        scores_without: gives, by group, a score a slot, once what a plan removes is gone; asked once
+            a step, first without a plan.
         request: what to cut.
         losses: the scores are amounts of a loss, so that channels of different groups compete by loss
-            for each parameter or MAC saved; else by the scores as they are.
+            for each channel, parameter or MAC saved; else by the scores as they are.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
@@ -92,18 +107,41 @@ def choose(
     if not groups and request.ratio > 0:
         warnings.warn(_nothing_to_cut(graph, request), GraphPruneWarning, stacklevel=3)
     options = {group.name: allowed_sizes(graph, group, request.align) for group in groups}
-    if request.of == "channels":
-        kept = {g.name: nearest(options[g.name], g.size * (1 - request.ratio)) for g in groups}
-    else:
-        cost = (parameter_cost if request.of == "parameters" else mac_cost)(graph.inference)
-        priorities = _per_cost(groups, scores, cost) if losses else scores
-        kept = _globally(groups, priorities, options, cost, request)
-    inexact = [g.name for g in groups if not g.exact and kept[g.name] < g.size]
+    cost = _cost(graph, groups, request.of)
+    keep = {group.name: list(range(group.size)) for group in groups}
+    sizes = {group.name: group.size for group in groups}
+    for step in range(1, request.steps + 1):
+        scores = _of_what_is_left(scores_without(Plan(keep, sizes) if step > 1 else None), keep)
+        ratio = request.ratio * step / request.steps
+        if request.of == "channels" and not request.is_global:
+            counts = {g.name: nearest(options[g.name], g.size * (1 - ratio)) for g in groups}
+        else:
+            priorities = scores if request.is_global else quantiles(scores)
+            if request.is_global and losses:
+                left = {name: len(kept) for name, kept in keep.items()}
+                priorities = per_cost(groups, scores, cost, left)
+            counts = competing(groups, priorities, options, cost, cost.total() * (1 - ratio))
+        keep = {group.name: highest(scores[group.name], counts[group.name]) for group in groups}
+    inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
         warnings.warn(_inexact(graph, inexact), GraphPruneWarning, stacklevel=3)
-    keep = {group.name: highest(scores[group.name], kept[group.name]) for group in groups}
-    asked = {"ratio": request.ratio, "of": request.of, "align": request.align}
-    return Plan(keep, {group.name: group.size for group in groups}, asked)
+    _warn_of_missed(groups, options, keep, cost, request)
+    asked = {name: getattr(request, name) for name in ("ratio", "of", "ranking", "steps", "align")}
+    return Plan(keep, sizes, asked)
+
+
+def _cost(graph: DependencyGraph, groups: Sequence[Group], unit: Unit) -> Cost:
+    if unit == "channels":
+        return Cost(0, tuple((1, (group.axis,)) for group in groups))
+    return (parameter_cost if unit == "parameters" else mac_cost)(graph.inference)
+
+
+def _of_what_is_left(scores: Scores, keep: Mapping[str, Sequence[int]]) -> Scores:
+    """Return the scores, minus infinity for slots that are gone."""
+    return {
+        name: np.where(np.isin(np.arange(len(scores[name])), kept), scores[name], -np.inf)
+        for name, kept in keep.items()
+    }
 
 
 def eligible(graph: DependencyGraph, request: Request) -> list[Group]:
@@ -166,139 +204,49 @@ def _inexact(graph: DependencyGraph, names: Sequence[str]) -> str:
     )
 
 
-def nearest(options: Sequence[int], wanted: float) -> int:
-    """Return the option nearest to the wanted number, the larger of two that are equally near."""
-    return min(options, key=lambda option: (abs(option - wanted), -option))
-
-
 def highest(values: npt.NDArray[np.float64], count: int) -> list[int]:
     """Return the indices of the `count` highest values, in order; earlier ones win ties."""
     order = np.argsort(-values, kind="stable")[:count]
     return sorted(int(i) for i in order)
 
 
-def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[int]:
-    """Return the numbers of slots that may be kept: multiples of the alignment, and all of them."""
-    if align == "auto":
-        block = CONVOLUTION_BLOCK if group.size >= 2 * CONVOLUTION_BLOCK else CONVOLUTION_MULTIPLE
-    else:
-        block = align
-    block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))
-    needed = _slots_for(GROUPED_MULTIPLE, _channels_a_slot(_grouped_dims(graph), group.axis))
-    block = math.lcm(block, needed)
-    return [*range(block, group.size, block), group.size]
-
-
-def _slots_for(block: int, channels: Iterable[int]) -> int:
-    """Return how many slots make a multiple of the block, where a slot holds that many channels."""
-    return max((block // math.gcd(block, each) for each in channels), default=1)
-
-
-def _channels_a_slot(dims: Iterable[Layout], axis: Axis) -> list[int]:
-    """Return how many channels a slot holds, for each of the dimensions that it stands in."""
-    return [channels for layout in dims for channels in _rest_of(layout, axis)]
-
-
-def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
-    return [
-        layout
-        for step in graph.inference.steps
-        if step.func.overloadpacket is torch.ops.aten.convolution
-        for layout in (step.inputs[0].layouts[1], step.outputs[0].layouts[1])
-    ]
-
-
-def _grouped_dims(graph: DependencyGraph) -> list[Layout]:
-    return [
-        layout
-        for step in graph.inference.steps
-        if step.func.overloadpacket is torch.ops.aten._grouped_mm
-        for value in step.inputs[:2]
-        for layout in value.layouts[-2:]
-    ]
-
-
-def _rest_of(layout: Layout, axis: Axis) -> list[int]:
-    layout = resolve(layout)
-    if layout is axis:
-        return [1]
-    if isinstance(layout, Concat):
-        return [rest for part in layout.parts for rest in _rest_of(part, axis)]
-    if isinstance(layout, Product) and any(leaf is axis for leaf in leaves(layout)):
-        for factor in layout.factors:
-            inside = _rest_of(factor, axis)
-            if inside:
-                return [each * size_of(layout) // size_of(factor) for each in inside]
-    return []
-
-
-def _per_cost(groups: Sequence[Group], scores: Scores, cost: Cost) -> Scores:
-    """Return scores over what one slot of the group costs, the lowest score of all being zero."""
-    lowest = min((float(scores[g.name].min()) for g in groups if g.size), default=0.0)
-    whole = cost.total()
-    saved = {g.name: max(whole - cost.total({g.axis: g.size - 1}), 1) for g in groups}
-    return {g.name: (scores[g.name] - min(lowest, 0.0)) / saved[g.name] for g in groups}
-
-
-def _globally(
+def _warn_of_missed(
     groups: Sequence[Group],
-    scores: Scores,
     options: Mapping[str, Sequence[int]],
+    keep: Mapping[str, Sequence[int]],
     cost: Cost,
     request: Request,
-) -> dict[str, int]:
-    """Return how many slots each group keeps when all slots compete by score."""
-    thresholds = np.unique(np.concatenate([[-np.inf], *(scores[g.name] for g in groups)]))
-    target = cost.total() * (1 - request.ratio)
+) -> None:
+    """Warn where the numbers allowed do not let the target be met."""
+    if not groups or (request.of == "channels" and not request.is_global):
+        return
 
-    def kept_above(threshold: float) -> dict[str, int]:
-        return {
-            g.name: nearest(options[g.name], float(np.count_nonzero(scores[g.name] > threshold)))
-            for g in groups
+    def removed(counts: Mapping[str, int]) -> float:
+        return 1 - cost.total({g.axis: counts[g.name] for g in groups}) / max(cost.total(), 1)
+
+    counts = {name: len(kept) for name, kept in keep.items()}
+    share = removed(counts)
+    if share < request.ratio - 1e-9:
+        why = (
+            f"but with at least one channel left in each group that may be cut only {share:.0%} can go; "
+            "renormalised=True or align=1 may free more"
+        )
+    elif share > request.ratio + _MISSED:
+        step = {
+            name: min(o for o in options[name] if o > count) - count
+            for name, count in counts.items()
+            if count < options[name][-1]
         }
-
-    def total(kept: Mapping[str, int]) -> int:
-        return cost.total({g.axis: kept[g.name] for g in groups})
-
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if total(kept_above(thresholds[middle])) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    kept = kept_above(thresholds[low]) if request.ratio > 0 else {g.name: g.size for g in groups}
-    reached = _give_back(kept, options, scores, total, target)
-    if total(reached) > target and groups:
-        warnings.warn(_out_of_reach(cost, total(reached), request), GraphPruneWarning, stacklevel=4)
-    return reached
-
-
-def _give_back(
-    kept: dict[str, int],
-    options: Mapping[str, Sequence[int]],
-    scores: Scores,
-    total: Callable[[Mapping[str, int]], int],
-    target: float,
-) -> dict[str, int]:
-    """Return the best-scored slots that still fit under the target: rounding removed a few too many."""
-    best = {name: np.sort(scores[name])[::-1] for name in kept}
-    waiting = {name for name in kept if kept[name] < options[name][-1]}
-    while waiting:
-        name = max(sorted(waiting), key=lambda n: best[n][kept[n]])
-        larger = {**kept, name: min(o for o in options[name] if o > kept[name])}
-        if total(larger) > target:
-            waiting.discard(name)
-            continue
-        kept = larger
-        if kept[name] == options[name][-1]:
-            waiting.discard(name)
-    return kept
-
-
-def _out_of_reach(cost: Cost, left: int, request: Request) -> str:
-    removed = 1 - left / max(cost.total(), 1)
-    return (
-        f"asked to remove {request.ratio:.0%} of {request.of}, but with at least one channel left in each "
-        f"group that may be cut only {removed:.0%} can go; renormalised=True or align=1 may free more"
+        finest = max(step, key=lambda name: removed({**counts, name: counts[name] + step[name]}))
+        why = (
+            f"and {share:.1%} go, since the numbers of channels allowed are no finer (the next step, "
+            f"{step[finest]} more of {finest!r}, leaves too many)"
+            f"{'' if request.align == 1 else '; align=1 comes nearer'}"
+        )
+    else:
+        return
+    warnings.warn(
+        f"asked to remove {request.ratio:.0%} of {request.of}, {why}",
+        GraphPruneWarning,
+        stacklevel=4,
     )

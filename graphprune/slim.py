@@ -11,10 +11,11 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphprune.allocation import Align
 from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
 from graphprune.calibration import batches_of
 from graphprune.capture import graph_of, is_aten_graph, prepared, reexported
-from graphprune.choose import Align, Request, Unit, choose
+from graphprune.choose import Ranking, Request, Unit, choose
 from graphprune.compensation import Compensation, Method, compensated, method_of
 from graphprune.errors import (
     CaptureError,
@@ -26,7 +27,7 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.groups import DependencyGraph
-from graphprune.importance import Importance, Loss, Subject, are_losses, scores
+from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import counts_of
@@ -34,7 +35,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived, named_tensors
-from graphprune.verify import Verification, check_runs, silenced_copy, verify
+from graphprune.verify import Verification, check_runs, silenced_copy, verify, without
 
 Form: TypeAlias = Literal["auto", "module", "graph"]
 
@@ -90,6 +91,8 @@ def slim(
     *,
     of: Unit = "channels",
     importance: Importance = "l2",
+    ranking: Ranking = "auto",
+    steps: int = 1,
     align: Align = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -109,13 +112,16 @@ def slim(
         ratio: fraction to remove, 0 <= ratio < 1, counted in what `of` names.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments or
             `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
-        of: "channels" cuts every group by the same fraction; "parameters" and "macs" rank all
-            channels together until that fraction of the model's total is gone: by score, or where
-            scores are amounts of a loss by loss for each parameter or MAC.
+        of: "channels" of the groups that may be cut, "parameters" or "macs" of the whole model.
         importance: what makes a channel matter. By the weights: "l2", "l1", "lamp", "bn_scale",
             "random". By what the loss on `data` does without it: "taylor" and "taylor2" (first and
             second order), "fisher", "obs", "oracle" (brute force). Or a function from model and
             dependency graph to scores. `graphprune.importance.CRITERIA` has a docstring for each.
+        ranking: "uniform" removes the same fraction of each group; "global" ranks the channels of all
+            groups together: by score, or where scores are amounts of a loss by loss for each channel,
+            parameter or MAC; "auto" is uniform for channels and global for the others.
+        steps: 1 scores the channels once; more approach the ratio in so many steps and score what is
+            left anew after each, without any training.
         align: numbers of convolution channels to keep: "auto" for what ONNX Runtime runs fast
             (multiples of 8, of 4 in groups under 16), or a number; 1 for any.
         include: cut only groups whose name or a member parameter's name fits one of these globs.
@@ -146,9 +152,9 @@ def slim(
 
     """
     result = slimmed(
-        model, ratio, example_inputs, of=of, importance=importance, align=align, include=include,
-        exclude=exclude, renormalised=renormalised, plan=plan, form=form, verify=verify, seed=seed,
-        data=data, loss=loss, compensate=compensate,
+        model, ratio, example_inputs, of=of, importance=importance, ranking=ranking, steps=steps,
+        align=align, include=include, exclude=exclude, renormalised=renormalised, plan=plan,
+        form=form, verify=verify, seed=seed, data=data, loss=loss, compensate=compensate,
     )  # fmt: skip
     if isinstance(model, ExportedProgram):
         return reexported(model, result.model, example_inputs)
@@ -163,6 +169,8 @@ def slimmed(
     *,
     of: Unit = "channels",
     importance: Importance = "l2",
+    ranking: Ranking = "auto",
+    steps: int = 1,
     align: Align = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -178,7 +186,7 @@ def slimmed(
     """Return what `slim` returns together with its plan, graph, form, verification and repair."""
     if form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={form!r} must be 'auto', 'module' or 'graph'")
-    request = Request(ratio, of, align, include, exclude, renormalised)
+    request = Request(ratio, of, align, include, exclude, renormalised, ranking, steps)
     method = method_of(compensate)
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
@@ -190,8 +198,14 @@ def slimmed(
             return plan
         groups = tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
         if groups not in chosen:  # a second form that is tried has the groups of the first
-            found = scores(Subject(module, graph, batches, loss, seed), importance)
-            chosen[groups] = choose(graph, found, request, losses=are_losses(importance))
+
+            def scored(gone: Plan | None) -> Scores:
+                left = (
+                    module if gone is None else without(module, graph.inference, gone.masks(graph))
+                )
+                return scores(Subject(left, graph, batches, loss, seed), importance)
+
+            chosen[groups] = choose(graph, scored, request, losses=are_losses(importance))
         return chosen[groups]
 
     result = in_form(form, Job(module, inputs, plan_for, verify and has_data))

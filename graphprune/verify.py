@@ -285,6 +285,17 @@ def silenced_copy(
     return copy_with(model, silent)
 
 
+def without(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> nn.Module:
+    """Return a copy of the model, in its own precision, with the removed entries at zero."""
+
+    def silent(name: str, tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        _silence(own, inference.parameters[name], masks)
+        return own
+
+    return copy_with(model, silent)
+
+
 def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mask]) -> None:
     for dim, layout in enumerate(layouts):
         if touches(layout, masks):

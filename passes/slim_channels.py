@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import fx
 
-from graphprune.choose import Align, Unit
+from graphprune.allocation import Align
+from graphprune.choose import Ranking, Unit
 from graphprune.compensation import Method
 from graphprune.importance import Importance, Loss
 from graphprune.pipeline import Pass, Program
@@ -28,6 +29,8 @@ class SlimChannels(Pass):
         ratio: fraction to remove, 0 <= ratio < 1.
         of: what the ratio counts: "channels", "parameters" or "macs".
         importance: the criterion.
+        ranking: "uniform", "global", or "auto".
+        steps: how many times what is left is scored.
         align: "auto", or keep multiples of this many convolution channels.
         include: globs of groups or parameters to cut.
         exclude: globs of groups or parameters to leave.
@@ -43,6 +46,8 @@ class SlimChannels(Pass):
     ratio: float = 0.5
     of: Unit = "channels"
     importance: Importance = "l2"
+    ranking: Ranking = "auto"
+    steps: int = 1
     align: Align = "auto"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -73,6 +73,11 @@ said(
     "of='bytes' must be 'channels', 'parameters' or 'macs'",
     lambda: gp.slim(net(), 0.5, X, of="bytes"),
 )
+said(
+    "ranking='best' must be 'auto', 'uniform' or 'global'",
+    lambda: gp.slim(net(), 0.5, X, ranking="best"),
+)
+said("steps=0 must be a whole number from 1", lambda: gp.slim(net(), 0.5, X, steps=0))
 said("align=0 must be 'auto' or a whole number from 1", lambda: gp.slim(net(), 0.5, X, align=0))
 said(
     "exclude must be a list of patterns, not the text alone",
@@ -289,6 +294,16 @@ said(
     r"asked to remove 95% of parameters, but with at least one channel left in each group that may be cut "
     r"only 84% can go; renormalised=True or align=1 may free more",
     lambda: gp.slim(net(), 0.95, X, of="parameters"),
+)
+said(
+    r"asked to remove 30% of parameters, and 49\.8% go, since the numbers of channels allowed are no finer "
+    r"\(the next step, 8 more of '0\.weight:0', leaves too many\); align=1 comes nearer",
+    lambda: gp.slim(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)),
+        0.3,
+        torch.ones(1, 3, 8, 8),
+        of="parameters",
+    ),
 )
 
 

@@ -33,6 +33,7 @@ LAYERS = [
     "calibration",
     "importance",
     "plan",
+    "allocation",
     "choose",
     "attributes",
     "shrink",

@@ -1,0 +1,172 @@
+"""How many channels each group keeps: the numbers that are allowed, and those that meet a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from graphprune.cost import Cost
+from graphprune.groups import DependencyGraph, Group
+from graphprune.importance import Scores
+from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
+
+Align: TypeAlias = int | Literal["auto"]
+
+# ONNX Runtime's blocked convolution kernels take channels in blocks of 8 (AVX2) or 16 (AVX-512), and
+# leave them for slow ones when a count is not a multiple of 4.
+CONVOLUTION_BLOCK = 8
+CONVOLUTION_MULTIPLE = 4
+
+# Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
+GROUPED_MULTIPLE = 8
+
+
+def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[int]:
+    """Return the numbers of slots that may be kept: multiples of the alignment, and all of them."""
+    if align == "auto":
+        block = CONVOLUTION_BLOCK if group.size >= 2 * CONVOLUTION_BLOCK else CONVOLUTION_MULTIPLE
+    else:
+        block = align
+    block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))
+    needed = _slots_for(GROUPED_MULTIPLE, _channels_a_slot(_grouped_dims(graph), group.axis))
+    block = math.lcm(block, needed)
+    return [*range(block, group.size, block), group.size]
+
+
+def _slots_for(block: int, channels: Iterable[int]) -> int:
+    """Return how many slots make a multiple of the block, where a slot holds that many channels."""
+    return max((block // math.gcd(block, each) for each in channels), default=1)
+
+
+def _channels_a_slot(dims: Iterable[Layout], axis: Axis) -> list[int]:
+    """Return how many channels a slot holds, for each of the dimensions that it stands in."""
+    return [channels for layout in dims for channels in _rest_of(layout, axis)]
+
+
+def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
+    return [
+        layout
+        for step in graph.inference.steps
+        if step.func.overloadpacket is torch.ops.aten.convolution
+        for layout in (step.inputs[0].layouts[1], step.outputs[0].layouts[1])
+    ]
+
+
+def _grouped_dims(graph: DependencyGraph) -> list[Layout]:
+    return [
+        layout
+        for step in graph.inference.steps
+        if step.func.overloadpacket is torch.ops.aten._grouped_mm
+        for value in step.inputs[:2]
+        for layout in value.layouts[-2:]
+    ]
+
+
+def _rest_of(layout: Layout, axis: Axis) -> list[int]:
+    layout = resolve(layout)
+    if layout is axis:
+        return [1]
+    if isinstance(layout, Concat):
+        return [rest for part in layout.parts for rest in _rest_of(part, axis)]
+    if isinstance(layout, Product) and any(leaf is axis for leaf in leaves(layout)):
+        for factor in layout.factors:
+            inside = _rest_of(factor, axis)
+            if inside:
+                return [each * size_of(layout) // size_of(factor) for each in inside]
+    return []
+
+
+def nearest(options: Sequence[int], wanted: float) -> int:
+    """Return the option nearest to the wanted number, the larger of two that are equally near."""
+    return min(options, key=lambda option: (abs(option - wanted), -option))
+
+
+def competing(
+    groups: Sequence[Group],
+    scores: Scores,
+    options: Mapping[str, Sequence[int]],
+    cost: Cost,
+    target: float,
+) -> dict[str, int]:
+    """Return how many slots each group keeps when all slots compete by score.
+
+    The lowest go until the cost is no more than the target; where rounding to the numbers allowed
+    removed too many, the best of them come back.
+    """
+    thresholds = np.unique(np.concatenate([[-np.inf], *(scores[g.name] for g in groups)]))
+
+    def kept_above(threshold: float) -> dict[str, int]:
+        return {
+            g.name: nearest(options[g.name], float(np.count_nonzero(scores[g.name] > threshold)))
+            for g in groups
+        }
+
+    def total(kept: Mapping[str, int]) -> int:
+        return cost.total({g.axis: kept[g.name] for g in groups})
+
+    if total({g.name: g.size for g in groups}) <= target:
+        return {g.name: g.size for g in groups}
+    low, high = 0, len(thresholds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if total(kept_above(thresholds[middle])) <= target:
+            high = middle
+        else:
+            low = middle + 1
+    return _give_back(kept_above(thresholds[low]), options, scores, total, target)
+
+
+def _give_back(
+    kept: dict[str, int],
+    options: Mapping[str, Sequence[int]],
+    scores: Scores,
+    total: Callable[[Mapping[str, int]], int],
+    target: float,
+) -> dict[str, int]:
+    """Return the best-scored slots that still fit under the target: rounding removed a few too many."""
+    best = {name: np.sort(scores[name])[::-1] for name in kept}
+    waiting = {name for name in kept if kept[name] < options[name][-1]}
+    while waiting:
+        name = max(sorted(waiting), key=lambda n: best[n][kept[n]])
+        larger = {**kept, name: min(o for o in options[name] if o > kept[name])}
+        if total(larger) > target:
+            waiting.discard(name)
+            continue
+        kept = larger
+        if kept[name] == options[name][-1]:
+            waiting.discard(name)
+    return kept
+
+
+def per_cost(
+    groups: Sequence[Group], scores: Scores, cost: Cost, kept: Mapping[str, int]
+) -> Scores:
+    """Return scores over what one slot of the group costs, the lowest score of all being zero.
+
+    Args:
+        groups: the groups whose slots compete.
+        scores: amounts of a loss; minus infinity for a slot that is gone.
+        cost: what is to be saved.
+        kept: by group name, how many slots it has at present.
+
+    """
+    finite = [own[np.isfinite(own)] for own in (scores[g.name] for g in groups)]
+    lowest = min((float(own.min()) for own in finite if own.size), default=0.0)
+    now = {g.axis: kept[g.name] for g in groups}
+    whole = cost.total(now)
+    saved = {g.name: whole - cost.total({**now, g.axis: kept[g.name] - 1}) for g in groups}
+    return {g.name: (scores[g.name] - min(lowest, 0.0)) / max(saved[g.name], 1) for g in groups}
+
+
+def quantiles(scores: Scores) -> Scores:
+    """Return each slot's place among the scores of its group, in (0, 1], one for the highest."""
+    found = {}
+    for name, own in scores.items():
+        order = np.argsort(-own, kind="stable")[::-1]  # of equal ones the earlier is the higher
+        found[name] = np.empty(len(own))
+        found[name][order] = (1 + np.arange(len(own))) / max(len(own), 1)
+    return found
