@@ -48,8 +48,15 @@ def normalised_part(folder: Path, split: str) -> Sample:
     return Sample(normalised(pixels), labels.long())
 
 
-def train(model: nn.Module, data: Sample, epochs: int, seed: int, peak: float = 0.2) -> None:
-    """Train by SGD with one cycle of the learning rate, on shifted and mirrored images."""
+def train(
+    model: nn.Module,
+    data: Sample,
+    epochs: int,
+    seed: int,
+    peak: float = 0.2,
+    augment: bool = True,
+) -> None:
+    """Train by SGD with one cycle of the learning rate, on images that `augment` shifts and mirrors."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(data.labels) // BATCH)
     optimiser = torch.optim.SGD(
@@ -65,7 +72,8 @@ def train(model: nn.Module, data: Sample, epochs: int, seed: int, peak: float = 
     for epoch in range(1, epochs + 1):
         total = 0.0
         for batch in data.batches(BATCH, generator):
-            loss = F.cross_entropy(model(augmented(batch.images, generator)), batch.labels)
+            images = augmented(batch.images, generator) if augment else batch.images
+            loss = F.cross_entropy(model(images), batch.labels)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()

@@ -101,16 +101,25 @@ class DigitsNet(nn.Sequential):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is made: its class, passes over the training images, peak learning rate."""
+    """How a network is made.
+
+    Attributes:
+        network: its class.
+        epochs: passes over the training images.
+        peak: the highest learning rate.
+        augment: whether the images are shifted and mirrored.
+
+    """
 
     network: Callable[[], nn.Module]
     epochs: int
     peak: float
+    augment: bool = True
 
 
 RECIPES = {
-    "resnet8": Recipe(ResNet8, 3, 0.2),
-    "lenet": Recipe(LeNet, 3, 0.05),
+    "resnet8": Recipe(ResNet8, 3, 0.2, augment=False),
+    "lenet": Recipe(LeNet, 3, 0.05, augment=False),
     "vgg6": Recipe(Vgg6, 3, 0.2),
     "mobilenet": Recipe(MobileNet, 4, 0.2),
 }
@@ -125,7 +134,8 @@ def trained(name: str, data: Path, cache: Path) -> nn.Module:
     if kept.exists():
         model.load_state_dict(load_file(kept))
     else:
-        train(model, normalised_part(data, "train"), recipe.epochs, seed=0, peak=recipe.peak)
+        images = normalised_part(data, "train")
+        train(model, images, recipe.epochs, 0, peak=recipe.peak, augment=recipe.augment)
         cache.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), kept)
     return model.eval()

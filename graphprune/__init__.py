@@ -11,6 +11,7 @@ from graphprune.errors import (
     PlanError,
     VerificationError,
 )
+from graphprune.gradually import slim_gradually
 from graphprune.groups import DependencyGraph, Group, analyze
 from graphprune.inputs import Inputs
 from graphprune.onnx import Exported, export
@@ -18,16 +19,19 @@ from graphprune.pipeline import Pass, Pipeline
 from graphprune.plan import Plan
 from graphprune.rules import pattern, rule
 from graphprune.slim import Slimmed, slim, slimmed
+from graphprune.training import Distillation, GroupLasso, finetune
 
 __all__ = [
     "CaptureError",
     "Comparison",
     "DependencyGraph",
+    "Distillation",
     "ExportError",
     "Exported",
     "GraphPruneError",
     "GraphPruneWarning",
     "Group",
+    "GroupLasso",
     "Inputs",
     "InvalidRequestError",
     "Pass",
@@ -41,8 +45,10 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "export",
+    "finetune",
     "pattern",
     "rule",
     "slim",
+    "slim_gradually",
     "slimmed",
 ]

@@ -82,12 +82,39 @@ class Request:
         return self.ranking == "global" or (self.ranking == "auto" and self.of != "channels")
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a request counts from: a model before it was cut.
+
+    Attributes:
+        sizes: by name, how many slots each group had.
+        options: by name, how many of them may be kept.
+        total: the cost, in the request's unit.
+
+    """
+
+    sizes: dict[str, int]
+    options: dict[str, list[int]]
+    total: int
+
+    @classmethod
+    def of(cls, graph: DependencyGraph, request: Request) -> Whole:
+        """Return what the request counts from where the graph is that of the model before any cut."""
+        groups = eligible(graph, request)
+        return cls(
+            {group.name: group.size for group in groups},
+            {group.name: allowed_sizes(graph, group, request.align) for group in groups},
+            _cost(graph, groups, request.of).total(),
+        )
+
+
 def choose(
     graph: DependencyGraph,
     scores_without: Callable[[Plan | None], Scores],
     request: Request,
     *,
     losses: bool = False,
+    whole: Whole | None = None,
 ) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
 
@@ -98,6 +125,7 @@ def choose(
         request: what to cut.
         losses: the scores are amounts of a loss, so that channels of different groups compete by loss
             for each channel, parameter or MAC saved; else by the scores as they are.
+        whole: what the ratio is a fraction of, where the graph is of a model that was cut before.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
@@ -106,7 +134,8 @@ def choose(
     groups = eligible(graph, request)
     if not groups and request.ratio > 0:
         warnings.warn(_nothing_to_cut(graph, request), GraphPruneWarning, stacklevel=3)
-    options = {group.name: allowed_sizes(graph, group, request.align) for group in groups}
+    whole = Whole.of(graph, request) if whole is None else whole
+    options = {g.name: [o for o in whole.options[g.name] if o <= g.size] for g in groups}
     cost = _cost(graph, groups, request.of)
     keep = {group.name: list(range(group.size)) for group in groups}
     sizes = {group.name: group.size for group in groups}
@@ -114,18 +143,19 @@ def choose(
         scores = _of_what_is_left(scores_without(Plan(keep, sizes) if step > 1 else None), keep)
         ratio = request.ratio * step / request.steps
         if request.of == "channels" and not request.is_global:
-            counts = {g.name: nearest(options[g.name], g.size * (1 - ratio)) for g in groups}
+            wanted = {name: size * (1 - ratio) for name, size in whole.sizes.items()}
+            counts = {g.name: nearest(options[g.name], wanted[g.name]) for g in groups}
         else:
             priorities = scores if request.is_global else quantiles(scores)
             if request.is_global and losses:
                 left = {name: len(kept) for name, kept in keep.items()}
                 priorities = per_cost(groups, scores, cost, left)
-            counts = competing(groups, priorities, options, cost, cost.total() * (1 - ratio))
+            counts = competing(groups, priorities, options, cost, whole.total * (1 - ratio))
         keep = {group.name: highest(scores[group.name], counts[group.name]) for group in groups}
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
         warnings.warn(_inexact(graph, inexact), GraphPruneWarning, stacklevel=3)
-    _warn_of_missed(groups, options, keep, cost, request)
+    _warn_of_missed(groups, options, keep, cost, whole.total, request)
     asked = {name: getattr(request, name) for name in ("ratio", "of", "ranking", "steps", "align")}
     return Plan(keep, sizes, asked)
 
@@ -215,6 +245,7 @@ def _warn_of_missed(
     options: Mapping[str, Sequence[int]],
     keep: Mapping[str, Sequence[int]],
     cost: Cost,
+    total: int,
     request: Request,
 ) -> None:
     """Warn where the numbers allowed do not let the target be met."""
@@ -222,7 +253,7 @@ def _warn_of_missed(
         return
 
     def removed(counts: Mapping[str, int]) -> float:
-        return 1 - cost.total({g.axis: counts[g.name] for g in groups}) / max(cost.total(), 1)
+        return 1 - cost.total({g.axis: counts[g.name] for g in groups}) / max(total, 1)
 
     counts = {name: len(kept) for name, kept in keep.items()}
     share = removed(counts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
 import torch
 from torch import fx, nn
@@ -15,7 +15,7 @@ from graphprune.allocation import Align
 from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
 from graphprune.calibration import batches_of
 from graphprune.capture import graph_of, is_aten_graph, prepared, reexported
-from graphprune.choose import Ranking, Request, Unit, choose
+from graphprune.choose import Ranking, Request, Unit, Whole, choose
 from graphprune.compensation import Compensation, Method, compensated, method_of
 from graphprune.errors import (
     CaptureError,
@@ -64,6 +64,57 @@ class Slimmed:
     why_graph: str
     verification: Verification | None
     compensation: Compensation | None = None
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `slim`, which says what they mean."""
+
+    of: Unit
+    importance: Importance
+    ranking: Ranking
+    steps: int
+    align: Align
+    include: Sequence[str]
+    exclude: Sequence[str]
+    renormalised: bool
+    plan: Plan | None
+    form: Form
+    verify: bool
+    seed: int
+    data: Any
+    loss: Loss | None
+    compensate: bool | Method
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of `slim`: the request, and the other options."""
+
+    request: Request
+    importance: Importance = "l2"
+    plan: Plan | None = None
+    form: Form = "auto"
+    verify: bool = True
+    seed: int = 0
+    data: Any = None
+    loss: Loss | None = None
+    compensate: bool | Method = False
+
+    @classmethod
+    def of(cls, ratio: float, options: Options) -> Order:
+        """Return the order for a ratio and options.
+
+        Raises:
+            TypeError: there is no such option.
+            InvalidRequestError: an option makes no sense.
+
+        """
+        unknown = sorted(options.keys() - Options.__annotations__)
+        if unknown:
+            raise TypeError(f"there is no option {unknown[0]!r}; see graphprune.slim")
+        given: dict[str, Any] = dict(options)
+        asked = {f.name: given.pop(f.name) for f in fields(Request) if f.name in given}
+        return cls(Request(ratio, **asked), **given)
 
 
 @dataclass(frozen=True)
@@ -161,54 +212,45 @@ def slim(
     return result.model
 
 
-@torch.inference_mode(False)
 def slimmed(
-    model: Any,
-    ratio: float = 0.5,
-    example_inputs: Any = None,
-    *,
-    of: Unit = "channels",
-    importance: Importance = "l2",
-    ranking: Ranking = "auto",
-    steps: int = 1,
-    align: Align = "auto",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    renormalised: bool = False,
-    plan: Plan | None = None,
-    form: Form = "auto",
-    verify: bool = True,
-    seed: int = 0,
-    data: Any = None,
-    loss: Loss | None = None,
-    compensate: bool | Method = False,
+    model: Any, ratio: float = 0.5, example_inputs: Any = None, **options: Unpack[Options]
 ) -> Slimmed:
-    """Return what `slim` returns together with its plan, graph, form, verification and repair."""
-    if form not in ("auto", "module", "graph"):
-        raise InvalidRequestError(f"form={form!r} must be 'auto', 'module' or 'graph'")
-    request = Request(ratio, of, align, include, exclude, renormalised, ranking, steps)
-    method = method_of(compensate)
+    """Return what `slim` returns together with its plan, graph, form, verification and repair.
+
+    Takes the arguments of `slim`.
+    """
+    return carried_out(Order.of(ratio, options), model, example_inputs)
+
+
+@torch.inference_mode(False)
+def carried_out(
+    order: Order, model: Any, example_inputs: Any, whole: Whole | None = None
+) -> Slimmed:
+    """Return the slim model that was ordered; `whole` is what it is a part of, if cut before."""
+    if order.form not in ("auto", "module", "graph"):
+        raise InvalidRequestError(f"form={order.form!r} must be 'auto', 'module' or 'graph'")
+    method = method_of(order.compensate)
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
-    batches = None if data is None else batches_of(data)
+    batches = None if order.data is None else batches_of(order.data)
     chosen: dict[tuple[Any, ...], Plan] = {}
 
     def plan_for(graph: DependencyGraph) -> Plan:
-        if plan is not None:
-            return plan
+        if order.plan is not None:
+            return order.plan
+
+        def scored(gone: Plan | None) -> Scores:
+            left = module if gone is None else without(module, graph.inference, gone.masks(graph))
+            subject = Subject(left, graph, batches, order.loss, order.seed)
+            return scores(subject, order.importance)
+
         groups = tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
         if groups not in chosen:  # a second form that is tried has the groups of the first
-
-            def scored(gone: Plan | None) -> Scores:
-                left = (
-                    module if gone is None else without(module, graph.inference, gone.masks(graph))
-                )
-                return scores(Subject(left, graph, batches, loss, seed), importance)
-
-            chosen[groups] = choose(graph, scored, request, losses=are_losses(importance))
+            losses = are_losses(order.importance)
+            chosen[groups] = choose(graph, scored, order.request, losses=losses, whole=whole)
         return chosen[groups]
 
-    result = in_form(form, Job(module, inputs, plan_for, verify and has_data))
+    result = in_form(order.form, Job(module, inputs, plan_for, order.verify and has_data))
     if method is None:
         return result
     repair = compensated(module, result.model, result.plan, inputs, batches, method)

@@ -478,6 +478,31 @@ said(
 )
 
 
+said(
+    "distillation=None leaves nothing to learn from; pass loss=",
+    lambda: gp.finetune(net(), net(), [X], distillation=None),
+)
+said(
+    "optimiser='adam' must be 'adamw' or 'sgd'",
+    lambda: gp.finetune(net(), net(), [X], optimiser="adam"),
+)
+said("epochs=0 must be a whole number from 1", lambda: gp.finetune(net(), net(), [X], epochs=0))
+said(
+    "no parameter of the slim model requires a gradient, so none learns",
+    lambda: gp.finetune(net().requires_grad_(False), net(), [X]),
+)
+said(
+    "the outputs of the slim model and of the original do not match, tensor by tensor; finetune needs the "
+    "model that was cut and what it was cut to",
+    lambda: gp.finetune(nn.Linear(6, 2), net(), [X]),
+)
+said(
+    r"no channels of this model can be removed, so there is none to empty; print\(graphprune\.analyze\("
+    r"model, inputs\)\) says why for every dimension",
+    lambda: gp.GroupLasso(nn.Linear(6, 3), X),
+)
+
+
 @case(r".*plan\.json is not a plan that graphprune saved: format 'other' version 1")
 def a_plan_of_another_format(folder: Path) -> None:
     (folder / "plan.json").write_text(json.dumps({"format": "other", "version": 1}))

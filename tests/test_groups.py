@@ -41,6 +41,8 @@ LAYERS = [
     "verify",
     "compensation",
     "slim",
+    "gradually",
+    "training",
     "pipeline",
     "passes",
     "onnx",

@@ -1,0 +1,53 @@
+"""Cutting in steps, with training in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Unpack
+
+from torch import nn
+
+from graphprune.choose import Whole
+from graphprune.slim import Options, Order, carried_out
+
+
+def slim_gradually(
+    model: Any,
+    ratio: float = 0.5,
+    example_inputs: Any = None,
+    **options: Unpack[Options],
+) -> Iterator[nn.Module]:
+    """Yield smaller and smaller models, each cut from the one before as training has left it.
+
+        for slimmer in graphprune.slim_gradually(model, 0.5, images, steps=5):
+            graphprune.finetune(slimmer, model, data)
+
+    What was yielded is a copy that may be trained, in place, before the next is asked for; channels
+    are scored anew for each step, on the weights of that time. The ratio is a fraction of the model
+    that was given, and the last step ends where `slim` would. With `compensate`, each model is fitted
+    to the one before.
+
+    Args:
+        model: as for `slim`.
+        ratio: fraction to remove in the end.
+        example_inputs: as for `slim`.
+        **options: those of `slim` but `plan`; `steps` (5 if not given) is the number of models, the
+            k-th of which has lost k / steps of the ratio.
+
+    Raises:
+        TypeError: there is no such option.
+        GraphPruneError: as `slim`, when the model of a step is asked for.
+
+    """
+    order = Order.of(ratio, options)
+    if order.plan is not None:
+        raise TypeError("slim_gradually makes a plan for each step and takes none")
+    steps = options.get("steps", 5)
+    whole: Whole | None = None
+    for step in range(1, steps + 1):
+        request = replace(order.request, ratio=ratio * step / steps, steps=1)
+        result = carried_out(replace(order, request=request), model, example_inputs, whole)
+        whole = whole or Whole.of(result.graph, request)
+        model = result.model
+        yield model
