@@ -34,6 +34,10 @@ class Run(fx.Interpreter):
             self._advance()
         return self._advance() if inclusive else None
 
+    def is_past(self, node: fx.Node) -> bool:
+        """Say whether the node has run."""
+        return self.order.index(node) < self.place
+
     def _advance(self) -> Any:
         node = self.order[self.place]
         self.place += 1

@@ -17,15 +17,16 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.calibration import Batch, Layer, Run, layers_of
+from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
 from graphprune.capture import graph_of
 from graphprune.compensation.fitted import FittedLayer
+from graphprune.compensation.mixing import Mixing
 from graphprune.compensation.sites import Site, followed, sites_of
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Mask
+from graphprune.layout import Axis, Mask, mask_of
 from graphprune.plan import Plan
 from graphprune.shrink import sliced
 from graphprune.state import evaluating, named_tensors
@@ -156,7 +157,7 @@ class _Repair:
         masks: dict[Axis, Mask],
         batches: Sequence[Batch],
     ) -> None:
-        self.given = given
+        self.wanted, self.given = wanted, given
         self.layouts = graph.inference.nodes
         self.masks = masks
         self.originals = layers_of(wanted)
@@ -169,21 +170,61 @@ class _Repair:
         for site in self.sites:
             original = self.originals.get(str(site.layer.weight.target))
             if original is not None:
-                yield self.repaired(site, _end_of(original, site), method)
+                yield self.repaired(site, original, method)
 
-    def repaired(self, site: Site, end: fx.Node, method: Method) -> Repaired:
-        """Fit one layer; `end` is the node of the original whose value is aimed at."""
+    def repaired(self, site: Site, original: Layer, method: Method) -> Repaired:
+        """Fit one layer to what the original has where the site ends."""
         fitted = FittedLayer(site, self.given)
+        end = _end_of(original, site)
+        read = [self.read(run, original) for run in self.wanted_runs]
         targets = [self.target(run, end) for run in self.wanted_runs]
         for run in self.given_runs:
             run.until(site.layer.node)
         fitted.aim(self.given_runs, targets)
         before = fitted.error
+        if method == "least_squares" and before > _ROUNDING:
+            self.mix(fitted, original, read, targets)
         for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
             if fitted.error > _ROUNDING:
                 fitted.fit(bias_alone=method == "constants")
                 fitted.aim(self.given_runs, targets)
         return Repaired(str(site.layer.weight.target), before, fitted.error)
+
+    def mix(
+        self,
+        fitted: FittedLayer,
+        original: Layer,
+        read: Sequence[Tensor | None],
+        targets: Sequence[Tensor],
+    ) -> None:
+        """Start from the original's weights for mixtures of channels, where that is nearer."""
+        given = [run.env[fitted.layer.data] for run in self.given_runs]
+        wanted = [data for data in read if data is not None]
+        weight = held_by(self.wanted, original.weight)
+        summed = self.layouts[original.data.name][original.summed]
+        groups = fitted.arguments.get("groups", 1)
+        mixing = Mixing.of(original, weight, summed, self.masks, groups)
+        if mixing is None or len(wanted) < len(given):
+            return
+        before, kept = fitted.error, [tensor.clone() for tensor in fitted.tensors]
+        made = self.layouts[original.node.name][original.summed]
+        outputs = torch.from_numpy(mask_of(made, self.masks))
+        matrix = original.matrix(weight, fitted.arguments).double()[0, outputs]
+        weights, extra = mixing.mixed(matrix, mixing.fitted(wanted, given))
+        fitted.replace(weights.unsqueeze(0), extra)
+        fitted.aim(self.given_runs, targets)
+        if fitted.error >= before:
+            for tensor, values in zip(fitted.tensors, kept, strict=True):
+                tensor.copy_(values)
+            fitted.aim(self.given_runs, targets)
+
+    @staticmethod
+    def read(run: Run, layer: Layer) -> Tensor | None:
+        """Return what the original's layer reads; None where the run has left it behind."""
+        if not run.is_past(layer.node):
+            run.until(layer.node)
+        data: Tensor | None = run.env.get(layer.data)
+        return data
 
     def target(self, run: Run, end: fx.Node) -> Tensor:
         """Return what the original's node gives, of the channels that stay."""

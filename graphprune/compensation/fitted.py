@@ -89,6 +89,22 @@ class FittedLayer:
             features = F.pad(features, (0, 1), value=1.0)
         return features.mT @ features
 
+    def replace(self, weights: Tensor, extra: Tensor) -> None:
+        """Take other weights, `[groups, outputs, features]`, and add `extra` to the bias, if any."""
+        found = self._matrix()
+        if self.has_bias:
+            found[..., -1] += extra.reshape(found.shape[:-1])
+            found[..., :-1] = weights
+        else:
+            found = weights
+        self._take(found)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a fit changes."""
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return own if self.norm is None else [*own, *self.norm.tensors]
+
     def fit(self, *, bias_alone: bool) -> None:
         """Give the layer the weights that fit, or its bias alone."""
         if bias_alone and not self.has_bias:

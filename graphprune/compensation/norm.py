@@ -21,6 +21,11 @@ class BatchNorm:
         )
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Weight, bias and statistics."""
+        return [self.weight, self.bias, self.mean, self.variance]
+
+    @property
     def scale(self) -> Tensor:
         """What each channel is multiplied by, in float64."""
         return self.weight.double() / (self.variance.double() + self.eps).sqrt()
