@@ -479,6 +479,11 @@ said(
 
 
 said(
+    r"a batch of data gives Inputs\(other=float32\[2, 6\]\), 0 arguments where the traced model takes 1; "
+    "batches need the form of example_inputs, positional or by name alike",
+    lambda: gp.slim(net(), 0.5, X, data=[{"other": X}], compensate=True),
+)
+said(
     "distillation=None leaves nothing to learn from; pass loss=",
     lambda: gp.finetune(net(), net(), [X], distillation=None),
 )

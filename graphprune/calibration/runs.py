@@ -22,7 +22,14 @@ class Run(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
         own = inputs.map(torch.clone)  # operators may write over them
-        self.args_iter = iter(flat_arguments(graph_module, own))
+        flat = flat_arguments(graph_module, own)
+        wanted = len(graph_module.graph.find_nodes(op="placeholder"))
+        if len(flat) != wanted:
+            raise InvalidRequestError(
+                f"a batch of data gives {inputs}, {len(flat)} arguments where the traced model takes "
+                f"{wanted}; batches need the form of example_inputs, positional or by name alike"
+            )
+        self.args_iter = iter(flat)
         self.inputs = inputs
         self.order = order
         self.place = 0

@@ -21,6 +21,7 @@ from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
 from graphprune.capture import graph_of
 from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.mixing import Mixing
+from graphprune.compensation.recurrent import Side, recurrent_nodes, repaired_cells
 from graphprune.compensation.sites import Site, followed, sites_of
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups import DependencyGraph
@@ -159,18 +160,43 @@ class _Repair:
     ) -> None:
         self.wanted, self.given = wanted, given
         self.layouts = graph.inference.nodes
+        self.parameters = graph.inference.parameters
         self.masks = masks
         self.originals = layers_of(wanted)
-        self.sites, order = sites_of(given)
+        sites, self.order = sites_of(given)
+        self.sites = {site.layer.node: site for site in sites}
+        self.recurrent = {cells[0].node: name for name, cells in recurrent_nodes(given).items()}
         self.wanted_runs = [Run(wanted, b.inputs, list(wanted.graph.nodes)) for b in batches]
-        self.given_runs = [Run(given, b.inputs, order) for b in batches]
+        self.given_runs = [Run(given, b.inputs, self.order) for b in batches]
 
     def layers(self, method: Method) -> Iterator[Repaired]:
         """Repair one layer after the other."""
-        for site in self.sites:
-            original = self.originals.get(str(site.layer.weight.target))
-            if original is not None:
-                yield self.repaired(site, original, method)
+        for node in self.order:
+            if node in self.sites:
+                site = self.sites[node]
+                original = self.originals.get(str(site.layer.weight.target))
+                if original is not None:
+                    yield self.repaired(site, original, method)
+            elif node in self.recurrent:
+                yield from self.repaired_cells(self.recurrent[node], method)
+
+    def repaired_cells(self, name: str, method: Method) -> Iterator[Repaired]:
+        """Fit a recurrent node, found by its first weight in both models."""
+        wanted, given = recurrent_nodes(self.wanted), recurrent_nodes(self.given)
+        if name not in wanted:
+            return
+        for cells, runs in ((wanted, self.wanted_runs), (given, self.given_runs)):
+            for run in runs:
+                run.until(cells[name][0].node)
+        found = repaired_cells(
+            Side(self.wanted, self.wanted_runs, wanted[name]),
+            Side(self.given, self.given_runs, given[name]),
+            self.parameters,
+            self.masks,
+            bias_alone=method == "constants",
+        )
+        for weight, before, after in found:
+            yield Repaired(weight, before, after)
 
     def repaired(self, site: Site, original: Layer, method: Method) -> Repaired:
         """Fit one layer to what the original has where the site ends."""
