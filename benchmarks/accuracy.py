@@ -199,8 +199,8 @@ def report(kept: Kept) -> str:
         f"{datetime.date.today()}, torch {torch.__version__}, torch-pruning 1.6.1, "
         f"{platform.processor() or platform.machine()}, one thread. Scores in percent; the same "
         "calibration samples (512 where there are as many) for both, the same tuning (2 epochs of at most "
-        "6,400 samples), three seeds: mean and spread. `align=1` keeps any width, as the peer does; `auto`, "
-        "the default, keeps widths that ONNX Runtime is fast on. Of the peer: the best of its criteria, "
+        "6,400 samples), three seeds: mean and spread. `align=1` keeps any width, as the peer does; "
+        "`auto`, the default, keeps widths that ONNX Runtime is fast on. Of the peer: the best criterion, "
         "local and global, as shipped and after its batch norms were re-estimated by hand on the "
         "calibration samples. Latency: of one sample in ONNX Runtime, slim to original.",
         "",
@@ -217,10 +217,10 @@ def report(kept: Kept) -> str:
         for key, entry in kept.figures.items():
             if key.startswith(f"{name}/ours/"):
                 _, _, criterion, align = key.split("/")
+                title = f"{criterion}, align {align}"
                 lines.append(
-                    f"| {criterion}, align {align} | {entry['macs']:.3f} | {entry['cut']:.2f} | "
-                    f"{entry['repaired']:.2f} | {_tuned(kept, name, 'ours', f'{criterion}, align {align}')} "
-                    f"| x {entry['latency']:.2f} |"
+                    f"| {title} | {entry['macs']:.3f} | {entry['cut']:.2f} | {entry['repaired']:.2f} | "
+                    f"{_tuned(kept, name, 'ours', title)} | x {entry['latency']:.2f} |"
                 )
         peer = kept.figures.get(f"{name}/peer", {"criteria": {}})["criteria"]
         worked = {n: one for n, one in peer.items() if "cut" in one}

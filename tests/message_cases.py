@@ -91,7 +91,7 @@ said(
 said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
 said(
     "importance='luck' is not a criterion; choose from random, l1, l2, lamp, bn_scale, taylor, taylor2, "
-    "fisher, obs, oracle, reconstruction",
+    "taylor2_recursion, fisher, obs, oracle, reconstruction",
     lambda: gp.slim(net(), 0.5, X, importance="luck"),
 )
 said(
@@ -140,8 +140,8 @@ said(
     lambda: gp.slim(net(), 0.5, X, compensate=True),
 )
 said(
-    "nothing is repaired: no convolution or linear layer of this model reads a weight of its own",
-    lambda: gp.slim(nn.GRU(6, 8, batch_first=True), 0.5, X[None], data=[X[None]], compensate=True),
+    "nothing is repaired: no convolution, linear or recurrent layer of this model reads weights of its own",
+    lambda: gp.slim(nn.LSTM(6, 8, proj_size=3), 0.5, X[None], data=[X[None]], compensate=True),
 )
 said(
     "compensate= needs weights, and this model is on the meta device; load them first",

@@ -122,7 +122,7 @@ class Twice(Recurrent):
         return self.last(self.layer(x)[0] + self.layer(x.flip(0))[0])
 
 
-@pytest.mark.filterwarnings("ignore:nothing is repaired")
+@pytest.mark.filterwarnings("ignore::graphprune.GraphPruneWarning")
 @pytest.mark.parametrize("build", [lambda: Twice(nn.GRU), lambda: nn.LSTM(5, 8, proj_size=3)])
 def test_weights_used_twice_and_projections_are_left_as_they_are(build: Any) -> None:
     torch.manual_seed(0)

@@ -130,7 +130,8 @@ def compensated(
         repaired = tuple(repair.layers(method))
     if not repaired:
         warnings.warn(
-            "nothing is repaired: no convolution or linear layer of this model reads a weight of its own",
+            "nothing is repaired: no convolution, linear or recurrent layer of this model reads weights "
+            "of its own",
             GraphPruneWarning,
             stacklevel=3,
         )
