@@ -13,6 +13,7 @@ from graphprune.errors import (
 )
 from graphprune.gradually import slim_gradually
 from graphprune.groups import DependencyGraph, Group, analyze
+from graphprune.importance import Sensitivity, sensitivity
 from graphprune.inputs import Inputs
 from graphprune.onnx import Exported, export
 from graphprune.pipeline import Pass, Pipeline
@@ -38,6 +39,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlanError",
+    "Sensitivity",
     "Slimmed",
     "VerificationError",
     "analyze",
@@ -48,6 +50,7 @@ __all__ = [
     "finetune",
     "pattern",
     "rule",
+    "sensitivity",
     "slim",
     "slim_gradually",
     "slimmed",

@@ -23,6 +23,7 @@ from graphprune.errors import GraphPruneError, InvalidRequestError
 from graphprune.groups import DependencyGraph, analyze
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
+from graphprune.progress import no_bars
 from graphprune.slim import slimmed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make PyTorch models smaller.")
@@ -224,5 +225,5 @@ def told() -> Iterator[None]:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that something is going on, where a person watches."""
-    with Console(stderr=True).status(what):
+    with Console(stderr=True).status(what), no_bars():
         yield

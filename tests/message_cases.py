@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphprune as gp
@@ -483,6 +485,48 @@ said(
     "batches need the form of example_inputs, positional or by name alike",
     lambda: gp.slim(net(), 0.5, X, data=[{"other": X}], compensate=True),
 )
+LABELLED = [(X, torch.zeros(2, dtype=torch.long))]
+said(
+    r"importance='taylor2_recursion' does not go back through aten\.softmax.*: it knows layers with weights of "
+    "their own, element-wise functions, means and what moves values; use importance='taylor2', whose second "
+    "derivatives are exact",
+    lambda: gp.slim(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1), nn.Linear(3, 3)),
+        0.5,
+        X,
+        importance="taylor2_recursion",
+        data=LABELLED,
+        loss=F.cross_entropy,
+    ),
+)
+said(
+    r"ratios=\[0\.5, 0\.25\] must rise from above 0 to below 1",
+    lambda: gp.sensitivity(net(), LABELLED, F.cross_entropy, ratios=[0.5, 0.25]),
+)
+said(
+    r"the sensitivity scan knows no group '0\.weight:0' of 4 channels; scan the model that is to be cut",
+    lambda: gp.slim(
+        nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)),
+        0.5,
+        X,
+        importance=gp.sensitivity(net(), LABELLED, F.cross_entropy),
+    ),
+)
+
+
+@case(r".*scan\.json is not a cache of sensitivity scans: 'sensitivity'; name another file")
+def a_cache_of_something_else(folder: Path) -> None:
+    (folder / "scan.json").write_text("{}")
+    gp.sensitivity(net(), LABELLED, F.cross_entropy, cache=folder / "scan.json")
+
+
+@case(r"plots are drawn by matplotlib, which is not installed: pip install graphprune\[plot\]")
+def a_plot_without_matplotlib(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        gp.sensitivity(net(), LABELLED, F.cross_entropy).plot(folder / "scan.svg")
+
+
 said(
     "distillation=None leaves nothing to learn from; pass loss=",
     lambda: gp.finetune(net(), net(), [X], distillation=None),

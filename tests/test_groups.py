@@ -21,6 +21,7 @@ LAYERS = [
     "layout",
     "rules",
     "switches",
+    "progress",
     "state",
     "caches",
     "kernels",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -343,3 +345,62 @@ def test_criteria_work_where_parameters_are_frozen_shared_and_in_half_precision(
             model, 0.5, data[0][0], importance=criterion, data=data, loss=F.cross_entropy
         )
         assert slimmer[0].out_features == 4
+
+
+def test_a_scan_is_the_loss_of_the_model_without_a_share_of_one_group(
+    model: Perceptron, data: Any, tmp_path: Path
+) -> None:
+    scan = gp.sensitivity(model, data, squared, importance="l1", ratios=(0.3, 0.6))
+    graph = gp.analyze(model, data[0][0])
+    assert scan.losses.keys() == {group.name for group in graph.groups}
+    for group in graph.groups:
+        for ratio, loss in zip(scan.ratios, scan.losses[group.name], strict=True):
+            gone = scan.order[group.name][: round(ratio * group.size)]
+            kept = {group.name: [i for i in range(group.size) if i not in gone]}
+            plan = gp.Plan(kept, {group.name: group.size}, {})
+            slimmer = gp.slim(model, example_inputs=data[0][0], plan=plan)
+            losses = [float(squared(call(slimmer, Inputs(x)), t)) for x, t in data]
+            assert loss == pytest.approx(sum(losses) / len(data), rel=1e-9)
+    assert f"{scan.intact:.4g}" in str(scan)
+    scan.plot(tmp_path / "scan.svg")
+    assert "second.weight:0" in (tmp_path / "scan.svg").read_text()
+
+
+def test_a_scan_is_kept_and_goes_on_where_it_was_cut_off(
+    model: Perceptron, data: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    cache = tmp_path / "scan.json"
+    first = gp.sensitivity(model, data, squared, cache=cache)
+    content = json.loads(cache.read_text())
+    ((digest, losses),) = content["sensitivity"].items()
+    del losses["first.weight:0"]
+    cache.write_text(json.dumps(content))
+    asked: list[str] = []
+    measure = GatedLoss.__call__
+
+    def counted(self: Any, gates: Any, *rest: Any) -> Tensor:
+        asked.extend(name for name, gate in gates.items() if not gate.all())
+        return measure(self, gates, *rest)
+
+    monkeypatch.setattr(GatedLoss, "__call__", counted)
+    monkeypatch.setattr("graphprune.importance.scan.vmap", _one_by_one)
+    assert gp.sensitivity(model, data, squared, cache=cache) == first
+    assert set(asked) == {"first.weight:0"}
+    with torch.no_grad():
+        model.last.weight[0, 0] += 1
+    assert gp.sensitivity(model, data, squared, cache=cache).intact != first.intact
+    assert len(json.loads(cache.read_text())["sensitivity"]) == 2
+    assert digest in json.loads(cache.read_text())["sensitivity"]
+
+
+def _one_by_one(function: Any, **_: Any) -> Any:
+    return lambda rows: torch.stack([function(row) for row in rows])
+
+
+def test_a_scan_chooses_how_much_goes_where(model: Perceptron, data: Any) -> None:
+    with torch.no_grad():  # what the first layer says hardly matters to the second
+        model.second.weight *= 0.01
+    own = [(x, model(x).detach()) for x, _ in data]
+    scan = gp.sensitivity(model, own, squared)
+    plan = gp.slimmed(model, 6 / 13, data[0][0], importance=scan, ranking="global").plan
+    assert [len(slots) for slots in plan.keep.values()] == [1, 6]

@@ -29,6 +29,7 @@ from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Mask, mask_of
 from graphprune.plan import Plan
+from graphprune.progress import track
 from graphprune.shrink import sliced
 from graphprune.state import evaluating, named_tensors
 
@@ -172,7 +173,7 @@ class _Repair:
 
     def layers(self, method: Method) -> Iterator[Repaired]:
         """Repair one layer after the other."""
-        for node in self.order:
+        for node in track(self.order, "repairing layers"):
             if node in self.sites:
                 site = self.sites[node]
                 original = self.originals.get(str(site.layer.weight.target))

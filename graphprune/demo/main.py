@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -20,12 +19,12 @@ import graphprune
 from graphprune.cost import count_macs, count_parameters
 from graphprune.demo.data import Sample, augmented, sample, trained_network
 from graphprune.onnx import CPU
+from graphprune.progress import no_bars
 
 REPAIRED_ON = 512  # of the shipped training images
 EPOCHS = 8  # passes over the shipped training images
 BATCH = 64
 LEARNING_RATE = 5e-3
-TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def run(
     original = accuracy(model, test)
     rows = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with _one_thread(), Progress(*columns, console=console, transient=True) as progress:
+    with _one_thread(), no_bars(), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
         for ratio in ratios:
             say = partial(_describe, progress, task, ratio)
@@ -127,7 +126,9 @@ def _row(
     )
     repaired = accuracy(slimmer, test)
     say(f"tuning on {len(train.labels):,} images")
-    tune(slimmer, model, train.images)
+    graphprune.finetune(
+        slimmer, model, Augmented(train.images), epochs=EPOCHS, learning_rate=LEARNING_RATE
+    )
     say("exporting to ONNX")
     exported = graphprune.export(slimmer, one, output / f"resnet8-{round(100 * ratio)}.onnx")
     say("timing in ONNX Runtime")
@@ -146,32 +147,20 @@ def _row(
     )
 
 
-def tune(slim: nn.Module, original: nn.Module, images: Tensor, seed: int = 0) -> None:
-    """Train a slim network, in place, to give the original's logits on the images.
+class Augmented:
+    """Images in batches, shifted and mirrored anew each time they are gone through; labels are not used.
 
-    A few hundred steps on shifted and mirrored copies; labels are not used, since on so few images
-    the original's logits say more.
-
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network, section 2.
+    On so few images the original's logits say more than labels do.
     """
-    generator = torch.Generator().manual_seed(seed)
-    data = Sample(images, torch.zeros(len(images)))
-    steps = EPOCHS * -(-len(images) // BATCH)
-    optimiser = torch.optim.Adam(slim.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    slim.train()
-    for _ in range(EPOCHS):
-        for batch in data.batches(BATCH, generator):
-            views = augmented(batch.images, generator)
-            with torch.no_grad():
-                wanted = F.log_softmax(original(views) / TEMPERATURE, dim=1)
-            given = F.log_softmax(slim(views) / TEMPERATURE, dim=1)
-            loss = F.kl_div(given, wanted, reduction="batchmean", log_target=True)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    slim.eval()
+
+    def __init__(self, images: Tensor, seed: int = 0) -> None:
+        self.data = Sample(images, torch.zeros(len(images)))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the images in an order drawn anew."""
+        for batch in self.data.batches(BATCH, self.generator):
+            yield augmented(batch.images, self.generator)
 
 
 @torch.no_grad()

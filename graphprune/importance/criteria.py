@@ -13,6 +13,7 @@ from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
 from graphprune.importance.reconstruction import reconstruction
+from graphprune.importance.recursion import taylor2_recursion
 from graphprune.importance.subject import Scores, Subject
 
 Importance: TypeAlias = (
@@ -28,6 +29,7 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
     "bn_scale": magnitude.bn_scale,
     "taylor": loss_based.taylor,
     "taylor2": loss_based.taylor2,
+    "taylor2_recursion": taylor2_recursion,
     "fisher": loss_based.fisher,
     "obs": loss_based.obs,
     "oracle": loss_based.oracle,
@@ -38,12 +40,17 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
 _OF_THEIR_GROUP = ("random", "l1", "l2")
 
 # What a channel's going does to a loss or an error, to be weighed against what it saves.
-_LOSSES = ("taylor", "taylor2", "fisher", "obs", "oracle", "reconstruction")
+_LOSSES = (
+    "taylor", "taylor2", "taylor2_recursion", "fisher", "obs", "oracle", "reconstruction",
+)  # fmt: skip
 
 
 def are_losses(importance: Importance) -> bool:
-    """Say whether the scores of a criterion are amounts of a loss or an error, not ranks."""
-    return importance in _LOSSES
+    """Say whether the scores of a criterion are amounts of a loss or an error, not ranks.
+
+    A function says so by an attribute of this name.
+    """
+    return importance in _LOSSES or bool(getattr(importance, "are_losses", False))
 
 
 def scores(subject: Subject, importance: Importance) -> Scores:
@@ -77,6 +84,8 @@ def scores(subject: Subject, importance: Importance) -> Scores:
     else:
         given = importance(subject.model, subject.graph)
         found = {group.name: _checked(group, given) for group in subject.graph.groups}
+        if are_losses(importance):
+            return found
     return {name: _relative(values) for name, values in found.items()}
 
 

@@ -24,6 +24,7 @@ from graphprune.calibration import Batch
 from graphprune.importance.gates import GatedLoss
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inputs import Inputs
+from graphprune.progress import track
 
 # How many channels, or samples, are looked at at once.
 CHUNK = 32
@@ -132,7 +133,7 @@ def _each_sample(subject: Subject) -> Gates:
         vmap(lambda args, kwargs, target: first(Inputs(*args, **kwargs), target), chunk_size=CHUNK)(
             batch.inputs.args, batch.inputs.kwargs, batch.target
         )
-        for batch in subject.data
+        for batch in track(subject.data, "scoring channels")
     ]
     return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
@@ -148,7 +149,7 @@ def _mean(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Ga
     """Return the mean over batches of what the function gives."""
     gated, count = GatedLoss(subject), len(subject.data)
     total = {name: torch.zeros_like(gates) for name, gates in gated.ones().items()}
-    for batch in subject.data:
+    for batch in track(subject.data, "scoring channels"):
         for name, value in function(gated, batch).items():
             total[name] += value.detach() / count
     return total

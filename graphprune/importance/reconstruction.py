@@ -29,6 +29,7 @@ from graphprune.importance.magnitude import l2
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inference import infer
 from graphprune.layout import Axis, Layout, free_axes, slots_of
+from graphprune.progress import track
 from graphprune.state import evaluating
 
 # Share of the features' own squares that is added to them: channels that are the same in all samples
@@ -101,7 +102,7 @@ def reconstruction(subject: Subject) -> Scores:
         readings = _readings(graph_module, traced, subject.data)
     by_weight = l2(subject)
     found: Scores = {}
-    for group in subject.graph.groups:
+    for group in track(subject.graph.groups, "scoring channels"):
         own = traced.by_name.get(group.name)
         parts = [] if own is None else [p for one in readings for p in _parts(one, own.axis)]
         found[group.name] = _eliminated(parts) if parts else _shares(by_weight[group.name])
@@ -121,7 +122,7 @@ def _readings(
     order = list(graph_module.graph.nodes)
     runs = [Run(graph_module, batch.inputs, order) for batch in batches]
     found = []
-    for node in order:
+    for node in track(order, "running the model on the data"):
         layer = layers.get(node)
         channels = _channels(graph, layer) if layer else None
         if layer is None or channels is None or not free_axes(channels):

@@ -15,6 +15,7 @@ from graphprune.calibration import Batch, batches_of
 from graphprune.errors import InvalidRequestError
 from graphprune.importance import Loss
 from graphprune.inputs import output_tensors
+from graphprune.progress import track
 from graphprune.state import evaluating, keeping_flags
 
 Optimiser: TypeAlias = Literal["adamw", "sgd"]
@@ -125,7 +126,7 @@ def finetune(
         for epoch in range(epochs):
             batches = batches_of(data) if epoch else batches
             total = 0.0
-            for batch in batches:
+            for batch in track(batches, f"epoch {epoch + 1} of {epochs}"):
                 value = _objective(slimmer, original, batch, distillation, loss)
                 stepper.zero_grad()
                 torch.autograd.backward(value)

@@ -1,0 +1,215 @@
+"""What the loss becomes when one group alone loses more and more of its channels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from graphprune.calibration import batches_of
+from graphprune.capture import prepared
+from graphprune.errors import InvalidRequestError
+from graphprune.groups import DependencyGraph
+from graphprune.importance.criteria import scores
+from graphprune.importance.gates import GatedLoss
+from graphprune.importance.loss_based import CHUNK
+from graphprune.importance.subject import Loss, Scores, Subject
+from graphprune.inference import infer
+from graphprune.progress import track
+from graphprune.state import named_tensors
+
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A scan: the loss against the share of its channels that one group has lost.
+
+    It can be passed as `importance=`: a channel then matters by how much the loss has grown once it
+    and all channels of its group that go before it are gone.
+
+    Attributes:
+        ratios: shares of a group's channels.
+        intact: the loss of the model as it is.
+        losses: by group name, the loss at each ratio, all other groups being whole.
+        order: by group name, its channels, those first that go first.
+
+    """
+
+    ratios: tuple[float, ...]
+    intact: float
+    losses: dict[str, list[float]]
+    order: dict[str, list[int]]
+
+    are_losses = True
+
+    def __call__(self, model: nn.Module, graph: DependencyGraph) -> Scores:
+        """Return the scores of a graph's channels.
+
+        Raises:
+            InvalidRequestError: the graph has other groups than the model that was scanned.
+
+        """
+        found: Scores = {}
+        for group in graph.groups:
+            order = self.order.get(group.name)
+            if order is None or len(order) != group.size:
+                raise InvalidRequestError(
+                    f"the sensitivity scan knows no group {group.name!r} of {group.size} channels; scan "
+                    "the model that is to be cut"
+                )
+            gone = (1 + np.arange(group.size)) / group.size
+            grown = np.maximum.accumulate(np.asarray(self.losses[group.name]) - self.intact)
+            known = np.concatenate([[0.0], self.ratios])
+            values = np.interp(gone, known, np.concatenate([[0.0], np.maximum(grown, 0.0)]))
+            beyond = gone > self.ratios[-1]  # on from the last ratio as steeply as up to it
+            values[beyond] *= gone[beyond] / self.ratios[-1]
+            found[group.name] = np.empty(group.size)
+            found[group.name][order] = values
+        return found
+
+    def __str__(self) -> str:
+        head = "".join(f"{ratio:>9.0%}" for ratio in self.ratios)
+        width = max(map(len, self.losses), default=0)
+        lines = [f"{'loss without':{width}}{head}   (intact: {self.intact:.4g})"]
+        for name, losses in self.losses.items():
+            lines.append(f"{name:{width}}" + "".join(f"{loss:>9.4g}" for loss in losses))
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a line a group into a file, by whose ending it is .svg, .png or .pdf.
+
+        Raises:
+            InvalidRequestError: matplotlib is not installed.
+
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise InvalidRequestError(
+                "plots are drawn by matplotlib, which is not installed: pip install graphprune[plot]"
+            ) from error
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="share of the group's channels removed", ylabel="loss")
+        for name, losses in self.losses.items():
+            axes.plot([0, *self.ratios], [self.intact, *losses], marker=".", label=name)
+        figure.legend(loc="outside right upper", fontsize="x-small")
+        figure.savefig(path)
+
+
+@torch.inference_mode(False)
+def sensitivity(
+    model: Any,
+    data: Any,
+    loss: Loss,
+    example_inputs: Any = None,
+    *,
+    importance: str = "l2",
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    cache: str | Path | None = None,
+) -> Sensitivity:
+    """Scan a model: each group alone without the shares of its channels that matter least.
+
+    Args:
+        model: as for `slim`; it is not changed.
+        data: batches of pairs of inputs and target.
+        loss: of the model's output and a batch's target.
+        example_inputs: as for `slim`; those of the first batch if not given.
+        importance: the criterion that says which channels of a group go first.
+        ratios: shares of a group's channels to remove, rising, each between 0 and 1.
+        seed: for importance "random".
+        cache: a JSON file that keeps what was measured for these weights, data and arguments, group by
+            group, so that a scan that was cut off goes on and one that is done is not done again. Of
+            the loss it knows the name alone.
+
+    Raises:
+        InvalidRequestError: an argument makes no sense, or the file is something else.
+
+    """
+    shares = tuple(float(ratio) for ratio in ratios)
+    if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
+        raise InvalidRequestError(f"ratios={ratios!r} must rise from above 0 to below 1")
+    batches = batches_of(data)
+    module, inputs = prepared(
+        model, batches[0].inputs if example_inputs is None else example_inputs
+    )
+    subject = Subject(module, DependencyGraph(infer(module, inputs)), batches, loss, seed)
+    gated = GatedLoss(subject)
+    ranked = scores(subject, importance)
+    order = {name: np.argsort(own, kind="stable").tolist() for name, own in ranked.items()}
+    asked = (getattr(loss, "__qualname__", str(loss)), importance, shares, seed)
+    kept = _Kept(cache, lambda: _digest(subject, asked))
+
+    def measured(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
+        total = torch.zeros(len(masks), dtype=torch.float64)
+        for batch in batches:
+            one = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
+            total += vmap(one, chunk_size=CHUNK)(masks).double().cpu()
+        return [float(value) / len(batches) for value in total]
+
+    ones = gated.ones()
+    found: dict[str, list[float]] = {}
+    with torch.no_grad():
+        whole = sum(float(gated(ones, batch.inputs, batch.target)) for batch in batches)
+        for name in track(list(order), "scanning groups"):
+            if name not in kept.losses:
+                masks = ones[name].repeat(len(shares), 1)
+                for row, share in zip(masks, shares, strict=True):
+                    row[order[name][: round(share * len(row))]] = 0.0
+                kept.add(name, measured(ones, name, masks))
+            found[name] = kept.losses[name]
+    return Sensitivity(shares, whole / len(batches), found, order)
+
+
+def _loss_with(
+    gated: GatedLoss, ones: Mapping[str, Tensor], group: str, inputs: Any, target: Any, mask: Tensor
+) -> Tensor:
+    return gated({**ones, group: mask}, inputs, target)
+
+
+def _digest(subject: Subject, asked: Any) -> str:
+    """Return a hash of all that the losses of a scan depend on, but what the loss computes."""
+    seen = hashlib.sha256(repr(asked).encode())
+    tensors = [*named_tensors(subject.model).items()]
+    for number, batch in enumerate(subject.data):
+        given = [*batch.inputs.tensors(), batch.target]
+        tensors += [(f"{number}", one) for one in given if isinstance(one, Tensor)]
+    for name, tensor in tensors:
+        values: npt.NDArray[Any] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        seen.update(values.tobytes())
+    return seen.hexdigest()
+
+
+class _Kept:
+    """Losses by group, in a JSON file by the digest of the scan, or in memory alone."""
+
+    def __init__(self, path: str | Path | None, digest: Any) -> None:
+        self.path = None if path is None else Path(path)
+        self.scans: dict[str, dict[str, list[float]]] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                self.scans = dict(json.loads(self.path.read_text())["sensitivity"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InvalidRequestError(
+                    f"{self.path} is not a cache of sensitivity scans: {error}; name another file"
+                ) from error
+        self.losses = self.scans.setdefault("" if self.path is None else digest(), {})
+
+    def add(self, group: str, losses: list[float]) -> None:
+        self.losses[group] = losses
+        if self.path is not None:
+            part = self.path.with_name(self.path.name + ".part")
+            part.write_text(json.dumps({"sensitivity": self.scans}))
+            part.replace(self.path)
