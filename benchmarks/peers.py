@@ -18,7 +18,9 @@ from torch import nn
 
 import graphprune as gp
 
-CRITERIA = ("l1", "l2", "bn_scale", "lamp", "fpgm", "taylor", "hessian")
+# Its Hessian takes a backward pass a sample at each step of the search; on the digits and on ResNet-8 it
+# came last (88.2 and 44.7 % with new statistics), so it is left out.
+CRITERIA = ("l1", "l2", "bn_scale", "lamp", "fpgm", "taylor")
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 HALVINGS = 8
 
@@ -65,7 +67,6 @@ def _cut(task: Task, fraction: float, criterion: str, is_global: bool) -> nn.Mod
         "lamp": tp.importance.LAMPImportance,
         "fpgm": tp.importance.FPGMImportance,
         "taylor": tp.importance.GroupTaylorImportance,
-        "hessian": tp.importance.GroupHessianImportance,
     }
     model = copy.deepcopy(task.model)
     importance = importances[criterion]()
@@ -87,16 +88,6 @@ def _cut(task: Task, fraction: float, criterion: str, is_global: bool) -> nn.Mod
     )
     if criterion == "taylor":
         torch.autograd.backward(sum(task.loss(_called(model, x), y) for x, y in task.calibration))
-    if criterion == "hessian":
-        importance.zero_grad()
-        for inputs, target in task.calibration[:2]:
-            output = _called(model, inputs)
-            for k in range(len(output)):
-                model.zero_grad()
-                torch.autograd.backward(
-                    task.loss(output[k : k + 1], target[k : k + 1]), retain_graph=True
-                )
-                importance.accumulate_grad(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner.step()
