@@ -487,9 +487,9 @@ said(
 )
 LABELLED = [(X, torch.zeros(2, dtype=torch.long))]
 said(
-    r"importance='taylor2_recursion' does not go back through aten\.softmax.*: it knows layers with weights "
-    "of their own, element-wise functions, means and what moves values; use importance='taylor2', whose "
-    "second derivatives are exact",
+    r"importance='taylor2_recursion' does not go back through aten\.softmax.*: it knows layers with "
+    "weights of their own, element-wise functions, means and what moves values; use importance='taylor2', "
+    "whose second derivatives are exact",
     lambda: gp.slim(
         nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1), nn.Linear(3, 3)),
         0.5,

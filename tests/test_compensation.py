@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import Compensate
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -267,6 +268,25 @@ def test_repair_does_not_depend_on_how_the_data_is_cut_into_batches() -> None:
         slimmer = gp.slim(model, 0.5, data[0], data=given, compensate=True)
         errors.append(call(slimmer, Inputs(data[0])))
     torch.testing.assert_close(*errors, rtol=0.05, atol=0.05)
+
+
+def test_the_repair_is_a_pass_like_any_other() -> None:
+    model, data = lively(Residual()), batches(image)
+    slim = gp.slimmed(model, 0.5, data[0], align=1, form="graph")
+    repair = Compensate(model, slim.plan, data)
+    graph_module, modified = repair(slim.model, data[0])
+    at_once = gp.slim(
+        model, example_inputs=data[0], plan=slim.plan, form="graph", data=data, compensate=True
+    )
+    assert modified
+    assert repair.name() == "compensate"
+    unseen = batches(image, count=1, seed=6)[0]
+    torch.testing.assert_close(
+        call(graph_module, Inputs(unseen)), call(at_once, Inputs(unseen)), rtol=1e-4, atol=1e-5
+    )
+    same, unchanged = Compensate(model, gp.Plan({}, {}), data)(model, data[0])
+    assert not unchanged
+    torch.testing.assert_close(call(same, Inputs(unseen)), call(model, Inputs(unseen)))
 
 
 class Flattened(nn.Module):
