@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -26,11 +26,11 @@ def no_bars() -> Iterator[None]:
         _shown.reset(before)
 
 
-def track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yield the items; on a terminal a bar says how many are done."""
+def track(items: Iterable[Item], what: str, count: int | None = None) -> Iterator[Item]:
+    """Yield the items; on a terminal a bar says how many of `count` (or of their length) are done."""
     if not (_shown.get() and sys.stderr.isatty()):
         yield from items
         return
     with no_bars():  # what is done with an item shows none of its own
         console = Console(stderr=True)
-        yield from rich_track(items, what, console=console, transient=True)
+        yield from rich_track(items, what, count, console=console, transient=True)

@@ -535,6 +535,11 @@ said(
     "optimiser='adam' must be 'adamw' or 'sgd'",
     lambda: gp.finetune(net(), net(), [X], optimiser="adam"),
 )
+said(
+    "data must be batches with a length, as a list or a DataLoader is, not generator: the learning rate "
+    "follows from how many there are",
+    lambda: gp.finetune(net(), net(), (x for x in [X])),
+)
 said("epochs=0 must be a whole number from 1", lambda: gp.finetune(net(), net(), [X], epochs=0))
 said(
     "no parameter of the slim model requires a gradient, so none learns",

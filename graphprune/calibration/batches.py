@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,20 @@ def batches_of(data: Any) -> list[Batch]:
         InvalidRequestError: there are no batches, or one is none of these.
 
     """
+    return list(each_batch(data))
+
+
+def each_batch(data: Any) -> Iterator[Batch]:
+    """Yield the batches of `batches_of`, each when it is asked for."""
     if isinstance(data, (Tensor, Mapping, Inputs, str)) or not isinstance(data, Iterable):
         raise InvalidRequestError(
             f"data must be several batches, as in [batch] or a DataLoader, not {type(data).__name__}"
         )
-    batches = [_batch(number, given) for number, given in enumerate(data)]
-    if not batches:
+    number = -1
+    for number, given in enumerate(data):
+        yield _batch(number, given)
+    if number < 0:
         raise InvalidRequestError("data holds no batch; pass at least one, as in data=[images]")
-    return batches
 
 
 def _batch(number: int, given: Any) -> Batch:

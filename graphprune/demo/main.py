@@ -157,6 +157,10 @@ class Augmented:
         self.data = Sample(images, torch.zeros(len(images)))
         self.generator = torch.Generator().manual_seed(seed)
 
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-len(self.data.images) // BATCH)
+
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the images in an order drawn anew."""
         for batch in self.data.batches(BATCH, self.generator):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphprune.calibration import Batch, batches_of
+from graphprune.calibration import Batch, each_batch
 from graphprune.errors import InvalidRequestError
 from graphprune.importance import Loss
 from graphprune.inputs import output_tensors
@@ -71,7 +70,7 @@ class Distillation:
 def finetune(
     slimmer: nn.Module,
     original: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     *,
     epochs: int = 1,
     learning_rate: float = 1e-3,
@@ -88,8 +87,9 @@ def finetune(
     Args:
         slimmer: the model to train, in training mode meanwhile.
         original: its teacher, in evaluation mode meanwhile.
-        data: batches of inputs, or of pairs of inputs and target; gone through once an epoch, so that
-            a DataLoader that shuffles and augments does so anew.
+        data: batches of inputs, or of pairs of inputs and target, in a list, a DataLoader or anything
+            else with a length; gone through once an epoch, so that a DataLoader that shuffles and
+            augments does so anew.
         epochs: passes over the data.
         learning_rate: the highest.
         optimiser: "adamw" or "sgd" (with Nesterov momentum 0.9); no weight decay.
@@ -101,7 +101,7 @@ def finetune(
         What was minimised, averaged over each epoch.
 
     Raises:
-        InvalidRequestError: an argument makes no sense, or the data can be gone through only once.
+        InvalidRequestError: an argument makes no sense.
 
     """
     if distillation is None and loss is None:
@@ -110,30 +110,33 @@ def finetune(
         raise InvalidRequestError(f"optimiser={optimiser!r} must be 'adamw' or 'sgd'")
     if not isinstance(epochs, int) or epochs < 1:
         raise InvalidRequestError(f"epochs={epochs!r} must be a whole number from 1")
-    batches = batches_of(data)
+    if not hasattr(data, "__len__"):
+        raise InvalidRequestError(
+            f"data must be batches with a length, as a list or a DataLoader is, not {type(data).__name__}: "
+            "the learning rate follows from how many there are"
+        )
     parameters = [p for p in slimmer.parameters() if p.requires_grad]
     if not parameters:
         raise InvalidRequestError(
             "no parameter of the slim model requires a gradient, so none learns"
         )
     stepper = _optimiser(optimiser, parameters, learning_rate)
-    steps = epochs * len(batches)
+    steps = epochs * len(data)
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: _rate(step, steps))
     means = []
     with torch.random.fork_rng(), evaluating(original), keeping_flags(slimmer):
         torch.manual_seed(seed)
         slimmer.train()
         for epoch in range(epochs):
-            batches = batches_of(data) if epoch else batches
             total = 0.0
-            for batch in track(batches, f"epoch {epoch + 1} of {epochs}"):
+            for batch in track(each_batch(data), f"epoch {epoch + 1} of {epochs}", len(data)):
                 value = _objective(slimmer, original, batch, distillation, loss)
                 stepper.zero_grad()
                 torch.autograd.backward(value)
                 stepper.step()
                 schedule.step()
                 total += float(value.detach())
-            means.append(total / len(batches))
+            means.append(total / len(data))
     stepper.zero_grad()
     return means
 

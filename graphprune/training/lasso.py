@@ -39,7 +39,7 @@ class GroupLasso:
                 "no channels of this model can be removed, so there is none to empty; "
                 "print(graphprune.analyze(model, inputs)) says why for every dimension"
             )
-        tensors = named_tensors(model)
+        tensors = named_tensors(module)
         # by tensor and dimension: group, and the slot of each position along it (size: none)
         self._places: list[tuple[Tensor, int, str, Tensor]] = []
         counts = {name: torch.zeros(size + 1) for name, size in self.groups.items()}
