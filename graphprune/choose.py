@@ -134,8 +134,10 @@ def choose(
     groups = eligible(graph, request)
     if not groups and request.ratio > 0:
         warnings.warn(_nothing_to_cut(graph, request), GraphPruneWarning, stacklevel=3)
-    whole = Whole.of(graph, request) if whole is None else whole
-    options = {g.name: [o for o in whole.options[g.name] if o <= g.size] for g in groups}
+    now = Whole.of(graph, request)
+    whole = now if whole is None else whole
+    known = {**now.options, **whole.options}
+    options = {g.name: [o for o in known[g.name] if o < g.size] + [g.size] for g in groups}
     cost = _cost(graph, groups, request.of)
     keep = {group.name: list(range(group.size)) for group in groups}
     sizes = {group.name: group.size for group in groups}
@@ -143,7 +145,8 @@ def choose(
         scores = _of_what_is_left(scores_without(Plan(keep, sizes) if step > 1 else None), keep)
         ratio = request.ratio * step / request.steps
         if request.of == "channels" and not request.is_global:
-            wanted = {name: size * (1 - ratio) for name, size in whole.sizes.items()}
+            before = {**now.sizes, **whole.sizes}
+            wanted = {name: size * (1 - ratio) for name, size in before.items()}
             counts = {g.name: nearest(options[g.name], wanted[g.name]) for g in groups}
         else:
             priorities = scores if request.is_global else quantiles(scores)
