@@ -4,8 +4,8 @@ tasks.py and peers.py say what has to be installed, and where the data is.
 
     python benchmarks/accuracy.py --data FASHION --stamps STAMPS --snippets ARCHIVE
 
-Each figure is kept in benchmarks/cache as soon as it is there, so that a run that was cut off goes on;
-`--report` writes results/accuracy.md from what is kept, `--tasks` picks some.
+Each figure is kept in results/accuracy.jsonl as soon as it is there, so that a run that was cut off
+goes on; `--report` writes results/accuracy.md from what is kept, `--tasks` picks some.
 """
 
 from __future__ import annotations
@@ -34,13 +34,25 @@ SEEDS = (0, 1, 2)
 EPOCHS = 2
 RESULTS = Path(__file__).parent / "results"
 
-# By task: what gradients of every sample or channel cost more than a benchmark can take is left out.
-CRITERIA = {
-    "minilm": ("l2", "reconstruction"),
-    "g2p": ("l2", "taylor"),
-    "efficientnet_lite0": ("l2", "reconstruction"),
+# Criteria and alignments by task: what gradients of every sample cost too much is left out, and so is
+# a second alignment where no convolution is aligned.
+TRIED: dict[str, list[tuple[str, int | str]]] = {
+    "minilm": [("l2", 1), ("reconstruction", 1)],
+    "g2p": [("l2", 1), ("taylor", 1)],
+    "efficientnet_lite0": [("l2", "auto"), ("l2", 1), ("reconstruction", 1)],
 }
-USUAL = ("l2", "reconstruction", "fisher")
+USUAL = [
+    ("l2", "auto"),
+    ("reconstruction", "auto"),
+    ("l2", 1),
+    ("reconstruction", 1),
+    ("fisher", 1),
+]
+
+# Networks that are also cut uniformly, and by how much of the channels.
+UNIFORM = ("resnet8", "lenet", "digits")
+PEERS = {"minilm": ("l1", "l2", "taylor")}
+RATIOS = (0.25, 0.5, 0.75)
 
 
 class Kept:
@@ -113,34 +125,45 @@ def run(task: Task, kept: Kept) -> None:
     kept.get(
         f"{task.name}/dense", lambda: {"score": task.score(task.model), "measure": task.measure}
     )
-    for align in ("auto", 1):
-        for criterion in CRITERIA.get(task.name, USUAL):
-            made: list[tuple[nn.Module, nn.Module]] = []
+    for criterion, align in TRIED.get(task.name, USUAL):
 
-            def models(criterion: str = criterion, align: Any = align, made: Any = made) -> Any:
-                made[:] = made or [ours(task, criterion, align)]
-                return made[0]
+        def figures(criterion: str = criterion, align: Any = align) -> dict[str, Any]:
+            cut, repaired = ours(task, criterion, align)
+            return {
+                "macs": share(task, repaired),
+                "cut": task.score(cut),
+                "repaired": task.score(repaired),
+                "latency": latency(task, repaired),
+            }
 
-            name = f"{task.name}/ours/{criterion}/{align}"
-            kept.get(
-                name,
-                lambda models=models: {
-                    "macs": share(task, models()[1]),
-                    "cut": task.score(models()[0]),
-                    "repaired": task.score(models()[1]),
-                    "latency": latency(task, models()[1]),
-                },
-            )
+        kept.get(f"{task.name}/ours/{criterion}/{align}", figures)
+    if task.name in UNIFORM:
+        _uniform(task, kept)
     compared = kept.get(f"{task.name}/peer", lambda: _peer(task))
     if task.tuning is None:
         return
     _tune(task, kept, compared)
 
 
+def _uniform(task: Task, kept: Kept) -> None:
+    """Cut the same share of the channels of every group, of any width."""
+    for criterion in ("l2", "reconstruction"):
+        for ratio in RATIOS:
+
+            def scores(criterion: str = criterion, ratio: float = ratio) -> dict[str, Any]:
+                slim = gp.slim(
+                    task.model, ratio, task.inputs, importance=criterion, align=1,
+                    data=task.calibration, compensate=True,
+                )  # fmt: skip
+                return {"macs": share(task, slim), "repaired": task.score(slim)}
+
+            kept.get(f"{task.name}/uniform/{criterion}/{ratio}", scores)
+
+
 def _peer(task: Task) -> dict[str, Any]:
     """Return the scores of each criterion of the peer, or its error."""
     found: dict[str, Any] = {}
-    for name, slim in peers.slimmed(task, RATIO):
+    for name, slim in peers.slimmed(task, RATIO, PEERS.get(task.name, peers.CRITERIA)):
         if isinstance(slim, Exception):
             found[name] = {"error": f"{type(slim).__name__}: {slim}"[:200]}
         else:
@@ -243,7 +266,24 @@ def report(kept: Kept) -> str:
             first = next(iter(peer.values()))
             lines.append(f"| Torch-Pruning | | fails: {first['error']} | | | |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_uniform_table(kept)])
+
+
+def _uniform_table(kept: Kept) -> list[str]:
+    """Return the lines of the table of uniform cuts."""
+    lines = [
+        "## The same share of the channels of every group, repaired, not tuned (align=1)",
+        "",
+        "| | dense | " + " | ".join(f"-{ratio:.0%}" for ratio in RATIOS) + " |",
+        "| --- " * (2 + len(RATIOS)) + "|",
+    ]
+    for name in UNIFORM:
+        for criterion in ("l2", "reconstruction"):
+            entries = [kept.figures.get(f"{name}/uniform/{criterion}/{ratio}") for ratio in RATIOS]
+            scores = [f"{entry['repaired']:.2f}" if entry else "" for entry in entries]
+            dense = kept.figures.get(f"{name}/dense", {}).get("score", float("nan"))
+            lines.append(f"| {name}, {criterion} | {dense:.2f} | " + " | ".join(scores) + " |")
+    return [*lines, ""]
 
 
 def _tuned(kept: Kept, name: str, whose: str, of: str) -> str:
@@ -261,7 +301,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
-    kept = Kept(options.cache / "accuracy.jsonl")
+    kept = Kept(RESULTS / "accuracy.jsonl")
     for name in [] if options.report else options.tasks:
         run(TASKS[name](options), kept)
     (RESULTS / "accuracy.md").write_text(report(kept))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 HALVINGS = 8
 
 
-def slimmed(task: Task, ratio: float) -> Iterator[tuple[str, nn.Module | Exception]]:
+def slimmed(
+    task: Task, ratio: float, criteria: Sequence[str] = CRITERIA
+) -> Iterator[tuple[str, nn.Module | Exception]]:
     """Yield a name and what each criterion, local and global, leaves of the MACs, or its error."""
-    for criterion in CRITERIA:
+    for criterion in criteria:
         for is_global in (False, True):
             name = f"{criterion}, {'global' if is_global else 'local'}"
             try:

@@ -201,7 +201,7 @@ def minilm(options: argparse.Namespace) -> Task:
         return_tensors="pt",
     )["input_ids"]  # fmt: skip
     with torch.no_grad():
-        wanted = torch.cat([model(part) for part in tokens[:4096].split(64)])
+        wanted = torch.cat([model(part) for part in tokens[:2816].split(64)])
 
     def score(slim: nn.Module) -> float:
         with torch.no_grad():
@@ -212,7 +212,7 @@ def minilm(options: argparse.Namespace) -> Task:
         return list(zip(tokens[start:stop].split(64), wanted[start:stop].split(64), strict=True))
 
     def tuning(seed: int) -> list[tuple[Any, Any]]:
-        found = pairs(1536, 4096)
+        found = pairs(1536, 2816)
         return [
             found[i]
             for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))

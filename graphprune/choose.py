@@ -153,7 +153,8 @@ def choose(
             if request.is_global and losses:
                 left = {name: len(kept) for name, kept in keep.items()}
                 priorities = per_cost(groups, scores, cost, left)
-            counts = competing(groups, priorities, options, cost, whole.total * (1 - ratio))
+            target = whole.total * (1 - ratio + 1e-9)  # so that rounding takes none too many
+            counts = competing(groups, priorities, options, cost, target)
         keep = {group.name: highest(scores[group.name], counts[group.name]) for group in groups}
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:

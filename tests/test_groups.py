@@ -21,6 +21,7 @@ LAYERS = [
     "layout",
     "rules",
     "switches",
+    "steps",
     "progress",
     "state",
     "caches",

@@ -17,8 +17,9 @@ from torch.func import grad, hessian
 import graphprune as gp
 from graphprune.calibration import batches_of
 from graphprune.choose import Request, choose
+from graphprune.demo.network import ResNet8
 from graphprune.groups import Group
-from graphprune.importance import CRITERIA, Subject, scores
+from graphprune.importance import CRITERIA, Subject, brute_force, scores
 from graphprune.importance.gates import GatedLoss
 from graphprune.inference import infer
 from graphprune.inputs import Inputs, call, output_tensors
@@ -404,3 +405,57 @@ def test_a_scan_chooses_how_much_goes_where(model: Perceptron, data: Any) -> Non
     scan = gp.sensitivity(model, own, squared)
     plan = gp.slimmed(model, 6 / 13, data[0][0], importance=scan, ranking="global").plan
     assert [len(slots) for slots in plan.keep.values()] == [1, 6]
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_every_criterion_scores_the_units_of_recurrent_layers(kind: type[nn.RNNBase]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = kind(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(x)[0])
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(6, 5, 3).double()
+    data = [(x, torch.randn(6, 5, 2).double())]
+    exact = scored("oracle", model, data)[0]
+    for slot in range(4):
+        kept = {"layer.weight_ih_l0:0": [i for i in range(4) if i != slot]}
+        plan = gp.Plan(kept, {"layer.weight_ih_l0:0": 4}, {})
+        slimmer = gp.slim(model, example_inputs=x, plan=plan)
+        change = squared(call(slimmer, Inputs(x)), data[0][1]) - squared(model(x), data[0][1])
+        assert exact[slot] == pytest.approx(float(change), rel=1e-6)
+    for criterion in ("taylor", "taylor2", "fisher", "obs"):
+        assert np.isfinite(scored(criterion, model, data)[0]).all()
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURES.keys() - NOT_BY_GATES)[::5])
+def test_brute_force_behind_the_layers_alone_is_that_of_the_whole_model(
+    name: str, monkeypatch: Any
+) -> None:
+    torch.manual_seed(0)
+    structure = STRUCTURES[name]
+    model, inputs = structure.build().eval(), Inputs.of(structure.inputs())
+    graph = gp.DependencyGraph(infer(model, inputs, with_data=True))
+    subject = Subject(model, graph, batches_of([inputs]), _squares)
+    if not any(p.is_floating_point() for p in model.parameters()):
+        return
+    with plain_kernels():
+        fast = scores(subject, "oracle")
+        monkeypatch.setattr("graphprune.importance.brute_force._traced", lambda _: None)
+        whole = scores(subject, "oracle")
+    for group in graph.groups:
+        scale = max(1e-3, float(np.abs(whole[group.name]).max(initial=0)))
+        np.testing.assert_allclose(fast[group.name], whole[group.name], atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(ResNet8, (4, 1, 28, 28)), (chain, (4, 6))])
+def test_brute_force_runs_what_lies_behind_alone(build: Any, shape: Any) -> None:
+    model, x = build(), torch.randn(shape)
+    graph = gp.analyze(model, x)
+    subject = Subject(model.eval(), graph, batches_of([x]), _squares)
+    graph_module = brute_force._traced(subject)
+    assert graph_module is not None
+    assert brute_force._readers(subject, graph_module).keys() == graph.by_name.keys()

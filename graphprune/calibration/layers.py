@@ -166,16 +166,16 @@ class ConvolutionLayer(Layer):
 
     def fan_in(self, weight: Tensor) -> int:
         """Return the entries of a window."""
-        return weight.numel() // weight.shape[1 if self._is_transposed else 0]
+        return weight.numel() // weight.shape[1 if self.is_transposed else 0]
 
     def features(self, data: Tensor, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the windows' entries, channel by channel."""
         groups, space = arguments["groups"], weight.shape[2:]
-        inputs = weight.shape[0] // groups if self._is_transposed else weight.shape[1]
+        inputs = weight.shape[0] // groups if self.is_transposed else weight.shape[1]
         count = inputs * space.numel()
         entries = torch.eye(count, dtype=data.dtype, device=data.device)
         reader = entries.reshape(count, inputs, *space)
-        if self._is_transposed:
+        if self.is_transposed:
             reader = reader.transpose(0, 1)
         reader = reader.repeat(groups, 1, *[1] * len(space))
         return self.samples(self.value(data, reader, None, arguments), arguments)
@@ -190,17 +190,18 @@ class ConvolutionLayer(Layer):
     def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the filters; a transposed convolution keeps inputs before outputs."""
         by_group = weight.reshape(arguments["groups"], -1, *weight.shape[1:])
-        return (by_group.transpose(1, 2) if self._is_transposed else by_group).flatten(2)
+        return (by_group.transpose(1, 2) if self.is_transposed else by_group).flatten(2)
 
     def weight_like(self, weight: Tensor, matrix: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the filters in their shape."""
-        if self._is_transposed:
+        if self.is_transposed:
             inputs = weight.shape[0] // arguments["groups"]
             matrix = matrix.unflatten(2, (inputs, -1)).transpose(1, 2)
         return matrix.reshape(weight.shape)
 
     @property
-    def _is_transposed(self) -> bool:
+    def is_transposed(self) -> bool:
+        """Whether the weight has inputs before outputs."""
         return "transpose" in str(self.node.target)
 
 

@@ -14,10 +14,18 @@ from graphprune.interpretation import flat_arguments
 
 
 class Run(fx.Interpreter):
-    """A graph on the way through its nodes, in a given order; values are let go after their last use."""
+    """A graph on the way through its nodes, in a given order.
+
+    Values are let go after their last use, unless they are to be kept.
+    """
 
     def __init__(
-        self, graph_module: fx.GraphModule, inputs: Inputs, order: Sequence[fx.Node]
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Inputs,
+        order: Sequence[fx.Node],
+        *,
+        keep: bool = False,
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
@@ -33,7 +41,9 @@ class Run(fx.Interpreter):
         self.inputs = inputs
         self.order = order
         self.place = 0
-        self.last_use = {used: node for node in order for used in node.all_input_nodes}
+        self.last_use = (
+            {} if keep else {used: node for node in order for used in node.all_input_nodes}
+        )
 
     def until(self, node: fx.Node, *, inclusive: bool = False) -> Any:
         """Run every node before this one, and it too if `inclusive`; return its value then."""
@@ -56,6 +66,6 @@ class Run(fx.Interpreter):
                 "need the form of example_inputs, and their sizes where tracing left none free"
             ) from failure
         for used in node.all_input_nodes:
-            if self.last_use[used] is node:
+            if self.last_use.get(used) is node:
                 self.env.pop(used, None)
         return value

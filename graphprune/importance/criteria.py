@@ -12,6 +12,7 @@ from torch import nn
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
+from graphprune.importance.brute_force import oracle
 from graphprune.importance.reconstruction import reconstruction
 from graphprune.importance.recursion import taylor2_recursion
 from graphprune.importance.subject import Scores, Subject
@@ -32,7 +33,7 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
     "taylor2_recursion": taylor2_recursion,
     "fisher": loss_based.fisher,
     "obs": loss_based.obs,
-    "oracle": loss_based.oracle,
+    "oracle": oracle,
     "reconstruction": reconstruction,
 }
 

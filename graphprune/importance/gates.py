@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from graphprune.errors import InvalidRequestError
 from graphprune.importance.readers import readers_of
 from graphprune.importance.subject import Subject, values_of
 from graphprune.inputs import Inputs
+from graphprune.rules.recurrent import GATES
 from graphprune.state import parameter_names, working_copy
+from graphprune.steps import StepByStep
 
 
 class GatedLoss:
@@ -37,6 +40,8 @@ class GatedLoss:
         graph = subject.graph
         named = parameter_names(self.model)
         self.parameters = {name: values_of(name, parameter) for name, parameter in named.items()}
+        operators = (step.func.overloadpacket for step in graph.inference.steps)
+        self.is_recurrent = any(packet in GATES for packet in operators)
         self.sizes = {group.name: group.size for group in graph.groups}
         self.like = next(p for p in self.parameters.values() if p.is_floating_point())
         self.slots: list[tuple[str, str, Tensor]] = []
@@ -59,5 +64,6 @@ class GatedLoss:
                 [factors, factors.new_ones(1)]
             )  # the last for slot -1, which is none
             gated[parameter] = gated[parameter] * factors[slots]
-        output = functional_call(self.model, gated, inputs.args, inputs.kwargs)
+        with StepByStep() if self.is_recurrent else nullcontext():
+            output = functional_call(self.model, gated, inputs.args, inputs.kwargs)
         return self.loss(output, target)

@@ -1,7 +1,7 @@
 """Criteria that ask what the loss does when a channel's output becomes zero.
 
 With a gate `a` on every channel (1 as it is, 0 for a channel that is gone), the loss E over the data
-changes by E(a = 0) - E(a = 1), which is computed ("oracle"), or expanded around a = 1. A channel's
+changes by E(a = 0) - E(a = 1) (which brute_force.py computes), expanded here around a = 1. A channel's
 output is `a * o`, so dE/da = o dE/do and d2E/da2 = o2 d2E/do2, summed over everything that a channel
 holds: these are the terms of The Incredible Shrinking Neural Network (arXiv 1701.04465, section 3),
 for whole units of any network. Scores are the changes, signed: a negative one says that the loss gets
@@ -21,13 +21,11 @@ from torch.func import grad, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from graphprune.calibration import Batch
+from graphprune.importance.brute_force import CHUNK
 from graphprune.importance.gates import GatedLoss
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inputs import Inputs
 from graphprune.progress import track
-
-# How many channels, or samples, are looked at at once.
-CHUNK = 32
 
 Gates = dict[str, Tensor]
 
@@ -67,15 +65,6 @@ def obs(subject: Subject) -> Scores:
     return _as_scores({name: _obs(g.double()) for name, g in _each_sample(subject).items()})
 
 
-def oracle(subject: Subject) -> Scores:
-    """Score by the change of the loss itself when the channel is gone: brute force.
-
-    What does not depend on the channel is computed once for many channels, and those that do side by
-    side.
-    """
-    return _as_scores(_mean(_changes, subject))
-
-
 def _first(gated: GatedLoss, batch: Batch) -> Gates:
     first: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
     return first
@@ -103,20 +92,6 @@ def _second(gated: GatedLoss, batch: Batch) -> Gates:
 def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
     """Return the loss as a function of one group's gates."""
     return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
-
-
-def _changes(gated: GatedLoss, batch: Batch) -> Gates:
-    """Return what the loss gains when a gate closes, a gate after the other (many at once)."""
-    ones = gated.ones()
-    with torch.no_grad():
-        now = gated(ones, batch.inputs, batch.target)
-        return {
-            group: vmap(partial(_loss_of_one, gated, batch, group), chunk_size=CHUNK)(
-                1 - torch.diag(open_gates)
-            )
-            - now
-            for group, open_gates in ones.items()
-        }
 
 
 def _each_sample(subject: Subject) -> Gates:

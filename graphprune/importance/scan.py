@@ -20,9 +20,9 @@ from graphprune.calibration import batches_of
 from graphprune.capture import prepared
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
+from graphprune.importance.brute_force import CHUNK
 from graphprune.importance.criteria import scores
 from graphprune.importance.gates import GatedLoss
-from graphprune.importance.loss_based import CHUNK
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
 from graphprune.progress import track

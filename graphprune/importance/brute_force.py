@@ -1,0 +1,193 @@
+"""The loss without a channel, by trying it: once for every channel, many channels at once.
+
+What a channel does not reach is computed once a batch and kept. A layer that reads it is linear, so its
+output without the channel is the output as it is, less what the channel alone gives: a product with one
+column of its weight instead of all. Only what lies behind is computed anew, for many channels side by
+side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.func import vmap
+
+from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
+from graphprune.calibration.layers import ConvolutionLayer, MatrixLayer
+from graphprune.capture import graph_of
+from graphprune.errors import CaptureError
+from graphprune.groups import DependencyGraph, Group
+from graphprune.importance.gates import GatedLoss
+from graphprune.importance.readers import Reader, readers_of
+from graphprune.importance.subject import Loss, Scores, Subject
+from graphprune.inference import infer
+from graphprune.progress import track
+from graphprune.rules import bind_arguments, is_in_place
+from graphprune.rules.recurrent import GATES
+from graphprune.state import evaluating, named_tensors
+
+# How many channels are looked at at once.
+CHUNK = 32
+
+
+@torch.no_grad()
+def oracle(subject: Subject) -> Scores:
+    """Score by the change of the loss itself when the channel is gone: brute force.
+
+    Channels that something else than a plain layer reads, and models that cannot be traced, write over
+    their values or are recurrent, are run whole with a gate on every channel.
+    """
+    gated = GatedLoss(subject)
+    assert subject.loss is not None
+    graph_module = _traced(subject)
+    readers = {} if graph_module is None else _readers(subject, graph_module)
+    total = {name: np.zeros(size) for name, size in gated.sizes.items()}
+    for batch in track(subject.data, "scoring channels"):
+        known = _Known.of(graph_module, batch, subject.loss) if graph_module and readers else None
+        now = known.as_it_is() if known else gated(gated.ones(), batch.inputs, batch.target)
+        for name, open_gates in gated.ones().items():
+            if known is not None and name in readers:
+                losses = known.without_each(readers[name])
+            else:
+                one = partial(_loss_of_one, gated, batch, name)
+                losses = vmap(one, chunk_size=CHUNK)(1 - torch.diag(open_gates))
+            total[name] += (losses - now).double().cpu().numpy() / len(subject.data)
+    return total
+
+
+def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
+    """Return the loss as a function of one group's gates."""
+    return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
+
+
+def _traced(subject: Subject) -> fx.GraphModule | None:
+    try:
+        graph_module = graph_of(subject.model, subject.data[0].inputs)
+    except CaptureError:
+        return None
+    targets = [n.target for n in graph_module.graph.nodes if isinstance(n.target, OpOverload)]
+    # a recurrent operator cannot run many channels side by side; its steps, one by one, can
+    barred = any(is_in_place(target) or target.overloadpacket in GATES for target in targets)
+    return None if barred else graph_module
+
+
+def _readers(
+    subject: Subject, graph_module: fx.GraphModule
+) -> dict[str, list[tuple[Layer, Tensor]]]:
+    """Return, by group, the layers that read it and the positions of each channel in what they read.
+
+    Shape of the positions: `[channels, positions of a channel]`. Groups that something else reads
+    are left out.
+    """
+    graph = DependencyGraph(infer(graph_module, subject.data[0].inputs))
+    layers, weights = layers_of(graph_module), named_tensors(graph_module)
+    found = {}
+    for name, readers in readers_of(graph).items():
+        group = graph.by_name[name]
+        seen = [
+            _seen(reader, group, layers.get(reader.parameter), weights[reader.parameter])
+            for reader in readers
+        ]
+        known = [(layer, positions) for layer, positions in filter(None, seen)]
+        if known and len(known) == len(readers) and name in subject.graph.by_name:
+            found[name] = known
+    return found
+
+
+def _seen(
+    reader: Reader, group: Group, layer: Layer | None, weight: Tensor
+) -> tuple[Layer, Tensor] | None:
+    """Return the layer and the positions of each channel, or None where it is read in other ways."""
+    if layer is None or _groups(layer) != 1:
+        return None
+    occurrences = reader.slots(group, weight)
+    by_input = occurrences[0].reshape(weight.shape).movedim(_summed_dim(layer), 0).flatten(1)
+    if len(occurrences) != 1 or not bool((by_input == by_input[:, :1]).all()):
+        return None
+    slots = by_input[:, 0]
+    order = torch.argsort(slots, stable=True)[int((slots < 0).sum()) :]
+    if len(order) == 0 or len(order) % group.size:
+        return None
+    return layer, order.reshape(group.size, -1)
+
+
+def _groups(layer: Layer) -> int:
+    node = layer.node
+    given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    groups: int = given.get("groups", 1)
+    return groups
+
+
+def _summed_dim(layer: Layer) -> int:
+    """Return the dimension of the weight over which the layer sums."""
+    transposed = isinstance(layer, ConvolutionLayer) and layer.is_transposed
+    return 0 if isinstance(layer, MatrixLayer) or transposed else 1
+
+
+@dataclass(frozen=True)
+class _Known:
+    """All values of a graph on one batch."""
+
+    graph_module: fx.GraphModule
+    batch: Batch
+    loss: Loss
+    values: Mapping[fx.Node, Any]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, batch: Batch, loss: Loss) -> _Known:
+        with evaluating(graph_module):
+            run = Run(graph_module, batch.inputs, list(graph_module.graph.nodes), keep=True)
+            run.until(graph_module.graph.output_node())
+        return cls(graph_module, batch, loss, run.env)
+
+    def as_it_is(self) -> Tensor:
+        """Return the loss with all channels."""
+        return self._loss(self.values)
+
+    def _loss(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        given = fx.map_arg(self.graph_module.graph.output_node().args[0], values.__getitem__)
+        return self.loss(self.graph_module.graph.process_outputs(given), self.batch.target)
+
+    def without_each(self, readers: Sequence[tuple[Layer, Tensor]]) -> Tensor:
+        """Return the loss without each channel, `[channels]`."""
+        nodes = {layer.node: layer for layer, _ in readers}
+        behind: list[fx.Node] = []
+        for node in self.graph_module.graph.nodes:
+            reached = node in nodes or any(used in behind for used in node.all_input_nodes)
+            if reached and node.op != "output":
+                behind.append(node)
+        one = partial(self._without, [layer for layer, _ in readers], behind)
+        positions = [its for _, its in readers]
+        losses: Tensor = vmap(one, chunk_size=CHUNK)(*positions)
+        return losses
+
+    def _without(
+        self, layers: Sequence[Layer], behind: Sequence[fx.Node], *positions: Tensor
+    ) -> Tensor:
+        """Return the loss without the channel at these positions of what the layers read."""
+        reading = {layer.node: (layer, its) for layer, its in zip(layers, positions, strict=True)}
+        interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
+        interpreter.extra_traceback = False
+        values = interpreter.env = dict(self.values)
+        changed: set[fx.Node] = set()
+        for node in behind:
+            if node not in reading or changed.intersection(node.all_input_nodes):
+                values[node] = interpreter.run_node(node)
+            if node in reading:
+                values[node] = values[node] - self._alone(*reading[node], values)
+            changed.add(node)
+        return self._loss(values)
+
+    def _alone(self, layer: Layer, positions: Tensor, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Return what the channel at these positions gives."""
+        weight = held_by(self.graph_module, layer.weight)
+        data = values[layer.data].index_select(layer.summed, positions)
+        own = weight.index_select(_summed_dim(layer), positions)
+        return layer.value(data, own, None, layer.arguments(values))
