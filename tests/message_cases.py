@@ -93,7 +93,7 @@ said(
 said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
 said(
     "importance='luck' is not a criterion; choose from random, l1, l2, lamp, bn_scale, taylor, taylor2, "
-    "taylor2_recursion, fisher, obs, oracle, reconstruction",
+    "taylor2_recursion, fisher, obs, oracle, reconstruction, interpolative",
     lambda: gp.slim(net(), 0.5, X, importance="luck"),
 )
 said(

@@ -172,6 +172,24 @@ def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
         assert found[channel] == pytest.approx(left(gone), rel=0.02)
 
 
+def test_interpolative_is_a_pivoted_qr_decomposition_of_what_is_read() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    x = torch.randn(200, 5).double()
+    graph = gp.analyze(model, x)
+    (found,) = scores(Subject(model, graph, batches_of([x])), "interpolative").values()
+    left = model[:2](x).detach()
+    total, order = left.square().sum(), []
+    for _ in range(6):
+        first = int(left.square().sum(0).argmax())
+        assert found[first] == pytest.approx(float(left[:, first].square().sum() / total))
+        order.append(first)
+        along = left[:, first] / left[:, first].norm()
+        left = left - torch.outer(along, along @ left)
+    assert np.argsort(-found).tolist() == order
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "interpolative"])
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
@@ -180,14 +198,14 @@ def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
         (lambda: (nn.Conv1d(5, 8, 3), nn.Conv1d(8, 4, 2)), (5, 12)),
     ],
 )
-def test_reconstruction_lets_go_first_of_what_another_channel_says(build: Any, shape: Any) -> None:
+def test_what_another_channel_says_goes_first(build: Any, shape: Any, criterion: str) -> None:
     torch.manual_seed(0)
     first, last = build()
     with torch.no_grad():
         first.weight[5], first.bias[5] = 3 * first.weight[4], 3 * first.bias[4]
     model, x = nn.Sequential(first, nn.ReLU(), last), torch.randn(16, *shape)
     graph = gp.analyze(model, x)
-    found = scores(Subject(model, graph, batches_of([x])), "reconstruction")[graph.groups[0].name]
+    found = scores(Subject(model, graph, batches_of([x])), criterion)[graph.groups[0].name]
     assert int(np.argmin(found)) in (4, 5)
 
 

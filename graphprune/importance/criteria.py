@@ -13,7 +13,7 @@ from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
 from graphprune.importance.brute_force import oracle
-from graphprune.importance.reconstruction import reconstruction
+from graphprune.importance.reconstruction import interpolative, reconstruction
 from graphprune.importance.recursion import taylor2_recursion
 from graphprune.importance.subject import Scores, Subject
 
@@ -35,6 +35,7 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
     "obs": loss_based.obs,
     "oracle": oracle,
     "reconstruction": reconstruction,
+    "interpolative": interpolative,
 }
 
 # Sums over a group's members say nothing of another group, which may have more and larger ones.

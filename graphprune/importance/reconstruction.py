@@ -13,7 +13,7 @@ whole columns of a layer; the greedy order over structures as in Kurtic et al., 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,9 +53,25 @@ class Reading:
     squares: Tensor
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layer reads a group: one of the layer's groups, and the channels' features in it.
+
+    Attributes:
+        matrix: `[outputs, features]`.
+        squares: sum over samples of f f', a last feature of one added.
+        features: the features of each channel, `[channels, features a channel]`.
+
+    """
+
+    matrix: Tensor
+    squares: Tensor
+    features: Tensor
+
+
 @dataclass
 class Part:
-    """One group of a layer, and which of its features belong to which channel.
+    """A place on the way to fewer channels.
 
     Attributes:
         weights: `[outputs, features + 1]`, the last for the bias; what is eliminated becomes zero.
@@ -69,6 +85,18 @@ class Part:
     inverse: Tensor
     features: Tensor
     scale: Tensor
+
+    @classmethod
+    def of(cls, place: Place) -> Part:
+        """Return a place with all of its channels."""
+        squares, own = place.squares, place.squares.diagonal()
+        regular = squares + torch.diag(_RIDGE * own + 1e-9 * own.mean())
+        weights = F.pad(place.matrix, (0, 1))
+        mean = weights @ squares[:, -1] / squares[-1, -1]
+        power = ((weights @ squares) * weights).sum(1)
+        scale = (power - squares[-1, -1] * mean.square()).sum()
+        least = torch.finfo(scale.dtype).tiny
+        return cls(weights, torch.linalg.inv(regular), place.features, scale.clamp_min(least))
 
     def costs(self) -> Tensor:
         """Return what each channel's going would cost now, over the variance of the outputs."""
@@ -95,6 +123,28 @@ def reconstruction(subject: Subject) -> Scores:
     Units: squared error over the variance of the layer's output. Groups that no convolution or linear
     layer reads are scored by their share of the group's squared weights.
     """
+    return _scored(subject, lambda places: _eliminated([Part.of(place) for place in places]))
+
+
+@torch.no_grad()
+def interpolative(subject: Subject) -> Scores:
+    """Score by what of a channel's values cannot be put together from channels that matter more.
+
+    The most of its own comes first, what it explains is taken from the others, and so on: a QR
+    decomposition with column pivoting of the values that layers read.
+
+    Units: share of the squares of all channels of the group. Groups that no convolution or linear
+    layer reads are scored by their share of the group's squared weights.
+
+    Source: Chee et al., Model preserving compression for neural networks, section 3 (arXiv 2108.00065).
+    """
+    return _scored(subject, _pivoted)
+
+
+def _scored(
+    subject: Subject, of_places: Callable[[Sequence[Place]], npt.NDArray[np.float64]]
+) -> Scores:
+    """Return what the function makes of each group's places in the layers that read it."""
     inputs, module = subject.data[0].inputs, subject.model
     graph_module = graph_of(module, inputs)
     traced = DependencyGraph(infer(graph_module, inputs))
@@ -104,8 +154,8 @@ def reconstruction(subject: Subject) -> Scores:
     found: Scores = {}
     for group in track(subject.graph.groups, "scoring channels"):
         own = traced.by_name.get(group.name)
-        parts = [] if own is None else [p for one in readings for p in _parts(one, own.axis)]
-        found[group.name] = _eliminated(parts) if parts else _shares(by_weight[group.name])
+        places = [] if own is None else [p for one in readings for p in _places(one, own.axis)]
+        found[group.name] = of_places(places) if places else _shares(by_weight[group.name])
     return found
 
 
@@ -148,7 +198,7 @@ def _channels(graph: DependencyGraph, layer: Layer) -> Layout | None:
     return layouts[layer.summed] if layouts else None
 
 
-def _parts(reading: Reading, axis: Axis) -> Iterator[Part]:
+def _places(reading: Reading, axis: Axis) -> Iterator[Place]:
     """Yield the groups of a layer in which the axis is read."""
     groups, _, count = reading.matrix.shape
     for slots in slots_of(reading.channels, axis):
@@ -159,18 +209,7 @@ def _parts(reading: Reading, axis: Axis) -> Iterator[Part]:
         ):
             order = torch.argsort(its_slots, stable=True)[(its_slots < 0).sum() :]
             if len(order) and len(order) % axis.size == 0:
-                own = squares.diagonal()
-                regular = squares + torch.diag(_RIDGE * own + 1e-9 * own.mean())
-                weights = F.pad(matrix, (0, 1))
-                mean = weights @ squares[:, -1] / squares[-1, -1]
-                power = ((weights @ squares) * weights).sum(1)
-                scale = (power - squares[-1, -1] * mean.square()).sum()
-                yield Part(
-                    weights,
-                    torch.linalg.inv(regular),
-                    order.reshape(axis.size, -1),
-                    scale.clamp_min(torch.finfo(scale.dtype).tiny),
-                )
+                yield Place(matrix, squares, order.reshape(axis.size, -1))
 
 
 def _eliminated(parts: Sequence[Part]) -> npt.NDArray[np.float64]:
@@ -186,4 +225,23 @@ def _eliminated(parts: Sequence[Part]) -> npt.NDArray[np.float64]:
         left[channel] = False
         for part in parts:
             part.eliminate(channel)
+    return scores
+
+
+def _pivoted(places: Sequence[Place]) -> npt.NDArray[np.float64]:
+    """Return what of each channel's square was left when it was the largest left."""
+    count = len(places[0].features)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for place in places:
+        own = torch.stack([place.squares[f][:, f] for f in place.features.unbind(1)]).sum(0)
+        gram += (own / own.trace().clamp_min(torch.finfo(own.dtype).tiny)).cpu()
+    scores = np.zeros(count)
+    left = torch.ones(count, dtype=torch.bool)
+    for _ in range(count):
+        rest = torch.where(left, gram.diagonal(), -torch.inf)
+        first = int(rest.argmax())
+        scores[first] = max(float(rest[first]), 0.0) / len(places)
+        left[first] = False
+        if rest[first] > 0:
+            gram = gram - torch.outer(gram[:, first], gram[first]) / gram[first, first]
     return scores
