@@ -84,7 +84,7 @@ def _cut(task: Task, fraction: float, criterion: str, is_global: bool) -> nn.Mod
         importance,
         pruning_ratio=fraction,
         global_pruning=is_global,
-        ignored_layers=[modules[task.head]] if task.head else [],
+        ignored_layers=[modules[name] for name in task.heads],
         num_heads={projection: count for m, count in heads.items() for projection in _of_heads(m)},
         prune_num_heads=bool(heads),
     )

@@ -71,7 +71,7 @@ class Task:
         measure: what the score is, in words.
         tuning: batches to tune on, in an order drawn from a seed; none where there is no such data.
         learning_rate: for tuning.
-        head: the name of the layer that makes the output, which peers have to be told.
+        heads: the names of the layers that make the output, which peers have to be told.
 
     """
 
@@ -84,7 +84,7 @@ class Task:
     measure: str
     tuning: Callable[[int], list[tuple[Any, Any]]] | None
     learning_rate: float
-    head: str
+    heads: tuple[str, ...]
 
 
 def fashion(name: str, options: argparse.Namespace) -> Task:
@@ -109,7 +109,7 @@ def _of_images(name: str, model: nn.Module, train: Sample, test: Sample) -> Task
     images, labels = (part[:CALIBRATION].split(BATCH) for part in train)
     return Task(
         name, model, (train.images[:2],), list(zip(images, labels, strict=True)), F.cross_entropy,
-        lambda slim: 100 * accuracy(slim, test), "accuracy", tuning, 2e-3, head,
+        lambda slim: 100 * accuracy(slim, test), "accuracy", tuning, 2e-3, (head,),
     )  # fmt: skip
 
 
@@ -126,7 +126,16 @@ def efficientnet(options: argparse.Namespace) -> Task:
 
     measure = "cosine of the logits to the original's on 20 photos"
     return Task(
-        "efficientnet_lite0", model, inputs, pairs, F.cross_entropy, score, measure, None, 0, "_fc"
+        "efficientnet_lite0",
+        model,
+        inputs,
+        pairs,
+        F.cross_entropy,
+        score,
+        measure,
+        None,
+        0,
+        ("_fc",),
     )
 
 
@@ -170,7 +179,7 @@ def pronouncing(options: argparse.Namespace) -> Task:
     return Task(
         "g2p", model, inputs, pairs(words[2000:2600]), loss,
         lambda slim: 100 * (1 - evaluate_g2p(slim, judged)["phoneme_error"]),
-        "100 % - phoneme error rate", tuning, 2e-3, "head",
+        "100 % - phoneme error rate", tuning, 2e-3, ("head",),
     )  # fmt: skip
 
 
@@ -218,12 +227,19 @@ def minilm(options: argparse.Namespace) -> Task:
             for i in torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))
         ]
 
+    # what writes to the residual stream, and so to the output
+    stream = tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name.endswith("output.dense")
+    )
+
     def loss(given: Tensor, target: Tensor) -> Tensor:
         return (1 - (given * target).sum(1)).mean()
 
     return Task(
         "minilm", model, (tokens[:2],), pairs(1024, 1024 + CALIBRATION), loss, score,
-        "cosine of embeddings to the original's on 1,024 snippets", tuning, 2e-4, "",
+        "cosine of embeddings to the original's on 1,024 snippets", tuning, 2e-4, stream,
     )  # fmt: skip
 
 
