@@ -80,12 +80,14 @@ class Kept:
         return self.figures[key]
 
 
-def ours(task: Task, criterion: str, align: Any) -> tuple[nn.Module, nn.Module]:
+def ours(
+    task: Task, criterion: str, align: Any, ratio: float = RATIO
+) -> tuple[nn.Module, nn.Module]:
     """Return the network as cut and repaired."""
     options = {"data": task.calibration, "loss": task.loss, "align": align}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gp.GraphPruneWarning)
-        cut = gp.slimmed(task.model, RATIO, task.inputs, of="macs", importance=criterion, **options)
+        cut = gp.slimmed(task.model, ratio, task.inputs, of="macs", importance=criterion, **options)
         repaired = gp.slim(
             task.model,
             example_inputs=task.inputs,
@@ -180,6 +182,72 @@ def _peer(task: Task) -> dict[str, Any]:
     return {"criteria": found}
 
 
+def curves(task: Task, kept: Kept) -> None:
+    """Compute score and latency against MACs: ours with default widths, and the peer's best."""
+    criterion = _best(kept, task.name, "auto")
+    its = kept.figures[f"{task.name}/peer"]["criteria"]
+    worked = {name: one["statistics"] for name, one in its.items() if "statistics" in one}
+    for ratio in RATIOS:
+
+        def of_mine(ratio: float = ratio) -> dict[str, Any]:
+            return _point(task, ours(task, criterion, "auto", ratio)[1])
+
+        kept.get(f"{task.name}/curve/ours/{ratio}", of_mine)
+        if worked:
+            name, where = max(worked, key=worked.__getitem__).split(", ")
+
+            def of_peer(ratio: float = ratio, name: str = name, where: str = where) -> Any:
+                slim = peers.to_macs(task, ratio, name, where == "global")
+                return _point(task, peers.with_statistics(slim, task))
+
+            kept.get(f"{task.name}/curve/peer/{ratio}", of_peer)
+
+
+def _point(task: Task, slim: nn.Module) -> dict[str, Any]:
+    return {"macs": share(task, slim), "score": task.score(slim), "latency": latency(task, slim)}
+
+
+def _best(kept: Kept, name: str, align: str) -> str:
+    """Return the criterion of ours with the best score after repair at an alignment."""
+    scores = {
+        key.split("/")[2]: entry["repaired"]
+        for key, entry in kept.figures.items()
+        if key.startswith(f"{name}/ours/") and key.endswith(f"/{align}")
+    }
+    return max(scores, key=scores.__getitem__)
+
+
+def plot(kept: Kept) -> None:
+    """Draw the curves of each task: score against MACs, and against latency."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in TASKS if f"{name}/curve/ours/{RATIOS[0]}" in kept.figures]
+    if not names:
+        return
+    figure = Figure(figsize=(9, 2.6 * len(names)), layout="constrained")
+    for row, (name, panels) in enumerate(
+        zip(names, figure.subplots(len(names), 2, sharey="row", squeeze=False), strict=True)
+    ):
+        dense = kept.figures[f"{name}/dense"]["score"]
+        for axes, of in zip(panels, ("macs", "latency"), strict=True):
+            for whose, label in (
+                ("ours", "graphprune, repaired"),
+                ("peer", "Torch-Pruning, statistics"),
+            ):
+                points = [kept.figures.get(f"{name}/curve/{whose}/{ratio}") for ratio in RATIOS]
+                known = [point for point in points if point]
+                axes.plot(
+                    [1, *(p[of] for p in known)],
+                    [dense, *(p["score"] for p in known)],
+                    "o-",
+                    label=label,
+                )
+            axes.set_xlabel(f"{of}, slim to original" if row == len(names) - 1 else "")
+        panels[0].set_ylabel(name)
+    figure.axes[0].legend()
+    figure.savefig(RESULTS / "accuracy.svg")
+
+
 def _tune(task: Task, kept: Kept, peer: dict[str, Any]) -> None:
     """Tune the best of ours and the best of the peer's alike."""
     mine = {
@@ -201,7 +269,7 @@ def _tune(task: Task, kept: Kept, peer: dict[str, Any]) -> None:
 
             def of_peer(seed: int = seed, best: str = best) -> dict[str, Any]:
                 name, where = best.split(", ")
-                slim = peers._to_macs(task, RATIO, name, where == "global")
+                slim = peers.to_macs(task, RATIO, name, where == "global")
                 slim = peers.with_statistics(slim, task)
                 return {
                     "of": best,
@@ -266,7 +334,47 @@ def report(kept: Kept) -> str:
             first = next(iter(peer.values()))
             lines.append(f"| Torch-Pruning | | fails: {first['error']} | | | |")
         lines.append("")
-    return "\n".join([*lines, *_uniform_table(kept)])
+    drawn = (
+        ["![score against MACs and latency](accuracy.svg)", ""]
+        if (RESULTS / "accuracy.svg").exists()
+        else []
+    )
+    return "\n".join([*lines, *_verdicts(kept), *_uniform_table(kept), *drawn])
+
+
+def _verdicts(kept: Kept) -> list[str]:
+    """Return the lines of a table of drops: ours without training against shares of the peer's."""
+    lines = [
+        "## Points lost without training, and the aims",
+        "",
+        "Aims: at most half of what the peer's best criterion loses with new statistics, and a tenth of "
+        "what its best loses as shipped. Tuned: mean over the seeds.",
+        "",
+        "| | ours | peer, statistics | at most half | peer, as shipped | at most a tenth | tuned better |",
+        "| --- " * 7 + "|",
+    ]
+    for name in TASKS:
+        peer = kept.figures.get(f"{name}/peer", {"criteria": {}})["criteria"]
+        worked = [one for one in peer.values() if "cut" in one]
+        mine = [e["repaired"] for k, e in kept.figures.items() if k.startswith(f"{name}/ours/")]
+        if not (worked and mine):
+            continue
+        dense = kept.figures[f"{name}/dense"]["score"]
+        lost = dense - max(mine)
+        again, shipped = (dense - max(one[key] for one in worked) for key in ("statistics", "cut"))
+        means = [
+            [kept.figures[f"{name}/tuned/{whose}/{seed}"]["tuned"] for seed in SEEDS]
+            for whose in ("ours", "peer")
+            if all(f"{name}/tuned/{whose}/{seed}" in kept.figures for seed in SEEDS)
+        ]
+        tuned_ = ""
+        if len(means) == 2:
+            tuned_ = "yes" if statistics.mean(means[0]) > statistics.mean(means[1]) else "no"
+        lines.append(
+            f"| {name} | {lost:.2f} | {again:.2f} | {'yes' if lost <= again / 2 else 'no'} | "
+            f"{shipped:.2f} | {'yes' if lost <= shipped / 10 else 'no'} | {tuned_} |"
+        )
+    return [*lines, ""]
 
 
 def _uniform_table(kept: Kept) -> list[str]:
@@ -299,11 +407,16 @@ def main() -> None:
     parser.description = __doc__.splitlines()[0] if __doc__ else None
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--curves", action="store_true", help="compute the curves of the tasks too")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
     kept = Kept(RESULTS / "accuracy.jsonl")
     for name in [] if options.report else options.tasks:
-        run(TASKS[name](options), kept)
+        task = TASKS[name](options)
+        run(task, kept)
+        if options.curves:
+            curves(task, kept)
+    plot(kept)
     (RESULTS / "accuracy.md").write_text(report(kept))
 
 

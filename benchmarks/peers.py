@@ -33,12 +33,13 @@ def slimmed(
         for is_global in (False, True):
             name = f"{criterion}, {'global' if is_global else 'local'}"
             try:
-                yield name, _to_macs(task, ratio, criterion, is_global)
+                yield name, to_macs(task, ratio, criterion, is_global)
             except Exception as error:
                 yield name, error
 
 
-def _to_macs(task: Task, ratio: float, criterion: str, is_global: bool) -> nn.Module:
+def to_macs(task: Task, ratio: float, criterion: str, is_global: bool) -> nn.Module:
+    """Return the network without that fraction of its MACs, by one criterion, local or global."""
     wanted = (1 - ratio) * gp.count_macs(task.model, task.inputs)
     low, high, best = 0.0, 1.0, None
     for _ in range(HALVINGS):
