@@ -53,7 +53,7 @@ from neuron_experiments import (
 )
 from torch import nn
 
-from graphprune.importance import loss_based
+from graphprune.importance.many import CHUNK
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "graphprune"
@@ -469,7 +469,7 @@ pixels 0 to 255, one class against the rest; five epochs of Adam here.
 
 Seconds for the change of error without each unit, over all images, in float64: a forward pass of the
 whole network a unit, over all images at once or in batches of {BATCH}, and the criterion "oracle" on
-the same batches, {loss_based.CHUNK} units side by side. Medians of {size.repeats}, in turn, in one
+the same batches, {CHUNK} units side by side. Medians of {size.repeats}, in turn, in one
 run. The last column is the difference of the results over the change.
 
 {of_timing(found)}

@@ -402,7 +402,7 @@ def test_a_scan_is_kept_and_goes_on_where_it_was_cut_off(
         return measure(self, gates, *rest)
 
     monkeypatch.setattr(GatedLoss, "__call__", counted)
-    monkeypatch.setattr("graphprune.importance.scan.vmap", _one_by_one)
+    monkeypatch.setattr("graphprune.importance.scan.for_each", _one_by_one)
     assert gp.sensitivity(model, data, squared, cache=cache) == first
     assert set(asked) == {"first.weight:0"}
     with torch.no_grad():
@@ -412,8 +412,8 @@ def test_a_scan_is_kept_and_goes_on_where_it_was_cut_off(
     assert digest in json.loads(cache.read_text())["sensitivity"]
 
 
-def _one_by_one(function: Any, **_: Any) -> Any:
-    return lambda rows: torch.stack([function(row) for row in rows])
+def _one_by_one(function: Any, rows: Tensor) -> Tensor:
+    return torch.stack([function(row) for row in rows])
 
 
 def test_a_scan_chooses_how_much_goes_where(model: Perceptron, data: Any) -> None:
@@ -423,6 +423,26 @@ def test_a_scan_chooses_how_much_goes_where(model: Perceptron, data: Any) -> Non
     scan = gp.sensitivity(model, own, squared)
     plan = gp.slimmed(model, 6 / 13, data[0][0], importance=scan, ranking="global").plan
     assert [len(slots) for slots in plan.keep.values()] == [1, 6]
+
+
+@pytest.mark.parametrize("criterion", ["taylor2", "fisher", "obs", "oracle"])
+def test_a_model_that_asks_for_values_is_scored_one_by_one(criterion: str) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.asks = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last(self.first(x).tanh())
+            return y if not self.asks or float(y.detach().abs().sum()) > -1 else x
+
+    torch.manual_seed(0)
+    model = Asks().double()
+    data = [(torch.randn(6, 5).double(), torch.randn(6, 3).double())]
+    asking = scored(criterion, model, data)[0]
+    model.asks = False
+    np.testing.assert_allclose(asking, scored(criterion, model, data)[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.func import vmap
 
 from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
 from graphprune.calibration.layers import ConvolutionLayer, MatrixLayer
@@ -25,6 +24,7 @@ from graphprune.capture import graph_of
 from graphprune.errors import CaptureError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance.gates import GatedLoss
+from graphprune.importance.many import for_each
 from graphprune.importance.readers import Reader, readers_of
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
@@ -32,9 +32,6 @@ from graphprune.progress import track
 from graphprune.rules import bind_arguments, is_in_place
 from graphprune.rules.recurrent import GATES
 from graphprune.state import evaluating, named_tensors
-
-# How many channels are looked at at once.
-CHUNK = 32
 
 
 @torch.no_grad()
@@ -57,7 +54,7 @@ def oracle(subject: Subject) -> Scores:
                 losses = known.without_each(readers[name])
             else:
                 one = partial(_loss_of_one, gated, batch, name)
-                losses = vmap(one, chunk_size=CHUNK)(1 - torch.diag(open_gates))
+                losses = for_each(one, 1 - torch.diag(open_gates))
             total[name] += (losses - now).double().cpu().numpy() / len(subject.data)
     return total
 
@@ -165,7 +162,7 @@ class _Known:
                 behind.append(node)
         one = partial(self._without, [layer for layer, _ in readers], behind)
         positions = [its for _, its in readers]
-        losses: Tensor = vmap(one, chunk_size=CHUNK)(*positions)
+        losses: Tensor = for_each(one, *positions)
         return losses
 
     def _without(

@@ -17,12 +17,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from graphprune.calibration import Batch
-from graphprune.importance.brute_force import CHUNK
 from graphprune.importance.gates import GatedLoss
+from graphprune.importance.many import for_each
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inputs import Inputs
 from graphprune.progress import track
@@ -84,7 +84,7 @@ def _second(gated: GatedLoss, batch: Batch) -> Gates:
         return change.dot(direction)
 
     return {
-        group: vmap(partial(own, group, gates), chunk_size=CHUNK)(torch.diag(gates))
+        group: for_each(partial(own, group, gates), torch.diag(gates))
         for group, gates in gated.ones().items()
     }
 
@@ -105,8 +105,11 @@ def _each_sample(subject: Subject) -> Gates:
         return found
 
     found = [
-        vmap(lambda args, kwargs, target: first(Inputs(*args, **kwargs), target), chunk_size=CHUNK)(
-            batch.inputs.args, batch.inputs.kwargs, batch.target
+        for_each(
+            lambda args, kwargs, target: first(Inputs(*args, **kwargs), target),
+            batch.inputs.args,
+            batch.inputs.kwargs,
+            batch.target,
         )
         for batch in track(subject.data, "scoring channels")
     ]

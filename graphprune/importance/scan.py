@@ -14,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from graphprune.calibration import batches_of
 from graphprune.capture import prepared
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
-from graphprune.importance.brute_force import CHUNK
 from graphprune.importance.criteria import scores
 from graphprune.importance.gates import GatedLoss
+from graphprune.importance.many import for_each
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
 from graphprune.progress import track
@@ -155,7 +154,7 @@ def sensitivity(
         total = torch.zeros(len(masks), dtype=torch.float64)
         for batch in batches:
             one = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
-            total += vmap(one, chunk_size=CHUNK)(masks).double().cpu()
+            total += for_each(one, masks).double().cpu()
         return [float(value) / len(batches) for value in total]
 
     ones = gated.ones()

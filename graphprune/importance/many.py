@@ -1,0 +1,38 @@
+"""One function for many arguments: side by side where the model allows it, one by one where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+# How many channels, or samples, are looked at at once.
+CHUNK = 32
+
+
+def for_each(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what the function gives for each row of its arguments, in rows.
+
+    Python code that asks for a tensor's values cannot run for many at once; it runs for one after the
+    other.
+    """
+    try:
+        return vmap(function, chunk_size=CHUNK)(*arguments)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+    tensors, _ = pytree.tree_flatten(arguments)
+    rows = len(next(leaf for leaf in tensors if isinstance(leaf, torch.Tensor)))
+    found = []
+    for row in range(rows):
+        one = pytree.tree_map_only(torch.Tensor, partial(_row, row=row), arguments)
+        found.append(function(*one))
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *found)
+
+
+def _row(tensor: torch.Tensor, row: int) -> torch.Tensor:
+    return tensor[row]
