@@ -39,6 +39,14 @@ class Layer(ABC):
     weight: fx.Node
     bias: fx.Node | None
 
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution; 1 for other layers."""
+        node = self.node
+        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        groups: int = given.get("groups", 1)
+        return groups
+
     def arguments(self, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
         """Return the call's other arguments by name, computed ones by their values."""
         node = self.node

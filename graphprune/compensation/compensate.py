@@ -203,42 +203,43 @@ class _Repair:
     def repaired(self, site: Site, original: Layer, method: Method) -> Repaired:
         """Fit one layer to what the original has where the site ends."""
         fitted = FittedLayer(site, self.given)
+        mixing = self.mixing(original) if method == "least_squares" else None
+        read = [self.read(run, original) for run in self.wanted_runs] if mixing else []
         end = _end_of(original, site)
-        read = [self.read(run, original) for run in self.wanted_runs]
         targets = [self.target(run, end) for run in self.wanted_runs]
         for run in self.given_runs:
             run.until(site.layer.node)
         fitted.aim(self.given_runs, targets)
         before = fitted.error
-        if method == "least_squares" and before > _ROUNDING:
-            self.mix(fitted, original, read, targets)
+        if mixing is not None and before > _ROUNDING and all(data is not None for data in read):
+            self.mix(fitted, original, mixing, cast(list[Tensor], read), targets)
         for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
             if fitted.error > _ROUNDING:
                 fitted.fit(bias_alone=method == "constants")
                 fitted.aim(self.given_runs, targets)
         return Repaired(str(site.layer.weight.target), before, fitted.error)
 
+    def mixing(self, original: Layer) -> Mixing | None:
+        """Return how the channels of the layer's input may be mixed, where that is worth a try."""
+        summed = self.layouts[original.data.name][original.summed]
+        return Mixing.of(original, held_by(self.wanted, original.weight), summed, self.masks)
+
     def mix(
         self,
         fitted: FittedLayer,
         original: Layer,
-        read: Sequence[Tensor | None],
+        mixing: Mixing,
+        read: Sequence[Tensor],
         targets: Sequence[Tensor],
     ) -> None:
         """Start from the original's weights for mixtures of channels, where that is nearer."""
         given = [run.env[fitted.layer.data] for run in self.given_runs]
-        wanted = [data for data in read if data is not None]
-        weight = held_by(self.wanted, original.weight)
-        summed = self.layouts[original.data.name][original.summed]
-        groups = fitted.arguments.get("groups", 1)
-        mixing = Mixing.of(original, weight, summed, self.masks, groups)
-        if mixing is None or len(wanted) < len(given):
-            return
         before, kept = fitted.error, [tensor.clone() for tensor in fitted.tensors]
         made = self.layouts[original.node.name][original.summed]
         outputs = torch.from_numpy(mask_of(made, self.masks))
+        weight = held_by(self.wanted, original.weight)
         matrix = original.matrix(weight, fitted.arguments).double()[0, outputs]
-        weights, extra = mixing.mixed(matrix, mixing.fitted(wanted, given))
+        weights, extra = mixing.mixed(matrix, mixing.fitted(read, given))
         fitted.replace(weights.unsqueeze(0), extra)
         fitted.aim(self.given_runs, targets)
         if fitted.error >= before:

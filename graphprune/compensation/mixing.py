@@ -39,7 +39,7 @@ class Mixing:
 
     @classmethod
     def of(
-        cls, layer: Layer, weight: Tensor, layout: Layout, masks: Mapping[Axis, Mask], groups: int
+        cls, layer: Layer, weight: Tensor, layout: Layout, masks: Mapping[Axis, Mask]
     ) -> Mixing | None:
         """Return the mixing for an original layer, or None where it would save nothing.
 
@@ -48,10 +48,9 @@ class Mixing:
             weight: its weight.
             layout: what the dimension of its input that it sums over is made of.
             masks: which slots stay.
-            groups: of a convolution.
 
         """
-        if groups != 1:
+        if layer.groups != 1:
             return None
         if isinstance(layer, ConvolutionLayer):
             kept, window = torch.from_numpy(mask_of(layout, masks)), weight.shape[2:].numel()

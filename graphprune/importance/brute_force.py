@@ -29,7 +29,7 @@ from graphprune.importance.readers import Reader, readers_of
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
 from graphprune.progress import track
-from graphprune.rules import bind_arguments, is_in_place
+from graphprune.rules import is_in_place
 from graphprune.rules.recurrent import GATES
 from graphprune.state import evaluating, named_tensors
 
@@ -102,7 +102,7 @@ def _seen(
     reader: Reader, group: Group, layer: Layer | None, weight: Tensor
 ) -> tuple[Layer, Tensor] | None:
     """Return the layer and the positions of each channel, or None where it is read in other ways."""
-    if layer is None or _groups(layer) != 1:
+    if layer is None or layer.groups != 1:
         return None
     occurrences = reader.slots(group, weight)
     by_input = occurrences[0].reshape(weight.shape).movedim(_summed_dim(layer), 0).flatten(1)
@@ -113,13 +113,6 @@ def _seen(
     if len(order) == 0 or len(order) % group.size:
         return None
     return layer, order.reshape(group.size, -1)
-
-
-def _groups(layer: Layer) -> int:
-    node = layer.node
-    given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
-    groups: int = given.get("groups", 1)
-    return groups
 
 
 def _summed_dim(layer: Layer) -> int:
