@@ -17,7 +17,7 @@ from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestErro
 from graphprune.inputs import Inputs, call
 from graphprune.onnx import Exported, export, open_session, relative_difference
 
-X = torch.randn(1, 3, 8, 8)
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
@@ -45,6 +45,9 @@ class Viewed(nn.Module):
 
 @pytest.fixture(scope="module")
 def net() -> Net:
+    torch.manual_seed(
+        0
+    )  # some weights sum to next to nothing, which makes a relative difference large
     return Net().eval()
 
 
