@@ -12,8 +12,9 @@ multiplies, so both sides take another constant for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,22 +277,26 @@ def silenced_copy(
         constants: by name, a number to fill a parameter with.
 
     """
+    return without(model, inference, masks, partial(_double, constants=constants))
+
+
+def own_copy(_: str, tensor: Tensor) -> Tensor:
+    """Return a copy in the tensor's own precision."""
+    return tensor.detach().clone()
+
+
+def without(
+    model: nn.Module,
+    inference: Inference,
+    masks: Mapping[Axis, Mask],
+    copied: Callable[[str, Tensor], Tensor] = own_copy,
+) -> nn.Module:
+    """Return a copy of the model with the removed entries of its tensors at zero."""
 
     def silent(name: str, tensor: Tensor) -> Tensor:
-        double = _double(name, tensor, constants)
-        _silence(double, inference.parameters[name], masks)
-        return double
-
-    return copy_with(model, silent)
-
-
-def without(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> nn.Module:
-    """Return a copy of the model, in its own precision, with the removed entries at zero."""
-
-    def silent(name: str, tensor: Tensor) -> Tensor:
-        own = tensor.detach().clone()
-        _silence(own, inference.parameters[name], masks)
-        return own
+        value = copied(name, tensor)
+        _silence(value, inference.parameters[name], masks)
+        return value
 
     return copy_with(model, silent)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.calibration import batches_of
-from graphprune.compensation import Method, compensated
+from graphprune.compensation import Method, compensated, method_of
 from graphprune.pipeline import Pass, Program
 from graphprune.plan import Plan
 
@@ -38,12 +38,15 @@ class Compensate(Pass):
 
     def rewrite(self, program: Program) -> bool:
         """Fit the layers of the graph."""
+        method = method_of(self.method)
+        if method is None:
+            return False
         found = compensated(
             self.original,
             program.graph_module,
             self.plan,
             program.inputs,
             batches_of(self.data),
-            self.method,
+            method,
         )
         return any(layer.after < layer.before for layer in found.layers)

@@ -412,6 +412,21 @@ def test_a_scan_is_kept_and_goes_on_where_it_was_cut_off(
     assert digest in json.loads(cache.read_text())["sensitivity"]
 
 
+def test_a_scan_of_a_network_with_batch_norms_is_kept(tmp_path: Path) -> None:
+    model, images = ResNet8().eval(), torch.randn(4, 1, 28, 28)
+    data = [(images, {"of": torch.randn(4, 10)})]
+
+    def loss(output: Tensor, target: Any) -> Tensor:
+        return (output - target["of"]).square().mean()
+
+    scans = []
+    for shift in (0.0, 0.0, 1.0):
+        data[0][1]["of"] += shift
+        scans.append(gp.sensitivity(model, data, loss, ratios=(0.5,), cache=tmp_path / "scan"))
+    assert scans[0] == scans[1]
+    assert scans[0].losses != scans[2].losses
+
+
 def _one_by_one(function: Any, rows: Tensor) -> Tensor:
     return torch.stack([function(row) for row in rows])
 

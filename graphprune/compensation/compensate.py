@@ -167,7 +167,8 @@ class _Repair:
         self.originals = layers_of(wanted)
         sites, self.order = sites_of(given)
         self.sites = {site.layer.node: site for site in sites}
-        self.recurrent = {cells[0].node: name for name, cells in recurrent_nodes(given).items()}
+        self.wanted_cells, self.given_cells = recurrent_nodes(wanted), recurrent_nodes(given)
+        self.recurrent = {cells[0].node: name for name, cells in self.given_cells.items()}
         self.wanted_runs = [Run(wanted, b.inputs, list(wanted.graph.nodes)) for b in batches]
         self.given_runs = [Run(given, b.inputs, self.order) for b in batches]
 
@@ -184,15 +185,16 @@ class _Repair:
 
     def repaired_cells(self, name: str, method: Method) -> Iterator[Repaired]:
         """Fit a recurrent node, found by its first weight in both models."""
-        wanted, given = recurrent_nodes(self.wanted), recurrent_nodes(self.given)
-        if name not in wanted:
+        if name not in self.wanted_cells:
             return
-        for cells, runs in ((wanted, self.wanted_runs), (given, self.given_runs)):
-            for run in runs:
-                run.until(cells[name][0].node)
+        wanted = Side(self.wanted, self.wanted_runs, self.wanted_cells[name])
+        given = Side(self.given, self.given_runs, self.given_cells[name])
+        for side in (wanted, given):
+            for run in side.runs:
+                run.until(side.cells[0].node)
         found = repaired_cells(
-            Side(self.wanted, self.wanted_runs, wanted[name]),
-            Side(self.given, self.given_runs, given[name]),
+            wanted,
+            given,
             self.parameters,
             self.masks,
             bias_alone=method == "constants",

@@ -147,12 +147,12 @@ class _Known:
 
     def without_each(self, readers: Sequence[tuple[Layer, Tensor]]) -> Tensor:
         """Return the loss without each channel, `[channels]`."""
-        nodes = {layer.node: layer for layer, _ in readers}
-        behind: list[fx.Node] = []
+        reading = {layer.node for layer, _ in readers}
+        reached: set[fx.Node] = set()
         for node in self.graph_module.graph.nodes:
-            reached = node in nodes or any(used in behind for used in node.all_input_nodes)
-            if reached and node.op != "output":
-                behind.append(node)
+            if node in reading or reached.intersection(node.all_input_nodes):
+                reached.add(node)
+        behind = [n for n in self.graph_module.graph.nodes if n in reached and n.op != "output"]
         one = partial(self._without, [layer for layer, _ in readers], behind)
         positions = [its for _, its in readers]
         losses: Tensor = for_each(one, *positions)

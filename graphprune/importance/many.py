@@ -17,13 +17,13 @@ CHUNK = 32
 def for_each(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what the function gives for each row of its arguments, in rows.
 
-    Python code that asks for a tensor's values cannot run for many at once; it runs for one after the
-    other.
+    Python code that asks for a tensor's values, and operators without a batching rule, cannot run for
+    many at once; they run for one after the other.
     """
     try:
         return vmap(function, chunk_size=CHUNK)(*arguments)
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        if not any(word in str(error) for word in ("vmap", "Batching rule")):
             raise
     tensors, _ = pytree.tree_flatten(arguments)
     rows = len(next(leaf for leaf in tensors if isinstance(leaf, torch.Tensor)))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.calibration import batches_of
 from graphprune.capture import prepared
@@ -182,10 +183,10 @@ def _digest(subject: Subject, asked: Any) -> str:
     seen = hashlib.sha256(repr(asked).encode())
     tensors = [*named_tensors(subject.model).items()]
     for number, batch in enumerate(subject.data):
-        given = [*batch.inputs.tensors(), batch.target]
+        given = [*batch.inputs.tensors(), *pytree.tree_leaves(batch.target)]
         tensors += [(f"{number}", one) for one in given if isinstance(one, Tensor)]
     for name, tensor in tensors:
-        values: npt.NDArray[Any] = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        values: npt.NDArray[Any] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         seen.update(values.tobytes())
     return seen.hexdigest()
