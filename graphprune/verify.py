@@ -280,7 +280,7 @@ def silenced_copy(
     return without(model, inference, masks, partial(_double, constants=constants))
 
 
-def own_copy(_: str, tensor: Tensor) -> Tensor:
+def _own_copy(_: str, tensor: Tensor) -> Tensor:
     """Return a copy in the tensor's own precision."""
     return tensor.detach().clone()
 
@@ -289,7 +289,7 @@ def without(
     model: nn.Module,
     inference: Inference,
     masks: Mapping[Axis, Mask],
-    copied: Callable[[str, Tensor], Tensor] = own_copy,
+    copied: Callable[[str, Tensor], Tensor] = _own_copy,
 ) -> nn.Module:
     """Return a copy of the model with the removed entries of its tensors at zero."""
 

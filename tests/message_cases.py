@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, library, nn
 
 import graphprune as gp
 
@@ -408,9 +408,9 @@ def a_shorter_way_each_time(_: Path) -> None:
     "to an operator that returns the result instead"
 )
 def a_statistic_in_place(_: Path) -> None:
-    with torch.library._scoped_library("messages", "FRAGMENT") as library:
-        library.define("centre_(Tensor(a!) x) -> Tensor(a!)")
-        library.impl(
+    with library._scoped_library("messages", "FRAGMENT") as definitions:
+        definitions.define("centre_(Tensor(a!) x) -> Tensor(a!)")
+        definitions.impl(
             "centre_", lambda x: x.sub_(x.mean(-1, keepdim=True)), "CompositeExplicitAutograd"
         )
         operator = torch.ops.messages.centre_

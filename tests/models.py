@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -221,7 +221,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError:
         for name in ("nms", "qnms"):
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", signature)
+            library.define(f"torchvision::{name}", signature)
         return importlib.import_module("torchvision")
 
 

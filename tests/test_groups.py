@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import graphprune as gp
 from tests.models import ALL
@@ -97,7 +97,7 @@ def test_what_is_fixed_says_why_and_where() -> None:
 
 
 def test_an_operator_without_a_rule_is_named_and_one_line_frees_it() -> None:
-    @torch.library.custom_op("graphprune_test::double", mutates_args=())
+    @library.custom_op("graphprune_test::double", mutates_args=())
     def double(x: Tensor) -> Tensor:
         return x * 2
 
