@@ -46,6 +46,8 @@ CALIBRATION = 512  # samples to repair on
 TUNING = 6400  # samples to tune on, where there are as many
 BATCH = 64
 
+_COLOURS_OF_DRAWINGS = 8000  # photos have more
+
 
 def arguments() -> argparse.ArgumentParser:
     """Return a parser that knows where the data lies."""
@@ -116,7 +118,7 @@ def _of_images(name: str, model: nn.Module, train: Sample, test: Sample) -> Task
 def efficientnet(options: argparse.Namespace) -> Task:
     """Return EfficientNet-Lite0; calibrated on drawings and photos on white, judged on 20 photos."""
     model, inputs = efficientnet_lite0()
-    images = stamps(options.stamps)
+    images = scenes(options.stamps)
     with torch.no_grad():
         labels = torch.cat([model(part).argmax(1) for part in images.split(16)])
     pairs = list(zip(images.split(16), labels.split(16), strict=True))
@@ -140,23 +142,45 @@ def efficientnet(options: argparse.Namespace) -> Task:
 
 
 @functools.cache
-def stamps(folder: Path, count: int = 256) -> Tensor:
-    """Return images `[count, 3, 224, 224]` of things on white, scaled for EfficientNet-Lite."""
+def scenes(folder: Path, count: int = 256) -> Tensor:
+    """Return images `[count, 3, 224, 224]`, scaled for EfficientNet-Lite: photos of things, one on another.
+
+    The stamps show single things; six of each scene, large ones first, leave no place empty.
+    """
     from PIL import Image
 
-    paths = sorted(folder.rglob("*.png"))
-    chosen = [
-        paths[i] for i in torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
-    ]
-    found = []
-    for path in chosen[:count]:
+    bicubic = Image.Resampling.BICUBIC
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    photos = []
+    for path in sorted(folder.rglob("*.png")):
         image = Image.open(path).convert("RGBA")
-        side = max(image.size)
-        square = Image.new("RGBA", (side, side), "white")
-        square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-        small = square.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-        found.append(torch.from_numpy(np.array(small, np.float32)).permute(2, 0, 1))
+        if image.getcolors(_COLOURS_OF_DRAWINGS) is None:
+            photos.append(image.crop(image.getbbox()))
+    found = []
+    for _ in range(count):
+        scene = Image.new("RGBA", (224, 224), tuple(drawn(0, 255) for _ in range(3)))
+        for share in (400, 300, 200, 150, 120, 120):
+            thing = photos[drawn(0, len(photos) - 1)]
+            scale = share / max(thing.size)
+            thing = thing.resize([max(1, round(length * scale)) for length in thing.size], bicubic)
+            scene.alpha_composite(_place(thing, drawn))
+        pixels = np.array(scene.convert("RGB"), np.float32)
+        found.append(torch.from_numpy(pixels).permute(2, 0, 1))
     return (torch.stack(found) - 127) / 128
+
+
+def _place(thing: Any, drawn: Callable[[int, int], int]) -> Any:
+    """Return a clear image with the thing somewhere in it, its centre inside."""
+    from PIL import Image
+
+    clear = Image.new("RGBA", (224, 224))
+    left, top = (drawn(0, 224) - length // 2 for length in thing.size)
+    clear.paste(thing, (left, top))
+    return clear
 
 
 def pronouncing(options: argparse.Namespace) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -150,26 +151,48 @@ def test_obs_charges_less_for_a_channel_that_another_can_replace() -> None:
 def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-    x = torch.randn(200, 5).double()
+    x = torch.randn(20000, 5).double()
     graph = gp.analyze(model, x)
     (found,) = scores(Subject(model, graph, batches_of([x])), "reconstruction").values()
     with torch.no_grad():
         hidden, output = model[:2](x), model(x)
-    features = torch.cat([hidden, torch.ones(200, 1).double()], dim=1)
-    scale = (output - output.mean(0)).square().sum()
+    features = torch.cat([hidden, torch.ones(20000, 1).double()], dim=1)
+    spread = (output - output.mean(0)).square().sum()
 
     def left(without: list[int]) -> float:
         kept = features[:, [i for i in range(7) if i not in without]]
         fitted = torch.linalg.lstsq(kept, output).solution
-        return float((kept @ fitted - output).square().sum() / scale)
+        return float((kept @ fitted - output).square().sum() / spread)
 
     gone: list[int] = []
     for channel in np.argsort(found)[:-1].tolist():
         others = [other for other in range(6) if other not in gone]
         least = min(left([*gone, other]) for other in others)
         assert left([*gone, channel]) == pytest.approx(least, rel=1e-6)
+        before = left(gone)
         gone.append(channel)
-        assert found[channel] == pytest.approx(left(gone), rel=0.02)
+        assert found[channel] == pytest.approx(left(gone) - before, rel=0.02, abs=1e-3)
+
+
+class Weighed(nn.Module):
+    """Two branches that are alike, one of which hardly counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.second = copy.deepcopy(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).cos() + 0.1 * self.second(x).cos()
+
+
+def test_reconstruction_weighs_layers_by_what_they_do_to_the_output() -> None:
+    torch.manual_seed(0)
+    model, x = Weighed().double(), torch.randn(400, 5).double()
+    graph = gp.analyze(model, x)
+    found = scores(Subject(model, graph, batches_of(x.split(200))), "reconstruction")
+    whole, tenth = (found[group.name] for group in graph.groups)
+    np.testing.assert_allclose(tenth, whole / 100, rtol=1e-6)
 
 
 def test_interpolative_is_a_pivoted_qr_decomposition_of_what_is_read() -> None:

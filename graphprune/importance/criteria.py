@@ -13,7 +13,8 @@ from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
 from graphprune.importance.brute_force import oracle
-from graphprune.importance.reconstruction import interpolative, reconstruction
+from graphprune.importance.interpolative import interpolative
+from graphprune.importance.reconstruction import reconstruction
 from graphprune.importance.recursion import taylor2_recursion
 from graphprune.importance.subject import Scores, Subject
 
