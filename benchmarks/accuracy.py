@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 TRIED: dict[str, list[tuple[str, int | str]]] = {
     "minilm": [("l2", 1), ("reconstruction", 1), ("fisher", 1)],
     "g2p": [("l2", 1), ("taylor", 1)],
-    "efficientnet_lite0": [("l2", "auto"), ("l2", 1), ("reconstruction", 1)],
+    "efficientnet_lite0": [("l2", "auto"), ("reconstruction", "auto"), ("reconstruction", 1)],
 }
 USUAL = [
     ("l2", "auto"),

@@ -157,12 +157,12 @@ def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
     with torch.no_grad():
         hidden, output = model[:2](x), model(x)
     features = torch.cat([hidden, torch.ones(20000, 1).double()], dim=1)
-    spread = (output - output.mean(0)).square().sum()
+    square = output.square().sum()
 
     def left(without: list[int]) -> float:
         kept = features[:, [i for i in range(7) if i not in without]]
         fitted = torch.linalg.lstsq(kept, output).solution
-        return float((kept @ fitted - output).square().sum() / spread)
+        return float((kept @ fitted - output).square().sum() / square)
 
     gone: list[int] = []
     for channel in np.argsort(found)[:-1].tolist():

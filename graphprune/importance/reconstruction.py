@@ -7,7 +7,8 @@ Schur complement, no fit has to be tried. Channels go one by one, the one that c
 the inverse and the weights follow; a channel's score is what it cost when it went.
 
 What an error in one layer does to the model's output is measured: with half of a group gone and what
-reads it refitted, the model runs, and the group's scores are scaled to the error that is seen.
+reads it refitted, the model runs on samples that were set aside (where there is more than one batch),
+and the group's scores are scaled to the error that is seen.
 
 Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, for
 whole columns of a layer; the greedy order over structures as in Kurtic et al., ZipLM, section 3.1
@@ -17,7 +18,7 @@ whole columns of a layer; the greedy order over structures as in Kurtic et al., 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,9 @@ from graphprune.importance.subject import Scores, Subject
 from graphprune.progress import track
 from graphprune.state import evaluating
 
-# Samples on which the model is run to see what an error in a layer does.
+# Samples that are set aside to see on them what an error in a layer does, at most this share of all.
 _MEASURED = 64
+_SHARE = 0.25
 
 
 @dataclass
@@ -87,13 +89,14 @@ class Part:
 def reconstruction(subject: Subject) -> Scores:
     """Score by the error of the model's output, after the layers that read a channel have made up for it.
 
-    Units: squared error over the variance of the output. Groups that no convolution or linear layer
+    Units: squared error over the square of the output. Groups that no convolution or linear layer
     reads are scored by their share of the group's squared weights.
     """
-    found = surroundings(subject)
+    aside, rest = _set_aside(subject.data)
+    found = surroundings(replace(subject, batches=rest))
     scores = dict(found.unread)
     with evaluating(found.graph_module):
-        measure = _Measure.of(found.graph_module, subject.data)
+        measure = _Measure.of(found.graph_module, aside)
         for name, places in track(list(found.places.items()), "scoring channels"):
             scores[name] = _eliminated([Part.of(place) for place in places], measure)
     return scores
@@ -131,31 +134,26 @@ class _Measure:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, batches: Sequence[Batch]) -> _Measure:
-        some: list[Batch] = []
-        while len(some) < len(batches) and sum(map(_size, some)) < _MEASURED:
-            some.append(batches[len(some)])
-        return cls(
-            graph_module,
-            some,
-            [_outputs(Run(graph_module, b.inputs, list(graph_module.graph.nodes))) for b in some],
-        )
+        order = list(graph_module.graph.nodes)
+        outputs = [_outputs(Run(graph_module, batch.inputs, order)) for batch in batches]
+        return cls(graph_module, batches, outputs)
 
     def error(self, parts: Sequence[Part]) -> float:
-        """Return the squared error of the output with such weights, over the output's variance."""
+        """Return the squared error of the output with such weights, over the output's square."""
         changes: dict[fx.Node, tuple[Layer, Tensor]] = {}
         for part in parts:
             reading, number = part.place.reading, part.place.number
             node = reading.layer.node
-            whole = changes.get(node, (reading.layer, F.pad(reading.matrix, (0, 1))))[1].clone()
-            whole[number] += part.weights - F.pad(part.place.matrix, (0, 1))
-            changes[node] = reading.layer, whole
-        missed, spread = 0.0, 0.0
+            weights = changes.get(node, (reading.layer, F.pad(reading.matrix, (0, 1))))[1].clone()
+            weights[number] += part.weights - F.pad(part.place.matrix, (0, 1))
+            changes[node] = reading.layer, weights
+        missed, whole = 0.0, torch.finfo(torch.float64).tiny
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
             given = _outputs(_Refitted(self.graph_module, batch, changes))
             for mine, its in zip(given, wanted, strict=True):
                 missed += float((mine.double() - its.double()).square().sum())
-                spread += float((its.double() - its.double().mean(0)).square().sum())
-        return missed / max(spread, torch.finfo(torch.float64).tiny)
+                whole += float(its.double().square().sum())
+        return missed / whole
 
 
 class _Refitted(Run):
@@ -181,6 +179,14 @@ class _Refitted(Run):
         bias = held_by(self.of, layer.bias) if layer.bias else 0.0
         weight = layer.weight_like(held, matrix[..., :-1].to(held), arguments)
         return layer.value(data, weight, matrix[..., -1].flatten().to(held) + bias, arguments)
+
+
+def _set_aside(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Return the batches to measure on and the others; a single batch serves for both."""
+    sizes = [_size(batch) for batch in batches]
+    enough = min(_MEASURED, _SHARE * sum(sizes))
+    count = next(i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= enough)
+    return (batches[:count], batches[count:]) if count < len(batches) else (batches, batches)
 
 
 def _size(batch: Batch) -> int:
