@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from graphprune.choose import Unit
+from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import GraphPruneError, InvalidRequestError
 from graphprune.groups import DependencyGraph, analyze
+from graphprune.importance import CRITERIA
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
 from graphprune.progress import no_bars
@@ -41,6 +43,15 @@ Shapes = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Ratio = Annotated[float, typer.Option(help="fraction to remove")]
 
+# How many samples of a file run at once.
+_SAMPLES = 32
+
+_OR_A_FILE = {
+    "a model": ", or a file ending in .pt or .pt2",
+    "batches": ", or a file ending in .npy",
+    "a loss": "",
+}
+
 
 @app.command()
 def slim(
@@ -48,7 +59,18 @@ def slim(
     out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")],
     ratio: Ratio = 0.5,
     of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
-    importance: Annotated[str, typer.Option(help="l2, l1, lamp, bn_scale or random")] = "l2",
+    importance: Annotated[str, typer.Option(help=", ".join(CRITERIA))] = "l2",
+    ranking: Annotated[
+        Ranking, typer.Option(help="do the channels of all groups compete?")
+    ] = "auto",
+    data: Annotated[
+        str, typer.Option(help="package.module:callable that returns batches, or a .npy of samples")
+    ] = "",
+    loss: Annotated[
+        str,
+        typer.Option(help="package.module:function of output and target, for criteria that ask"),
+    ] = "",
+    compensate: Annotated[bool, typer.Option(help="repair on the data, without training")] = False,
     renormalised: Annotated[bool, typer.Option(help="also cut along norms")] = False,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
@@ -58,7 +80,16 @@ def slim(
         original, inputs = loaded(model), example_inputs(shapes)
         with working("slimming and verifying"):
             result = slimmed(
-                original, ratio, inputs, of=of, importance=importance, renormalised=renormalised
+                original,
+                ratio,
+                inputs,
+                of=of,
+                importance=importance,
+                ranking=ranking,
+                data=batches(data) if data else None,
+                loss=_attribute(loss, "a loss") if loss else None,
+                compensate=compensate,
+                renormalised=renormalised,
             )
         if out.suffix == ".onnx":
             with working("exporting"):
@@ -174,23 +205,48 @@ def loaded(name: str) -> nn.Module:
             else torch.load(path, weights_only=False)
         )
     else:
-        model = _called(name)
+        model = _called(name, "a model")
     if not isinstance(model, (nn.Module, torch.export.ExportedProgram)):
         raise InvalidRequestError(f"{name} gives a {type(model).__name__}, not a model")
     return model  # type: ignore[return-value]
 
 
-def _called(name: str) -> Any:
-    module, _, function = name.partition(":")
-    if not function:
+def _called(name: str, what: str) -> Any:
+    try:
+        return _attribute(name, what)()
+    except TypeError as error:
+        raise InvalidRequestError(f"{name!r} does not give {what}: {error}") from error
+
+
+def _attribute(name: str, what: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not attribute:
         raise InvalidRequestError(
-            f"{name!r} names no model; write package.module:callable, or a file ending in .pt or .pt2"
+            f"{name!r} names no {what.split()[-1]}; write package.module:callable{_OR_A_FILE[what]}"
         )
     sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InvalidRequestError(f"{name!r} does not give a model: {error}") from error
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidRequestError(f"{name!r} does not give {what}: {error}") from error
+
+
+def batches(name: str) -> Any:
+    """Return the batches that a name stands for.
+
+    Raises:
+        InvalidRequestError: there is no such callable or file.
+
+    """
+    if not name.endswith(".npy"):
+        return _called(name, "batches")
+    if not Path(name).exists():
+        raise InvalidRequestError(f"there is no file {name}")
+    try:
+        samples = np.load(name, allow_pickle=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"{name} holds no array: {error}") from error
+    return torch.from_numpy(samples).split(_SAMPLES)
 
 
 def example_inputs(shapes: list[str]) -> Inputs | None:

@@ -122,4 +122,18 @@ said(
     r"'no\.such:model' does not give a model: No module named 'no'",
     lambda: cli.loaded("no.such:model"),
 )
+said(
+    r"'numbers' names no batches; write package\.module:callable, or a file ending in \.npy",
+    lambda: cli.batches("numbers"),
+)
+said(r"there is no file missing\.npy", lambda: cli.batches("missing.npy"))
+said(r"'builtins:divmod' does not give batches: .+", lambda: cli.batches("builtins:divmod"))
+
+
+@case(r".*\.npy holds no array: .+")
+def a_file_that_is_no_array(folder: Path) -> None:
+    (folder / "samples.npy").write_bytes(b"nothing of the kind")
+    cli.batches(str(folder / "samples.npy"))
+
+
 said(r"--input 'a,b' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["a,b"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -22,6 +23,16 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
 
 
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 8, 3, 16, 16, generator=generator)
+    return [(part, part.mean()) for part in images]
+
+
+def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output.mean() - target).square()
+
+
 def run(*words: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, list(words), catch_exceptions=False)
     assert result.exit_code == code, result.output
@@ -35,6 +46,25 @@ def test_slim_writes_a_model_that_loads(tmp_path: Path) -> None:
     assert report["form"] == "module"
     assert torch.load(out, weights_only=False)[0].out_channels == 16
     assert report["parameters"][1] == gp.count_parameters(torch.load(out, weights_only=False))
+
+
+def test_slim_chooses_and_repairs_on_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.concatenate([part.numpy() for part, _ in batches()]))
+    common = ["slim", BUILDER, "--ranking", "global", "--json"]
+
+    def weight(name: str, *words: str) -> torch.Tensor:
+        out = str(tmp_path / name)
+        run(*common, "--out", out, *words)
+        held: torch.Tensor = torch.load(out, weights_only=False)[2].weight
+        return held
+
+    by_loss = ["--importance", "taylor", "--loss", "tests.test_cli:loss"]
+    of_callable = weight("a.pt", "--data", "tests.test_cli:batches", *by_loss)
+    as_cut = weight("b.pt")
+    repaired = weight("c.pt", "--data", str(tmp_path / "images.npy"), "--compensate")
+    assert of_callable.shape == as_cut.shape == repaired.shape == (8, 16, 3, 3)
+    assert not torch.equal(as_cut, repaired)
+    assert not torch.equal(as_cut, of_callable)
 
 
 def test_slim_writes_onnx_and_prints_a_table(tmp_path: Path) -> None:
