@@ -242,6 +242,13 @@ def test_a_weight_with_two_readers_is_left_as_it_is() -> None:
     assert "0.weight: " in str(result.compensation)
 
 
+def test_a_convolution_of_a_single_map_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)), torch.randn(3, 12)
+    with pytest.warns(gp.GraphPruneWarning, match="nothing is repaired"):
+        gp.slim(model, 0.5, x, data=[x, x + 1], compensate=True)
+
+
 def test_a_matrix_that_is_no_parameter_is_left_as_it_is() -> None:
     class Transformed(nn.Module):
         def __init__(self) -> None:

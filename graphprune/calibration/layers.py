@@ -172,6 +172,11 @@ class ConvolutionLayer(Layer):
 
     summed = 1
 
+    def takes(self, weight: Tensor) -> bool:
+        """Say whether the maps come in batches, as the weight's dimensions have it."""
+        data = self.data.meta.get("val")
+        return weight.dim() >= 3 and (data is None or data.dim() == weight.dim())
+
     def fan_in(self, weight: Tensor) -> int:
         """Return the entries of a window."""
         return weight.numel() // weight.shape[1 if self.is_transposed else 0]
