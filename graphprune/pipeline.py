@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from graphprune.capture import capture, is_aten_graph, prepared
 from graphprune.errors import GraphPruneError
 from graphprune.inputs import Inputs
 from graphprune.state import working_copy
+from graphprune.text import read, written
 
 
 @dataclass
@@ -38,6 +39,11 @@ class Pass:
     was given stays as it is. Only `rewrite` is for a pass to write.
     """
 
+    known: ClassVar[dict[str, type[Pass]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Pass.known[cls.name()] = cls
+
     def rewrite(self, program: Program) -> bool:
         """Change the program; return whether anything changed."""
         raise NotImplementedError
@@ -46,6 +52,16 @@ class Pass:
     def name(cls) -> str:
         """Return the name of the pass in a pipeline: `SlimChannels` is `slim-channels`."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def text(self) -> str:
+        """The pass as `Pipeline.parse` reads it: `slim-channels{ratio=0.3 of=macs}`.
+
+        Raises:
+            InvalidRequestError: an option is not a number, a text or a tuple of these.
+
+        """
+        return written(self.name(), self)
 
     @torch.inference_mode(False)
     def __call__(self, model: Any, example_inputs: Any = None) -> PassResult:
@@ -101,6 +117,34 @@ class Pipeline:
 
     passes: Sequence[Pass]
     callback: Callable[[Pass, PassResult], None] | None = None
+
+    @classmethod
+    def parse(
+        cls, text: str, callback: Callable[[Pass, PassResult], None] | None = None
+    ) -> Pipeline:
+        """Return the pipeline that a text describes: `"slim-channels{ratio=0.3 of=macs}, fold-batch-norm"`.
+
+        Passes stand in order, with commas between them and options in braces: numbers, words, texts
+        in quotes, `True`, `False`, `None`, or tuples in parentheses. Besides those of
+        `graphprune.passes`, every subclass of `Pass` that was defined is known by its name.
+
+        Raises:
+            InvalidRequestError: the text is not of this form, or names no such pass or option.
+
+        """
+        import graphprune.passes  # noqa: F401  (defines the passes)
+
+        return cls(list(read(text, Pass.known)), callback)
+
+    @property
+    def text(self) -> str:
+        """The passes as `parse` reads them.
+
+        Raises:
+            InvalidRequestError: an option of a pass is not a number, a text or a tuple of these.
+
+        """
+        return ", ".join(each.text for each in self.passes)
 
     def __call__(self, model: Any, example_inputs: Any = None) -> fx.GraphModule:
         """Return the graph after all passes."""

@@ -211,6 +211,25 @@ def test_a_layer_that_is_broadcast_in_a_sum_aims_at_its_own_output() -> None:
     assert sum(after) < 0.9 * sum(before)
 
 
+def test_a_batch_norm_along_another_dimension_is_no_part_of_the_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 8)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.last(self.first(x).relu()))
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(64, 8, 6)
+    result = gp.slimmed(model, 0.5, x, data=[x[:32], x[32:]], compensate=True)
+    assert result.compensation is not None
+    repaired = {layer.weight: layer for layer in result.compensation.layers}
+    assert repaired["last.weight"].after < repaired["last.weight"].before
+    assert torch.equal(result.model.norm.running_var, model.norm.running_var)
+
+
 def test_batch_norm_says_the_same_in_training_after_a_repair() -> None:
     model, plan = doubled(lively(REDUNDANT["into_a_batch_norm"][0]()))
     data = batches(image, count=1)

@@ -47,6 +47,12 @@ class Layer(ABC):
         groups: int = given.get("groups", 1)
         return groups
 
+    @property
+    def channels_are_second(self) -> bool:
+        """Whether the channels of its output are dimension 1, as batch norms take them."""
+        value = self.node.meta.get("val")
+        return self.summed == 1 or (isinstance(value, Tensor) and value.dim() == 2)
+
     def arguments(self, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
         """Return the call's other arguments by name, computed ones by their values."""
         node = self.node

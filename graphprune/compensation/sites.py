@@ -91,7 +91,12 @@ def followed(layer: Layer) -> Site:
     """Return the layer with the batch norm and the sum that follow it."""
     last, norm = layer.node, None
     reader = _only_reader(last)
-    if reader is not None and _is_own_norm(reader) and reader.args[0] is last:
+    if (
+        reader is not None
+        and layer.channels_are_second
+        and _is_own_norm(reader)
+        and reader.args[0] is last
+    ):
         last = norm = reader
         reader = _only_reader(last)
     if reader is None or getattr(reader.target, "overloadpacket", None) not in (
