@@ -1,4 +1,4 @@
-"""The command line: graphprune slim | inspect | compare | demo."""
+"""The command line: graphprune slim | run | inspect | compare | demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.fx.passes.infra.pass_base import PassResult
 
+from graphprune.capture import prepared
 from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
 from graphprune.cost import count_macs, count_parameters
@@ -25,6 +27,7 @@ from graphprune.groups import DependencyGraph, analyze
 from graphprune.importance import CRITERIA
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
+from graphprune.pipeline import Pass, Pipeline
 from graphprune.progress import no_bars
 from graphprune.slim import slimmed
 
@@ -40,6 +43,7 @@ Shapes = Annotated[
         "--input", help="shape of an example input, as 2,3,224,224; int:2,16 for token numbers"
     ),
 ]
+Out = Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Ratio = Annotated[float, typer.Option(help="fraction to remove")]
 
@@ -56,7 +60,7 @@ _OR_A_FILE = {
 @app.command()
 def slim(
     model: Model,
-    out: Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")],
+    out: Out,
     ratio: Ratio = 0.5,
     of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
     importance: Annotated[str, typer.Option(help=", ".join(CRITERIA))] = "l2",
@@ -91,31 +95,40 @@ def slim(
                 compensate=compensate,
                 renormalised=renormalised,
             )
-        if out.suffix == ".onnx":
-            with working("exporting"):
-                export(result.model, inputs or result.inputs, out)
-        else:
-            torch.save(result.model, out)
-        report = {
-            "parameters": [count_parameters(original), count_parameters(result.model)],
-            "macs": [count_macs(original, result.inputs), count_macs(result.model, result.inputs)],
-        }
+        write(result.model, inputs or result.inputs, out)
         facts = {
             "form": result.form,
             "why": result.why_graph,
             "verified": result.verification is not None,
             "file": str(out),
         }
-        if as_json:
-            print(json.dumps(report | facts))
-            return
-        table = Table("", "original", "slim", "ratio")
-        for name, (before, after) in report.items():
-            table.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.2f}")
-        Console().print(table)
-        for name, fact in facts.items():
-            if fact != "":
-                Console().print(f"{name}: {fact}", highlight=False)
+        show(sizes(original, result.model, result.inputs), facts, as_json=as_json)
+
+
+@app.command()
+def run(
+    model: Model,
+    pipeline: Annotated[
+        str, typer.Argument(help='passes, as in "slim-channels{ratio=0.3}, fold-batch-norm"')
+    ],
+    out: Out,
+    shapes: Shapes = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Write what a pipeline of passes makes of a model."""
+    with told():
+        original, given = prepared(loaded(model), example_inputs(shapes))
+        changed: list[str] = []
+
+        def note(each: Pass, result: PassResult) -> None:
+            if result.modified:
+                changed.append(each.name())
+
+        with working("running the passes"):
+            result = Pipeline.parse(pipeline, note)(original, given)
+        write(result, given, out)
+        facts = {"changed": ", ".join(changed), "file": str(out)}
+        show(sizes(original, result, given), facts, as_json=as_json)
 
 
 @app.command()
@@ -169,8 +182,6 @@ def compare(
     """Compare two models: parameters, MACs, file, latency in ONNX Runtime, agreement with PyTorch."""
     with told():
         first, second = loaded(model), loaded(slimmer)
-        from graphprune.capture import prepared
-
         inputs = prepared(first, example_inputs(shapes))[1]
         with working("exporting and timing"):
             found = compare_models(first, second, inputs)
@@ -186,6 +197,37 @@ def demo(
 
     with told():
         run(out)
+
+
+def write(model: nn.Module, inputs: Any, out: Path) -> None:
+    """Write a model in the format that the file's name asks for."""
+    if out.suffix == ".onnx":
+        with working("exporting"):
+            export(model, inputs, out)
+    else:
+        torch.save(model, out)
+
+
+def sizes(original: nn.Module, slimmer: nn.Module, inputs: Inputs) -> dict[str, list[int]]:
+    """Return parameters and MACs of both."""
+    return {
+        "parameters": [count_parameters(original), count_parameters(slimmer)],
+        "macs": [count_macs(original, inputs), count_macs(slimmer, inputs)],
+    }
+
+
+def show(report: dict[str, list[int]], facts: dict[str, Any], *, as_json: bool) -> None:
+    """Print what became smaller, and facts beside it."""
+    if as_json:
+        print(json.dumps(report | facts))
+        return
+    table = Table("", "original", "slim", "ratio")
+    for name, (before, after) in report.items():
+        table.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.2f}")
+    Console().print(table)
+    for name, fact in facts.items():
+        if fact != "":
+            Console().print(f"{name}: {fact}", highlight=False)
 
 
 def loaded(name: str) -> nn.Module:

@@ -15,11 +15,14 @@ Made = TypeVar("Made")
 
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 _OPTION = re.compile(r"([A-Za-z_]\w*)\s*=\s*")
-_VALUE = re.compile(r"""
-    "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*'       # in quotes
-    | \( (?: "[^"]*" | '[^']*' | [^()"'] )* \)  # a tuple
-    | [^\s{}(),="']+                            # a number or a word
-    """, re.VERBOSE)  # fmt: skip
+_QUOTED = r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """
+_VALUE = re.compile(
+    rf"""{_QUOTED}
+    | \( (?: {_QUOTED} | [^()"'] )* \)  # a tuple
+    | [^\s{{}}(),="']+                  # a number or a word
+    """,
+    re.VERBOSE,
+)
 _WORD = re.compile(r"(?!True$|False$|None$)[A-Za-z_][\w./*-]*")
 
 
@@ -35,7 +38,7 @@ def read(text: str, known: Mapping[str, type[Made]]) -> Iterator[Made]:
 
     """
     reader = _Reader(text)
-    while True:
+    while not reader.at_end():
         name = reader.take(_NAME, "the name of a pass")
         options = dict(reader.options()) if reader.skip("{") else {}
         if name not in known:
@@ -43,9 +46,10 @@ def read(text: str, known: Mapping[str, type[Made]]) -> Iterator[Made]:
                 f"there is no pass {name!r}; there are {', '.join(sorted(known))}"
             )
         yield _made(name, known[name], options)
-        if reader.at_end():
-            return
-        if not reader.skip(","):
+        if reader.skip(","):
+            if reader.at_end():
+                raise reader.expected("the name of a pass")
+        elif not reader.at_end():
             raise reader.expected("a comma, options in braces or the end")
 
 
@@ -132,7 +136,7 @@ def written(name: str, made: Any) -> str:
                 f"the option {field.name} of the pass {name!r} is a {type(value).__name__}, which no text "
                 "can hold; numbers, texts and tuples of these can be written"
             )
-        if not (_has_default(field) and value == field.default):
+        if (type(value), value) != (type(field.default), field.default):
             options.append(f"{field.name}={_as_text(value)}")
     return f"{name}{{{' '.join(options)}}}" if options else name
 
@@ -143,7 +147,7 @@ def _has_default(field: Field[Any]) -> bool:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(map(_is_plain, value))
+        return all(not isinstance(one, tuple) and _is_plain(one) for one in value)
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, (bool, int, str))

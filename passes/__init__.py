@@ -1,6 +1,8 @@
 """Passes: each rewrites a graph into a smaller or faster one that computes what it promises."""
 
 from graphprune.passes.compensate import Compensate
+from graphprune.passes.fold_batch_norm import FoldBatchNorm
+from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
 
-__all__ = ["Compensate", "SlimChannels"]
+__all__ = ["Compensate", "FoldBatchNorm", "RemoveIdentities", "SlimChannels"]

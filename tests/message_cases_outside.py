@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from graphprune.passes import SlimChannels
 from torch import nn
 
 import graphprune as gp
@@ -137,3 +138,44 @@ def a_file_that_is_no_array(folder: Path) -> None:
 
 
 said(r"--input 'a,b' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["a,b"]))
+
+# ------------------------------------------------------------------------------- pipelines as text
+
+
+def pipeline(text: str) -> gp.Pipeline:
+    return gp.Pipeline.parse(text)
+
+
+said(
+    r"there is no pass 'slim'; there are .*compensate, fold-batch-norm, .*slim-channels.*",
+    lambda: pipeline("slim"),
+)
+said(
+    r"the pipeline 'fold-batch-norm slim-channels' should have a comma, options in braces or the end at "
+    "'slim-channels'",
+    lambda: pipeline("fold-batch-norm slim-channels"),
+)
+said(
+    r"the pipeline 'fold-batch-norm,' should have the name of a pass at the end",
+    lambda: pipeline("fold-batch-norm,"),
+)
+said(
+    r"the pipeline 'slim-channels\{0\.5\}' should have an option such as ratio=0\.5, or a closing brace at "
+    r"'0\.5\}'",
+    lambda: pipeline("slim-channels{0.5}"),
+)
+said(
+    r"the pipeline 'slim-channels\{ratio=0\.5\.1\}' should have a number, a word, a text in quotes or a "
+    r"tuple of these at '0\.5\.1\}'",
+    lambda: pipeline("slim-channels{ratio=0.5.1}"),
+)
+said(
+    "the pass 'slim-channels' has no option 'rate'; it has ratio, of, .*",
+    lambda: pipeline("slim-channels{rate=0.5}"),
+)
+said("the pass 'compensate' needs original, plan, data", lambda: pipeline("compensate"))
+said(
+    "the option data of the pass 'slim-channels' is a list, which no text can hold; numbers, texts and "
+    "tuples of these can be written",
+    lambda: SlimChannels(data=[X]).text,
+)

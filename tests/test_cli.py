@@ -75,6 +75,15 @@ def test_slim_writes_onnx_and_prints_a_table(tmp_path: Path) -> None:
     onnx.checker.check_model(str(out))
 
 
+def test_run_writes_what_a_pipeline_makes_of_a_model(tmp_path: Path) -> None:
+    out, text = tmp_path / "out.pt", "slim-channels{ratio=0.25}, fold-batch-norm"
+    report = json.loads(run("run", BUILDER, text, "--out", str(out), "--json"))
+    assert report["changed"] == "slim-channels"
+    assert report["parameters"][1] == gp.count_parameters(torch.load(out, weights_only=False))
+    assert "macs" in run("run", BUILDER, text, "--out", str(tmp_path / "out.onnx"))
+    onnx.checker.check_model(str(tmp_path / "out.onnx"))
+
+
 def test_inspect_prints_groups_and_explains_a_parameter() -> None:
     assert "groups that can be cut: 1" in run("inspect", BUILDER)
     found = json.loads(run("inspect", BUILDER, "--json"))
@@ -101,6 +110,7 @@ def test_compare_gives_json(tmp_path: Path) -> None:
         ["inspect", "missing.pt"],
         ["inspect", BUILDER, "--input", "a,b"],
         ["slim", BUILDER, "--out", "x.pt", "--ratio", "2"],
+        ["run", BUILDER, "slim", "--out", "x.pt"],
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(words: list[str]) -> None:

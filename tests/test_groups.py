@@ -45,6 +45,8 @@ LAYERS = [
     "slim",
     "gradually",
     "training",
+    "edits",
+    "text",
     "pipeline",
     "passes",
     "onnx",

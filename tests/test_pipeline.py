@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from graphprune.passes import SlimChannels
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -40,6 +42,25 @@ class RemoveDropout(gp.Pass):
             graph.erase_node(node)
         program.graph_module.recompile()
         return bool(nodes) and self.says
+
+
+@dataclass(frozen=True)
+class Optioned(gp.Pass):
+    """Does nothing."""
+
+    value: object = 3
+
+    def rewrite(self, program: Program) -> bool:
+        return False
+
+
+values = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 
 
 @pytest.fixture
@@ -94,6 +115,37 @@ def test_a_second_run_of_nothing_changes_nothing(model: nn.Module, x: Tensor) ->
     again, modified = SlimChannels(ratio=0)(traced, x)
     assert not modified
     assert again.code == traced.code
+
+
+def test_a_pipeline_as_text_as_python_and_in_a_pass_manager_gives_the_same(
+    model: nn.Module, x: Tensor
+) -> None:
+    text = "remove-dropout, slim-channels{ratio=0.25 importance=l1 include=('first*',)}"
+    read = gp.Pipeline.parse(text)
+    assert read.text == text
+    passes = [RemoveDropout(), SlimChannels(0.25, importance="l1", include=("first*",))]
+    assert read.passes == passes
+    traced, _ = RemoveDropout()(model, x)
+    by_manager = PassManager(passes=passes[1:])(traced).graph_module
+    first, second = read(model, x), gp.Pipeline(passes)(model, x)
+    assert first.code == second.code == by_manager.code
+    states = [each.state_dict() for each in (first, second, by_manager)]
+    assert all(torch.equal(states[0][k], state[k]) for state in states for k in states[0])
+
+
+@given(st.lists(values, max_size=3).map(tuple) | values)
+def test_options_survive_as_text(value: object) -> None:
+    (made,) = gp.Pipeline.parse(gp.Pipeline([Optioned(value)]).text).passes
+    assert isinstance(made, Optioned)
+    assert made.value == value
+    assert type(made.value) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", " ", "remove-dropout", " remove-dropout { } ,remove-dropout"])
+def test_the_space_in_a_text_says_nothing(text: str) -> None:
+    assert [type(each) for each in gp.Pipeline.parse(text).passes] == [RemoveDropout] * text.count(
+        "-"
+    )
 
 
 def test_a_pass_that_hides_its_change_is_caught(model: nn.Module, x: Tensor) -> None:

@@ -1,0 +1,49 @@
+"""What passes do to the tensors of a graph: put one in, and take out those that nothing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: Tensor) -> None:
+    """Hold a value as the parameter of that dotted name, trained or not as another one is."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value.to(like.dtype), requires_grad=like.requires_grad)
+    graph_module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+def new_name(graph_module: fx.GraphModule, wanted: str) -> str:
+    """Return a dotted name that nothing has: the wanted one, or that with a number."""
+    owner, _, leaf = wanted.rpartition(".")
+    module, number, name = graph_module.get_submodule(owner), 0, leaf
+    while hasattr(module, name) and getattr(module, name) is not None:
+        number += 1
+        name = f"{leaf}_{number}"
+    return f"{owner}.{name}" if owner else name
+
+
+def drop_unread(graph_module: fx.GraphModule, names: Iterable[str]) -> None:
+    """Take out those of the named tensors that no operator reads, and modules that hold nothing then."""
+    graph = graph_module.graph
+    for name in names:
+        reads = [node for node in graph.find_nodes(op="get_attr") if node.target == name]
+        if any(node.users for node in reads):
+            continue
+        for node in reads:
+            graph.erase_node(node)
+        owner, _, leaf = name.rpartition(".")
+        module = graph_module.get_submodule(owner)
+        if isinstance(getattr(module, leaf, None), Tensor):
+            delattr(module, leaf)
+        while owner and _is_empty(module):
+            graph_module.delete_submodule(owner)
+            owner = owner.rpartition(".")[0]
+            module = graph_module.get_submodule(owner)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+    return not (list(module.children()) or any(isinstance(t, torch.Tensor) for t in tensors))

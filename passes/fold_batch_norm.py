@@ -1,0 +1,104 @@
+"""Make batch norms part of the layers before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.calibration import Layer, held_by, layers_of
+from graphprune.edits import drop_unread, new_name, put_parameter
+from graphprune.pipeline import Pass, Program
+from graphprune.rules import bind_arguments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Batch norms in evaluation become part of the convolution or linear layer whose output they read.
+
+    1. The layer's weight is scaled, channel by channel; in float64, then rounded once.
+    2. Its bias takes the norm's shift; a layer without one gets one.
+    3. The norm goes, and so do those of its tensors that nothing else reads.
+
+    The graph is for inference: in training it does what the original does in evaluation.
+
+    Left alone: norms that take the statistics of a batch, norms of a value that something else reads
+    too, and layers whose weight several operators read.
+    """
+
+    def rewrite(self, program: Program) -> bool:
+        """Fold each norm that follows a layer."""
+        folds = list(_folds(program.graph_module))
+        for layer, norm in folds:
+            _fold(program.graph_module, layer, norm)
+        return bool(folds)
+
+
+def _folds(graph_module: fx.GraphModule) -> Iterator[tuple[Layer, fx.Node]]:
+    """Yield layers with the norm that alone reads their output."""
+    for layer in layers_of(graph_module).values():
+        readers = list(layer.node.users)
+        if len(readers) == 1 and readers[0].target is aten.batch_norm.default:
+            given = _arguments(readers[0])
+            is_its = given["input"] is layer.node and layer.channels_are_second
+            keeps = given["running_mean"] is not None and given["training"] is not True
+            if is_its and keeps:
+                yield layer, readers[0]
+
+
+def _arguments(call: fx.Node) -> dict[str, Any]:
+    return bind_arguments(call.target, call.args, dict(call.kwargs))  # type: ignore[arg-type]
+
+
+def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
+    given = _arguments(norm)
+
+    def held(name: str, missing: float) -> Tensor | float:
+        node = given[name]
+        return missing if node is None else held_by(graph_module, node).double()
+
+    deviation = (held("running_var", 1.0) + given["eps"]) ** 0.5
+    factor = torch.as_tensor(held("weight", 1.0) / deviation)
+    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+    bias = held("bias", 0.0) + factor * (own - held("running_mean", 0.0))
+
+    name = str(layer.weight.target)
+    weight = graph_module.get_parameter(name)
+    grouped = {"groups": layer.groups}
+    matrix = layer.matrix(weight.detach(), grouped).double()
+    matrix = matrix * factor.reshape(*matrix.shape[:2], 1)
+    put_parameter(graph_module, name, layer.weight_like(weight, matrix, grouped), weight)
+    end = _with_bias(graph_module, layer, bias, weight)
+    norm.replace_all_uses_with(end, delete_user_cb=lambda user: user is not end)
+
+    tensors = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    graph_module.graph.erase_node(norm)
+    owner = str(given["running_mean"].target).removesuffix("running_mean")
+    names = [str(node.target) for node in tensors if node is not None]
+    drop_unread(graph_module, [*names, f"{owner}num_batches_tracked"])
+
+
+def _with_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor, like: Tensor) -> fx.Node:
+    """Give a layer that bias; return the node whose value has it."""
+    if layer.bias is not None:
+        put_parameter(graph_module, str(layer.bias.target), bias, like)
+        return layer.node
+    owner = str(layer.weight.target).rpartition(".")[0]
+    name = new_name(graph_module, f"{owner}.bias" if owner else "bias")
+    put_parameter(graph_module, name, bias, like)
+    graph, node = graph_module.graph, layer.node
+    with graph.inserting_before(node):
+        read = graph.get_attr(name)
+    arguments = _arguments(node)
+    if "bias" in arguments:
+        place = list(arguments).index("bias")
+        node.args = (*node.args[:place], read, *node.args[place + 1 :])
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
+        return node
+    with graph.inserting_after(node):
+        return graph.call_function(aten.add.Tensor, (node, read))
