@@ -9,9 +9,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture import capture, is_aten_graph, prepared
+from graphprune.capture import capture, is_aten_graph, prepared, reexported
 from graphprune.errors import GraphPruneError
 from graphprune.inputs import Inputs
 from graphprune.state import working_copy
@@ -146,12 +147,15 @@ class Pipeline:
         """
         return ", ".join(each.text for each in self.passes)
 
-    def __call__(self, model: Any, example_inputs: Any = None) -> fx.GraphModule:
-        """Return the graph after all passes."""
+    def __call__(self, model: Any, example_inputs: Any = None) -> Any:
+        """Return the model after all passes: a graph, or an ExportedProgram where one was given."""
         inputs = prepared(model, example_inputs)[1]
+        result = model
         for each in self.passes:
-            result = each(model, inputs)
+            found = each(result, inputs)
             if self.callback is not None:
-                self.callback(each, result)
-            model = result.graph_module
-        return program_of(model, inputs).graph_module if not self.passes else model
+                self.callback(each, found)
+            result = found.graph_module
+        if not self.passes:
+            result = program_of(model, inputs).graph_module
+        return reexported(model, result, inputs) if isinstance(model, ExportedProgram) else result

@@ -133,6 +133,15 @@ def test_a_pipeline_as_text_as_python_and_in_a_pass_manager_gives_the_same(
     assert all(torch.equal(states[0][k], state[k]) for state in states for k in states[0])
 
 
+def test_an_exported_program_comes_back_as_one(model: nn.Module, x: Tensor) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    small = gp.Pipeline.parse("remove-identities, slim-channels{ratio=0.5}")(program)
+    assert isinstance(small, torch.export.ExportedProgram)
+    assert small.state_dict["first.weight"].shape[0] == 8
+    torch.testing.assert_close(small.module()(x[:1]), gp.slim(model, 0.5, x)(x[:1]))
+
+
 @given(st.lists(values, max_size=3).map(tuple) | values)
 def test_options_survive_as_text(value: object) -> None:
     (made,) = gp.Pipeline.parse(gp.Pipeline([Optioned(value)]).text).passes
