@@ -1,4 +1,4 @@
-"""What passes do to the tensors of a graph: put one in, and take out those that nothing reads."""
+"""What passes do to the tensors of a graph: put some in, and take out those that nothing reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
+
+from graphprune.calibration import Layer
 
 
 def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: Tensor) -> None:
@@ -15,7 +17,31 @@ def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: 
     graph_module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
-def new_name(graph_module: fx.GraphModule, wanted: str) -> str:
+def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
+    """Give a layer that bias, in place of its own if it has one."""
+    like = graph_module.get_parameter(str(layer.weight.target))
+    if layer.bias is not None:
+        put_parameter(graph_module, str(layer.bias.target), bias, like)
+        return
+    owner = str(layer.weight.target).rpartition(".")[0]
+    name = _new_name(graph_module, f"{owner}.bias" if owner else "bias")
+    put_parameter(graph_module, name, bias, like)
+    graph, node = graph_module.graph, layer.node
+    with graph.inserting_before(node):
+        read = graph.get_attr(name)
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "bias" in names:
+        place = names.index("bias")
+        node.args = (*node.args[:place], read, *node.args[place + 1 :])
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
+        return
+    with graph.inserting_after(node):
+        total = graph.call_function(torch.ops.aten.add.Tensor, (node, read))
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _new_name(graph_module: fx.GraphModule, wanted: str) -> str:
     """Return a dotted name that nothing has: the wanted one, or that with a number."""
     owner, _, leaf = wanted.rpartition(".")
     module, number, name = graph_module.get_submodule(owner), 0, leaf

@@ -1,8 +1,15 @@
 """Passes: each rewrites a graph into a smaller or faster one that computes what it promises."""
 
 from graphprune.passes.compensate import Compensate
+from graphprune.passes.eliminate_dead_channels import EliminateDeadChannels
 from graphprune.passes.fold_batch_norm import FoldBatchNorm
 from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
 
-__all__ = ["Compensate", "FoldBatchNorm", "RemoveIdentities", "SlimChannels"]
+__all__ = [
+    "Compensate",
+    "EliminateDeadChannels",
+    "FoldBatchNorm",
+    "RemoveIdentities",
+    "SlimChannels",
+]

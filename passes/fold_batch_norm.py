@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.edits import drop_unread, new_name, put_parameter
+from graphprune.edits import drop_unread, put_bias, put_parameter
 from graphprune.pipeline import Pass, Program
 from graphprune.rules import bind_arguments
 
@@ -73,32 +73,11 @@ def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
     matrix = layer.matrix(weight.detach(), grouped).double()
     matrix = matrix * factor.reshape(*matrix.shape[:2], 1)
     put_parameter(graph_module, name, layer.weight_like(weight, matrix, grouped), weight)
-    end = _with_bias(graph_module, layer, bias, weight)
-    norm.replace_all_uses_with(end, delete_user_cb=lambda user: user is not end)
+    put_bias(graph_module, layer, bias)
+    norm.replace_all_uses_with(norm.all_input_nodes[0])
 
     tensors = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
     graph_module.graph.erase_node(norm)
     owner = str(given["running_mean"].target).removesuffix("running_mean")
     names = [str(node.target) for node in tensors if node is not None]
     drop_unread(graph_module, [*names, f"{owner}num_batches_tracked"])
-
-
-def _with_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor, like: Tensor) -> fx.Node:
-    """Give a layer that bias; return the node whose value has it."""
-    if layer.bias is not None:
-        put_parameter(graph_module, str(layer.bias.target), bias, like)
-        return layer.node
-    owner = str(layer.weight.target).rpartition(".")[0]
-    name = new_name(graph_module, f"{owner}.bias" if owner else "bias")
-    put_parameter(graph_module, name, bias, like)
-    graph, node = graph_module.graph, layer.node
-    with graph.inserting_before(node):
-        read = graph.get_attr(name)
-    arguments = _arguments(node)
-    if "bias" in arguments:
-        place = list(arguments).index("bias")
-        node.args = (*node.args[:place], read, *node.args[place + 1 :])
-        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
-        return node
-    with graph.inserting_after(node):
-        return graph.call_function(aten.add.Tensor, (node, read))

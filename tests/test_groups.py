@@ -46,6 +46,7 @@ LAYERS = [
     "gradually",
     "training",
     "edits",
+    "constants",
     "text",
     "pipeline",
     "passes",

@@ -74,12 +74,7 @@ def readers_of(graph: DependencyGraph) -> dict[str, list[Reader]]:
     are zero.
     """
     inference = graph.inference
-    readers = [_readers(inference, step) for step in inference.steps]
-    by_axis: dict[Axis, list[Reader]] = {}
-    for reader in (reader for own in readers for reader in own):
-        for axis in dict.fromkeys(free_axes(reader.layout)):
-            by_axis.setdefault(axis, []).append(reader)
-    otherwise = set().union(*map(_summed_without_parameters, inference.steps, readers))
+    by_axis, otherwise = _by_axis(inference)
     found: dict[str, list[Reader]] = {}
     for group in graph.groups:
         members = (m for m in group.members if m.parameter in inference.trainable)
@@ -87,6 +82,22 @@ def readers_of(graph: DependencyGraph) -> dict[str, list[Reader]]:
         read = group.axis in by_axis and group.axis not in otherwise
         found[group.name] = by_axis[group.axis] if read else everything
     return found
+
+
+def unread_groups(graph: DependencyGraph) -> set[str]:
+    """Return the names of the groups that nothing reads: no output depends on their channels."""
+    by_axis, otherwise = _by_axis(graph.inference)
+    return {g.name for g in graph.groups if g.axis not in by_axis and g.axis not in otherwise}
+
+
+def _by_axis(inference: Inference) -> tuple[dict[Axis, list[Reader]], set[Axis]]:
+    """Return the readers of each axis, and the axes that operators without parameters sum over."""
+    readers = [_readers(inference, step) for step in inference.steps]
+    by_axis: dict[Axis, list[Reader]] = {}
+    for reader in (reader for own in readers for reader in own):
+        for axis in dict.fromkeys(free_axes(reader.layout)):
+            by_axis.setdefault(axis, []).append(reader)
+    return by_axis, set().union(*map(_summed_without_parameters, inference.steps, readers))
 
 
 def _readers(inference: Inference, step: Step) -> list[Reader]:
