@@ -20,7 +20,7 @@ from graphprune.pipeline import Pass, Pipeline
 from graphprune.plan import Plan
 from graphprune.rules import pattern, rule
 from graphprune.slim import Slimmed, slim, slimmed
-from graphprune.training import Distillation, GroupLasso, finetune
+from graphprune.training import Distillation, GroupLasso, carry_optimizer, finetune
 
 __all__ = [
     "CaptureError",
@@ -43,6 +43,7 @@ __all__ = [
     "Slimmed",
     "VerificationError",
     "analyze",
+    "carry_optimizer",
     "compare",
     "count_macs",
     "count_parameters",

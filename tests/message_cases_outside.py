@@ -147,7 +147,7 @@ def pipeline(text: str) -> gp.Pipeline:
 
 
 said(
-    r"there is no pass 'slim'; there are .*compensate, fold-batch-norm, .*slim-channels.*",
+    r"there is no pass 'slim'; there are .*compensate, .*fold-batch-norm, .*slim-channels.*",
     lambda: pipeline("slim"),
 )
 said(
@@ -179,3 +179,37 @@ said(
     "tuples of these can be written",
     lambda: SlimChannels(data=[X]).text,
 )
+
+# -------------------------------------------------------------------------------------- optimizers
+
+
+def carried(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    gp.carry_optimizer(optimizer, model, gp.slimmed(model, 0.5, X))
+
+
+@case(
+    r"the optimizer holds a parameter of shape \(8, 6\) that the model does not; pass the model that it "
+    "was made for"
+)
+def an_optimizer_of_another_model(folder: Path) -> None:
+    carried(torch.optim.SGD(net().parameters()), net())
+
+
+@case(r"the optimizer holds a parameter of shape \(2,\) 'spare' that the slim model lacks")
+def an_optimizer_of_a_parameter_that_went(folder: Path) -> None:
+    model = net()
+    result = gp.slimmed(model, 0.5, X)
+    model.spare = nn.Parameter(torch.ones(2))
+    gp.carry_optimizer(torch.optim.SGD(model.parameters()), model, result)
+
+
+@case(
+    r"Adafactor keeps 'row_var' of shape \(8, 1\) for '\w+\.weight', which has \(8, 6\), and what to leave "
+    "out of it is not known; make a new optimizer"
+)
+def an_optimizer_that_keeps_other_shapes(folder: Path) -> None:
+    model = net()
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    carried(optimizer, model)

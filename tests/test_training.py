@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import graphprune as gp
 from graphprune.demo.data import sample, trained_network
 from graphprune.demo.main import accuracy
 from graphprune.inputs import Inputs, call
+from graphprune.shrink import sliced
 
 
 def regression() -> tuple[nn.Module, list[Tensor]]:
@@ -157,3 +159,83 @@ def test_training_between_the_steps_is_kept() -> None:
     assert accuracy(slimmer, test) > 0.7
     at_once = gp.slim(model, 0.5, images[:2])
     assert accuracy(at_once, test) < 0.3
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5, centered=True),
+}
+
+
+def image_network() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 8),
+        nn.Tanh(), nn.Linear(8, 4),
+    )  # fmt: skip
+    return model.double().eval(), torch.randn(8, 3, 6, 6).double()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_as_that_of_the_silenced_original(name: str) -> None:
+    model, x = image_network()
+    groups = [
+        {"params": list(model[0].parameters()), "lr": 0.02},
+        {"params": [p for layer in model[1:] for p in layer.parameters()]},
+    ]
+    optimizer = OPTIMIZERS[name](groups)
+    for _ in range(3):
+        step(model, optimizer, x)
+    result = gp.slimmed(model, 0.5, x)
+    new = gp.carry_optimizer(optimizer, model, result)
+    assert type(new) is type(optimizer)
+    assert [group["lr"] for group in new.param_groups] == [0.02, optimizer.param_groups[1]["lr"]]
+    silence(model, result)
+    step(model, optimizer, x)
+    step(result.model, new, x)
+    masks, layouts = result.plan.masks(result.graph), result.graph.inference.parameters
+    for key, parameter in model.named_parameters():
+        small = sliced(parameter, layouts[key], masks)
+        wanted = parameter if small is None else small
+        torch.testing.assert_close(result.model.get_parameter(key), wanted, rtol=0, atol=1e-12)
+
+
+def silence(model: nn.Module, result: gp.Slimmed) -> None:
+    """Set what reads the removed channels to zero."""
+    gone = {
+        name: [slot for slot in range(result.plan.sizes[name]) if slot not in kept]
+        for name, kept in result.plan.keep.items()
+    }
+    with torch.no_grad():
+        model[4].weight.view(8, 16, 16)[:, gone["0.weight:0"]] = 0.0
+        model[6].weight[:, gone["4.weight:0"]] = 0.0
+
+
+def test_the_average_of_weights_is_cut_by_the_same_plan() -> None:
+    model, x = image_network()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        model[0].weight += 1.0
+    average.update_parameters(model)
+    result = gp.slimmed(model, 0.5, x)
+    small = gp.slim(average.module, example_inputs=x, plan=result.plan)
+    kept = result.plan.keep["0.weight:0"]
+    assert torch.equal(small[0].weight, average.module[0].weight[kept])
+
+
+def test_an_optimizer_that_was_not_stepped_and_one_in_graph_form() -> None:
+    model, x = image_network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    result = gp.slimmed(model, 0.5, x, form="graph")
+    new = gp.carry_optimizer(optimizer, model, result)
+    step(result.model, new, x)
+    assert len(new.state) == len(list(result.model.parameters()))

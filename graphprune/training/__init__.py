@@ -1,6 +1,7 @@
-"""Short training around a cut: a penalty that empties channels before, distillation after."""
+"""Training around a cut: a penalty that empties channels before, distillation and going on after."""
 
 from graphprune.training.finetune import Distillation, finetune
 from graphprune.training.lasso import GroupLasso
+from graphprune.training.optimizer import carry_optimizer
 
-__all__ = ["Distillation", "GroupLasso", "finetune"]
+__all__ = ["Distillation", "GroupLasso", "carry_optimizer", "finetune"]
