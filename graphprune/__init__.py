@@ -19,6 +19,7 @@ from graphprune.onnx import Exported, export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.plan import Plan
 from graphprune.rules import pattern, rule
+from graphprune.saving import load, save
 from graphprune.slim import Slimmed, slim, slimmed
 from graphprune.training import Distillation, GroupLasso, carry_optimizer, finetune
 
@@ -49,8 +50,10 @@ __all__ = [
     "count_parameters",
     "export",
     "finetune",
+    "load",
     "pattern",
     "rule",
+    "save",
     "sensitivity",
     "slim",
     "slim_gradually",

@@ -63,13 +63,33 @@ class Plan:
         left = {name: kept for name, kept in self.keep.items() if name not in set(names)}
         return Plan(left, {name: self.sizes[name] for name in left}, self.request)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+    def to_json(self) -> str:
+        """Return the plan as JSON."""
         content = {"format": FORMAT, "version": VERSION, "request": self.request}
         groups = {
             name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()
         }
-        Path(path).write_text(json.dumps({**content, "groups": groups}, indent=1) + "\n")
+        return json.dumps({**content, "groups": groups}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError or TypeError: it is no such plan.
+
+        """
+        content = json.loads(text)
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise ValueError(f"format {content['format']!r} version {content['version']!r}")
+        groups: Mapping[str, Any] = content["groups"]
+        keep = {name: _slots(name, entry) for name, entry in groups.items()}
+        sizes = {name: int(entry["size"]) for name, entry in groups.items()}
+        return cls(keep, sizes, dict(content["request"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -80,13 +100,7 @@ class Plan:
 
         """
         try:
-            content = json.loads(Path(path).read_text())
-            if content["format"] != FORMAT or content["version"] != VERSION:
-                raise ValueError(f"format {content['format']!r} version {content['version']!r}")
-            groups: Mapping[str, Any] = content["groups"]
-            keep = {name: _slots(name, entry) for name, entry in groups.items()}
-            sizes = {name: int(entry["size"]) for name, entry in groups.items()}
-            return cls(keep, sizes, dict(content["request"]))
+            return cls.from_json(Path(path).read_text())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is not a plan that graphprune saved: {error}") from error
 

@@ -12,6 +12,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from graphprune.passes import SlimChannels
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import graphprune as gp
@@ -213,3 +215,61 @@ def an_optimizer_that_keeps_other_shapes(folder: Path) -> None:
     model(X).sum().backward()
     optimizer.step()
     carried(optimizer, model)
+
+
+# ------------------------------------------------------------------------------------- saved models
+
+
+def saved(folder: Path) -> Path:
+    gp.save(gp.slimmed(net(), 0.5, X), folder / "slim.safetensors")
+    return folder / "slim.safetensors"
+
+
+def with_header(folder: Path, **changed: str) -> Path:
+    path = saved(folder)
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, header | changed)
+    return path
+
+
+@case(r".*slim\.safetensors cannot be read as safetensors: .+")
+def a_truncated_model(folder: Path) -> None:
+    path = saved(folder)
+    path.write_bytes(path.read_bytes()[:-10])
+    gp.load(path, net(), X)
+
+
+@case(r".*missing\.safetensors cannot be read as safetensors: .+")
+def a_model_that_is_not_there(folder: Path) -> None:
+    gp.load(folder / "missing.safetensors", net(), X)
+
+
+@case(
+    r".*slim\.safetensors is no slim model that this version of graphprune\.save wrote: its header says "
+    r"format 'graphprune-model', version '0'"
+)
+def a_model_of_another_version(folder: Path) -> None:
+    gp.load(with_header(folder, version="0"), net(), X)
+
+
+@case(r"the plan in .*slim\.safetensors cannot be read: .+")
+def a_model_with_a_broken_plan(folder: Path) -> None:
+    gp.load(with_header(folder, plan="{}"), net(), X)
+
+
+@case(
+    r".*slim\.safetensors and the model differ in spare; a file is for the model that it was made from"
+)
+def a_file_for_another_model(folder: Path) -> None:
+    model = net()
+    model.spare = nn.Parameter(torch.ones(2))
+    gp.load(saved(folder), model, X)
+
+
+@case(
+    r"2\.bias has shape \(3,\) in .*slim\.safetensors, and \(5,\) in the model without what the plan "
+    "removes"
+)
+def a_file_for_a_model_of_other_sizes(folder: Path) -> None:
+    gp.load(saved(folder), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)), X)

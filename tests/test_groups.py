@@ -43,6 +43,7 @@ LAYERS = [
     "verify",
     "compensation",
     "slim",
+    "saving",
     "gradually",
     "training",
     "edits",

@@ -1,0 +1,113 @@
+"""Slim models as files: tensors in safetensors, the plan in its header, nothing that could run code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graphprune.errors import InvalidRequestError, PlanError
+from graphprune.plan import Plan
+from graphprune.slim import Slimmed, slimmed
+
+FORMAT = "graphprune-model"
+VERSION = "1"
+
+
+def save(result: Slimmed, path: str | Path) -> None:
+    """Write a slim model with its plan; what training changed since is written too.
+
+    The file holds the tensors of `result.model.state_dict()`, each once, in safetensors' format, and
+    the plan, the form and versions in its header. It is written beside and then put in place, so that
+    no half of a file is ever found there. Graphs that other passes rewrote are not for this: export
+    them, or keep the pipeline and run it again.
+
+    Args:
+        result: what `graphprune.slimmed` returned.
+        path: usually ending in .safetensors.
+
+    """
+    header = {
+        "format": FORMAT, "version": VERSION, "plan": result.plan.to_json(), "form": result.form,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    path = Path(path)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(_each_once(result.model), beside, header)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
+    """Return the slim model of a file that `save` wrote.
+
+    Args:
+        path: the file.
+        model: the original, with whatever weights: a fresh one will do. It is not changed.
+        example_inputs: of the original, as for `slim`.
+
+    Raises:
+        InvalidRequestError: the file is none that `save` wrote, or holds other tensors than this model.
+        PlanError: the plan does not fit the model.
+
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise InvalidRequestError(
+            f"{path} is no slim model that this version of graphprune.save wrote: its header says format "
+            f"{header.get('format')!r}, version {header.get('version')!r}"
+        )
+    try:
+        plan = Plan.from_json(header["plan"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"the plan in {path} cannot be read: {error}") from error
+    form: Any = header.get("form", "auto")
+    slim = slimmed(model, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
+    _fill(slim, found, path)
+    return slim
+
+
+def _each_once(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the state, tied ones under their first name."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach().contiguous()
+    return found
+
+
+def _fill(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> None:
+    own = _each_once(model)
+    if found.keys() != own.keys():
+        odd = sorted(found.keys() ^ own.keys())
+        raise InvalidRequestError(
+            f"{path} and the model differ in {', '.join(odd[:5])}{' and more' if odd[5:] else ''}; a file "
+            "is for the model that it was made from"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != own[name].shape:
+            raise InvalidRequestError(
+                f"{name} has shape {tuple(tensor.shape)} in {path}, and {tuple(own[name].shape)} in the "
+                "model without what the plan removes"
+            )
+    with torch.no_grad():
+        state = model.state_dict(keep_vars=True)
+        for name, tensor in found.items():
+            state[name].copy_(tensor)
