@@ -195,6 +195,29 @@ def test_reconstruction_weighs_layers_by_what_they_do_to_the_output() -> None:
     np.testing.assert_allclose(tenth, whole / 100, rtol=1e-6)
 
 
+class Answering(nn.Module):
+    """Two outputs: a class, and numbers some of which are infinite."""
+
+    def __init__(self, *, numbers: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.numbers = nn.Linear(5, 6), nn.Linear(6, 4), numbers
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.second(torch.tanh(self.first(x)))
+        masked = y.masked_fill(torch.arange(4) == 2, -torch.inf)
+        return (y.argmax(1), masked) if self.numbers else y.argmax(1)
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_reconstruction_ranks_where_outputs_are_no_numbers(numbers: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Answering(numbers=numbers), torch.randn(64, 5)
+    graph = gp.analyze(model, x)
+    (found,) = scores(Subject(model, graph, batches_of(x.split(32))), "reconstruction").values()
+    assert np.isfinite(found).all()
+    assert len(set(found)) == 6
+
+
 def test_interpolative_is_a_pivoted_qr_decomposition_of_what_is_read() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()

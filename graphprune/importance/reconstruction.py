@@ -38,6 +38,9 @@ from graphprune.state import evaluating
 _MEASURED = 64
 _SHARE = 0.25
 
+# The least that scores are scaled by, so that their order stays where the output is as it was.
+_LEAST = 1e-30
+
 
 @dataclass
 class Part:
@@ -119,8 +122,8 @@ def _eliminated(parts: Sequence[Part], measure: _Measure) -> npt.NDArray[np.floa
         left[channel] = False
         for part in parts:
             part.eliminate(channel)
-        if step == (count + 1) // 2 and total > 0:
-            unit = measure.error(parts) / total
+        if step == (count + 1) // 2 and total > 0 and measure.has_numbers:
+            unit = max(measure.error(parts) / total, _LEAST)
     return scores * unit
 
 
@@ -138,6 +141,11 @@ class _Measure:
         outputs = [_outputs(Run(graph_module, batch.inputs, order)) for batch in batches]
         return cls(graph_module, batches, outputs)
 
+    @property
+    def has_numbers(self) -> bool:
+        """Whether anything comes out whose error can be taken."""
+        return any(self.outputs)
+
     def error(self, parts: Sequence[Part]) -> float:
         """Return the squared error of the output with such weights, over the output's square."""
         changes: dict[fx.Node, tuple[Layer, Tensor]] = {}
@@ -151,8 +159,9 @@ class _Measure:
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
             given = _outputs(_Refitted(self.graph_module, batch, changes))
             for mine, its in zip(given, wanted, strict=True):
-                missed += float((mine.double() - its.double()).square().sum())
-                whole += float(its.double().square().sum())
+                finite = its.isfinite() & mine.isfinite()
+                missed += float((mine - its)[finite].double().square().sum())
+                whole += float(its[finite].double().square().sum())
         return missed / whole
 
 
