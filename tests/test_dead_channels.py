@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from graphprune.passes import EliminateDeadChannels
+from graphprune.passes import EliminateDeadChannels, FoldBatchNorm
 from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.constants import POINTWISE, POOLING
+from graphprune.importance.readers import readers_of
 from graphprune.inputs import call, output_tensors
+from tests.models import example
 from tests.structures import STRUCTURES
 from tests.test_passes import settled
 
@@ -210,6 +212,31 @@ def test_what_a_model_computes_stays(name: str) -> None:
     wanted, given = (list(output_tensors(call(each, inputs))) for each in (whole, bare))
     for (_, a), (_, b) in zip(wanted, given, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "bert", "t5"])
+def test_a_channel_that_nothing_reads_goes_from_each_group(name: str) -> None:
+    given = example(name)
+    model = given.model.double()
+    inputs = gp.Inputs.of(given.inputs).map(lambda t: t.double() if t.is_floating_point() else t)
+    graph = gp.analyze(model, inputs)
+    planted = set()
+    with torch.no_grad():
+        for group, readers in readers_of(graph).items():
+            if readers and graph.by_name[group].exact and not graph.by_name[group].inner:
+                planted.add(group)
+                for reader in readers:
+                    parameter = model.get_parameter(reader.parameter)
+                    for slots in reader.slots(graph.by_name[group], parameter):
+                        parameter[slots.reshape(parameter.shape) == 1] = 0.0
+    passes = [EliminateDeadChannels(), FoldBatchNorm()]
+    whole, bare = (gp.Pipeline(some)(model, inputs) for some in ([], passes))
+    wanted, found = (list(output_tensors(call(each, inputs))) for each in (whole, bare))
+    for (_, a), (_, b) in zip(wanted, found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10 * float(a.abs().max()))
+    left = {group.name: group.size for group in gp.analyze(bare, inputs).groups}
+    assert planted
+    assert all(left[name] < graph.by_name[name].size for name in planted)
 
 
 class Comparing(nn.Module):
