@@ -71,13 +71,15 @@ class _Tainted(Run):
         self.of, self.plain = graph_module, plain
         self.layers = {layer.node: layer for layer in layers_of(graph_module).values()}
         self.varying: set[fx.Node] = set()  # nodes of whole numbers, which hold no NaN
+        self.written = {_origin(n).target for n in self.order if _writes(n)}
         self.read: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, or give NaN for what it makes."""
         value = self.plain.until(self.plain.order[self.place - 1], inclusive=True)
         if n.op == "get_attr":
-            return super().run_node(n)
+            held = super().run_node(n)
+            return self._tainted(n, held) if n.target in self.written else held
         if n.op == "output":
             return value
         varies = any(source in self.varying for source in n.all_input_nodes)
@@ -115,7 +117,7 @@ class _Tainted(Run):
         leaves = [leaf for leaf in pytree.tree_leaves(value) if leaf is not None]
         if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
             self.varying.add(n)
-        if isinstance(n.target, torch._ops.OpOverload) and is_in_place(n.target):
+        if _writes(n):
             written = self.env[n.all_input_nodes[0]]
             return written.fill_(torch.nan) if written.is_floating_point() else written
         return pytree.tree_map_only(
@@ -157,6 +159,19 @@ class _Tainted(Run):
         data = self.env[source]
         uneven = data.amax(space, keepdim=True) != data.amin(space, keepdim=True)
         return value.masked_fill(uneven, torch.nan)
+
+
+def _writes(n: fx.Node) -> bool:
+    return isinstance(n.target, torch._ops.OpOverload) and is_in_place(n.target)
+
+
+def _origin(n: fx.Node) -> fx.Node:
+    """Return what holds the memory that a node writes to, or gives another view of."""
+    while n.op == "call_function" and n.all_input_nodes:
+        if not (_writes(n) or getattr(n.target, "overloadpacket", None) in MOVING):
+            break
+        n = n.all_input_nodes[0]
+    return n
 
 
 def pads(arguments: Mapping[str, Any]) -> bool:

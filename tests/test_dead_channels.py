@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -272,6 +273,26 @@ def test_what_depends_on_the_input_in_other_ways_is_alive(how: Callable[[Tensor]
     bare, modified = EliminateDeadChannels()(model, x)
     torch.testing.assert_close(bare(x), model(x), rtol=1e-12, atol=1e-12)
     assert not modified
+
+
+def test_what_a_model_writes_to_its_buffers_is_no_constant() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.register_buffer("count", torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1.0)
+            return self.last(torch.tanh(self.first(x) + self.count))
+
+    torch.manual_seed(0)
+    model, x = settled(Counting()), torch.randn(2, 4).double()
+    zero(model.first, 1, 2)
+    bare, modified = EliminateDeadChannels()(torch.export.export(copy.deepcopy(model), (x,)))
+    assert not modified
+    for _ in range(3):
+        torch.testing.assert_close(bare(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("packet", POINTWISE, ids=str)
