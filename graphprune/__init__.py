@@ -18,6 +18,7 @@ from graphprune.inputs import Inputs
 from graphprune.onnx import Exported, export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.plan import Plan
+from graphprune.pretrained import save_pretrained
 from graphprune.rules import pattern, rule
 from graphprune.saving import load, save
 from graphprune.slim import Slimmed, slim, slimmed
@@ -54,6 +55,7 @@ __all__ = [
     "pattern",
     "rule",
     "save",
+    "save_pretrained",
     "sensitivity",
     "slim",
     "slim_gradually",

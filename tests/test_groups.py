@@ -44,6 +44,7 @@ LAYERS = [
     "compensation",
     "slim",
     "saving",
+    "pretrained",
     "gradually",
     "training",
     "edits",
