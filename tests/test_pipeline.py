@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 from graphprune.passes import SlimChannels
@@ -13,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphprune as gp
+from graphprune.onnx import CPU
 from graphprune.pipeline import Program
 
 aten = torch.ops.aten
@@ -133,13 +136,18 @@ def test_a_pipeline_as_text_as_python_and_in_a_pass_manager_gives_the_same(
     assert all(torch.equal(states[0][k], state[k]) for state in states for k in states[0])
 
 
-def test_an_exported_program_comes_back_as_one(model: nn.Module, x: Tensor) -> None:
+def test_an_exported_program_comes_back_as_one(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
     batch = torch.export.Dim("batch")
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     small = gp.Pipeline.parse("remove-identities, slim-channels{ratio=0.5}")(program)
     assert isinstance(small, torch.export.ExportedProgram)
     assert small.state_dict["first.weight"].shape[0] == 8
-    torch.testing.assert_close(small.module()(x[:1]), gp.slim(model, 0.5, x)(x[:1]))
+    wanted = gp.slim(model, 0.5, x)(x[:1])
+    torch.testing.assert_close(small.module()(x[:1]), wanted)
+    torch.onnx.export(small, f=str(tmp_path / "small.onnx"))
+    session = ort.InferenceSession(tmp_path / "small.onnx", providers=[CPU])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x[:1].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
 
 
 @given(st.lists(values, max_size=3).map(tuple) | values)
