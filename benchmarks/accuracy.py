@@ -53,7 +53,12 @@ USUAL = [
 
 # Networks that are also cut uniformly, and by how much of the channels.
 UNIFORM = ("resnet8", "lenet", "digits")
-PEERS = {"minilm": ("l1", "l2", "taylor")}
+# Of the peer: what is left out takes more than 24 GiB (its Taylor criterion on images of 224 x 224), or
+# nothing to look at (statistics of batch norms that there are not).
+PEERS = {
+    "minilm": ("l1", "l2", "taylor"),
+    "efficientnet_lite0": ("l1", "l2", "bn_scale", "lamp", "fpgm"),
+}
 RATIOS = (0.25, 0.5, 0.75)
 
 

@@ -1,4 +1,4 @@
-"""A model as an ONNX file, with a free batch dimension, checked in ONNX Runtime against PyTorch."""
+"""A model as an ONNX file, with free dimensions, checked in ONNX Runtime against PyTorch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +34,11 @@ aten = torch.ops.aten
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
+BATCH = "batch"
+
+Free: TypeAlias = Mapping[str, Mapping[int, str]]
+"""By the name of an input, names for some of its dimensions."""
+
 Model = nn.Module | torch.export.ExportedProgram
 Feed = dict[str, NDArray[Any]]
 
@@ -43,18 +48,24 @@ class Exported:
     """An ONNX file that ONNX Runtime was seen to compute as PyTorch does.
 
     `bytes` counts the whole model, external weights included (there are some above 2 GB only).
-    `batch_free` says that the file takes any batch size; `checked` lists the sizes compared.
+    `free` names the dimensions of which the file takes any size, `batch_free` says whether the batch is
+    one; `checked` lists the batch sizes compared.
     `difference` is the largest found, relative to the largest value of the output it is in.
     """
 
     path: Path
     bytes: int
     opset: int
-    batch_free: bool
+    free: tuple[str, ...]
     checked: tuple[int, ...]
     difference: float
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def batch_free(self) -> bool:
+        """Whether the file takes any batch size."""
+        return BATCH in self.free
 
     def feed(self, example_inputs: Any) -> Feed:
         """Return what an ONNX Runtime session of this file takes for the model's arguments."""
@@ -67,13 +78,15 @@ def export(
     example_inputs: Any,
     path: str | Path,
     *,
+    free: Free | None = None,
     opset: int | None = None,
     tolerance: float = 1e-4,
 ) -> Exported:
     """Write the model, as it evaluates, to an ONNX file, and compare the file with PyTorch.
 
     The first dimension of every input tensor that shares the first tensor's batch size is free in
-    the file; other dimensions stay as in the example inputs. Where the batch cannot be free (the
+    the file, and so is what `free` names; other dimensions stay as in the example inputs. The file is
+    compared at the example's sizes and at twice those that are free. Where one cannot be free (the
     model runs only at this size, say) it is fixed, with a `GraphPruneWarning`. Outputs that are
     not tensors, such as key-value caches, are left out.
 
@@ -81,10 +94,14 @@ def export(
         model: it is not changed, even if running it writes to its buffers.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs`.
         path: the file to write, with the weights inside it up to 2 GB.
+        free: more dimensions that are free, by input and number, as in `{"tokens": {1: "length"}}`; what
+            has one name has one size. Where another dimension than the first is the batch, name it:
+            `{"x": {0: "length", 1: "batch"}}`.
         opset: version of the ONNX operators; by default PyTorch's own choice.
         tolerance: largest difference accepted, relative to the largest value of the output.
 
     Raises:
+        InvalidRequestError: `free` names inputs or dimensions that there are not, or of unlike sizes.
         ExportError: the model cannot be run or exported, or the file disagrees with PyTorch;
             what was at the path before is left alone.
         CaptureError: the model cannot be copied.
@@ -94,7 +111,7 @@ def export(
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
     with without_caches(module), evaluating(module):
-        flat = _Flat(module, Inputs.of(example_inputs))
+        flat = _Flat(module, Inputs.of(example_inputs), free or {})
         request = _Request(flat, Path(path), opset, tolerance)
         return _export_free(request, _first_case(flat))
 
@@ -130,19 +147,24 @@ def open_session(path: Path, provider: str = CPU, threads: int = 1) -> ort.Infer
 class _Flat(nn.Module):
     """A model as a function from its input tensors to the tuple of its output tensors."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, free: Free) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
         self.names = _input_names(model, inputs)
-        sizes = [t.shape[0] for t in inputs.tensors() if t.dim()]
-        self.batch = sizes[0] if sizes else 1
-        self.batched = [t.dim() > 0 and t.shape[0] == self.batch for t in inputs.tensors()]
+        self.dims, self.sizes = _free_dims(self.names, inputs.tensors(), free)
+
+    @property
+    def batch(self) -> int:
+        """The batch size of the example inputs."""
+        return self.sizes.get(BATCH, 1)
 
     def repeated(self, times: int) -> list[Tensor]:
-        """Return the example tensors with the batch repeated `times` times."""
-        pairs = zip(self.inputs.tensors(), self.batched, strict=True)
-        return [t.repeat(times, *[1] * (t.dim() - 1)) if batched else t for t, batched in pairs]
+        """Return the example tensors repeated `times` times along what is free."""
+        return [
+            t.repeat([times if d in dims else 1 for d in range(t.dim())]) if dims else t
+            for t, dims in zip(self.inputs.tensors(), self.dims, strict=True)
+        ]
 
     def outputs(self, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
         """Return the output tensors with a name for each."""
@@ -154,9 +176,39 @@ class _Flat(nn.Module):
         return tuple(tensor for _, tensor in self.outputs(tensors))
 
 
+def _free_dims(
+    names: Sequence[str], tensors: Sequence[Tensor], free: Free
+) -> tuple[list[dict[int, str]], dict[str, int]]:
+    """Return by input the names of its free dimensions, and the size of each name."""
+    for name, dims in free.items():
+        if name not in names:
+            raise InvalidRequestError(f"free= names {name!r}; the inputs are {', '.join(names)}")
+        shape = tuple(tensors[names.index(name)].shape)
+        strange = [d for d in dims if not 0 <= d < len(shape)]
+        if strange:
+            raise InvalidRequestError(
+                f"free= names dimension {strange[0]} of {name!r}, which has shape {shape}"
+            )
+    found = [dict(free.get(name, {})) for name in names]
+    sizes: dict[str, int] = {}
+    for name, tensor, dims in zip(names, tensors, found, strict=True):
+        for d, what in dims.items():
+            if sizes.setdefault(what, tensor.shape[d]) != tensor.shape[d]:
+                raise InvalidRequestError(
+                    f"free= calls dimension {d} of {name!r} {what!r}, which is {tensor.shape[d]} there and "
+                    f"{sizes[what]} elsewhere"
+                )
+    for tensor, dims in zip(tensors, found, strict=True):
+        if not tensor.dim() or 0 in dims or BATCH in dims.values():
+            continue
+        if sizes.setdefault(BATCH, tensor.shape[0]) == tensor.shape[0]:
+            dims[0] = BATCH
+    return found, sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """Input tensors at one batch size, and what PyTorch makes of them."""
+    """Input tensors at one size of what is free, and what PyTorch makes of them."""
 
     batch: int
     tensors: list[Tensor]
@@ -164,14 +216,14 @@ class _Case:
 
     @classmethod
     def of(cls, flat: _Flat, times: int) -> _Case:
-        """Return the case of the example's batch repeated `times` times."""
+        """Return the case of the example repeated `times` times along what is free."""
         tensors = flat.repeated(times)
         with torch.no_grad():
             return cls(flat.batch * times, tensors, flat.outputs(tensors))
 
 
-class _FixedBatchError(Exception):
-    """The exported graph holds at one batch size only."""
+class _FixedSizeError(Exception):
+    """The exported graph holds at one size of a free dimension only."""
 
 
 def _first_case(flat: _Flat) -> _Case:
@@ -198,23 +250,46 @@ class _Request:
 
 
 def _export_free(request: _Request, first: _Case) -> Exported:
-    """Write a checked file with a free batch or, with a warning, a fixed one."""
-    flat = request.flat
-    fixed = [name for name, batched in zip(flat.names, flat.batched, strict=True) if batched]
-    if not fixed:
-        return _export_fixed(request, first)
-    try:
-        return _export_cases(request, [first, _Case.of(flat, 2)])
-    except Exception as error:
-        obstacle = in_a_line(error)
-    exported = _export_fixed(request, first)
-    warnings.warn(
-        f"dimension 0 of {', '.join(fixed)} is fixed to {flat.batch} in {request.path.name}, "
-        f"because exporting it free did not work: {obstacle}",
-        GraphPruneWarning,
-        stacklevel=3,
-    )
+    """Write a checked file, free in all that was asked, in the batch, or with a warning in nothing."""
+    flat, asked = request.flat, request.flat.dims
+    batch = [{d: name for d, name in dims.items() if name == BATCH} for dims in asked]
+    obstacle, exported = "", None
+    for flat.dims in [asked, batch] if batch != asked else [asked]:
+        if exported is None and any(flat.dims):
+            try:
+                exported = _export_cases(request, [first, _Case.of(flat, 2)])
+                left = flat.dims
+            except Exception as error:
+                obstacle = obstacle or in_a_line(error)
+    if exported is None:
+        flat.dims = left = [{} for _ in asked]
+        exported = _export_fixed(request, first)
+    if obstacle:
+        warnings.warn(
+            _fixed(flat, asked, left, request.path.name, obstacle), GraphPruneWarning, stacklevel=3
+        )
     return exported
+
+
+def _fixed(
+    flat: _Flat,
+    asked: Sequence[Mapping[int, str]],
+    left: Sequence[Mapping[int, str]],
+    file: str,
+    obstacle: str,
+) -> str:
+    """Say which dimensions are fixed."""
+    places: dict[tuple[int, int], list[str]] = {}
+    for name, tensor, wanted, free in zip(
+        flat.names, flat.inputs.tensors(), asked, left, strict=True
+    ):
+        for d in wanted.keys() - free.keys():
+            places.setdefault((d, tensor.shape[d]), []).append(name)
+    parts = [
+        f"dimension {d} of {', '.join(names)} is fixed to {size}"
+        for (d, size), names in sorted(places.items())
+    ]
+    return f"{' and '.join(parts)} in {file}, because exporting it free did not work: {obstacle}"
 
 
 def _export_fixed(request: _Request, first: _Case) -> Exported:
@@ -228,11 +303,11 @@ def _export_fixed(request: _Request, first: _Case) -> Exported:
 
 
 def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
-    """Write a file that agrees with PyTorch on the cases; the batch is free if there are two."""
+    """Write a file that agrees with PyTorch on the cases; what is to be free is, if there are two."""
     flat, free = request.flat, len(cases) > 1
     program = _translated(flat, cases[-1].tensors, request.opset, free)
     if free:
-        _free_batch(flat, program.model)
+        _name_free(flat, program.model)
     _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
     size, difference = _save(program, request, cases)
     graph = program.model.graph
@@ -240,7 +315,7 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
         path=request.path,
         bytes=size,
         opset=program.model.opset_imports[""],
-        batch_free=free,
+        free=tuple(dict.fromkeys(n for dims in flat.dims for n in dims.values())) if free else (),
         checked=tuple(case.batch for case in cases),
         difference=difference,
         inputs=tuple(str(value.name) for value in graph.inputs),
@@ -266,8 +341,8 @@ def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[
 def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool) -> ONNXProgram:
     """Return what PyTorch's exporter makes of the model, without its chatter."""
     # AUTO, since a named dynamic dimension raises once a recurrent net was exported before.
-    auto = {0: torch.export.Dim.AUTO}
-    shapes = {"tensors": tuple(auto if free and batched else None for batched in flat.batched)}
+    auto = [dict.fromkeys(dims, torch.export.Dim.AUTO) if free else {} for dims in flat.dims]
+    shapes = {"tensors": tuple(dims or None for dims in auto)}
     with _quiet(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         _without_assertions(program)
@@ -292,23 +367,39 @@ def _without_assertions(program: torch.export.ExportedProgram) -> None:
 _ASSERTIONS = (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
 
 
-def _free_batch(flat: _Flat, model: ir.Model) -> None:
-    """Name the free dimension `batch`, or raise if the exporter made a number of it."""
-    pairs = zip(flat.batched, model.graph.inputs, strict=True)
-    sizes = {value.shape[0] for batched, value in pairs if batched and value.shape is not None}
-    if any(isinstance(size, int) for size in sizes):
-        raise _FixedBatchError("the traced graph holds at one batch size only")
-    symbols = "|".join(re.escape(str(size)) for size in sizes)
+def _name_free(flat: _Flat, model: ir.Model) -> None:
+    """Name the free dimensions, or raise if the exporter made a number of the batch.
+
+    Tracing makes numbers of lengths that recurrent operators, in PyTorch and in ONNX alike, take as they
+    come. What says so behind them is forgotten then; that the file runs at two lengths is seen later.
+    """
+    names: dict[str, str] = {}
+    inputs = model.graph.inputs
+    is_number = False
+    for dims, value in zip(flat.dims, inputs, strict=True):
+        sizes: list[int | ir.SymbolicDim | str] = list(value.shape or ())
+        for d, name in dims.items():
+            number = str(sizes[d]).isdigit()
+            if number and name == BATCH:
+                raise _FixedSizeError("the traced graph holds at one batch size only")
+            is_number |= number
+            if number:
+                sizes[d] = name
+            else:
+                names.setdefault(str(sizes[d]), name)
+        value.shape = ir.Shape(sizes)
     for value in _values(model.graph):
-        if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, symbols) for dim in value.shape])
+        if value.shape is not None and not value.is_initializer():
+            unknown = is_number and value not in inputs
+            value.shape = ir.Shape([None if unknown else _renamed(d, names) for d in value.shape])
 
 
-def _renamed(dim: int | ir.SymbolicDim, symbols: str) -> int | str | None:
-    """Return a dimension with its symbols for the batch size renamed to `batch`."""
+def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    """Return a dimension with its symbols renamed."""
     if isinstance(dim, int) or dim.value is None:
         return dim if isinstance(dim, int) else None
-    return re.sub(rf"\b({symbols})\b", "batch", str(dim))
+    symbols = "|".join(map(re.escape, names)) or "(?!)"
+    return re.sub(rf"\b({symbols})\b", lambda found: names[found[0]], str(dim))
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -51,6 +51,21 @@ def export_of_one_batch_size(folder: Path) -> None:
     gp.export(Does(lambda module, x: module.last(x.view(2, 8))), X, folder / "net.onnx")
 
 
+@case(r"free= names 'y'; the inputs are input")
+def a_free_input_that_there_is_not(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx", free={"y": {0: "batch"}})
+
+
+@case(r"free= names dimension 2 of 'input', which has shape \(2, 6\)")
+def a_free_dimension_that_there_is_not(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx", free={"input": {2: "length"}})
+
+
+@case(r"free= calls dimension 1 of 'input' 'size', which is 6 there and 2 elsewhere")
+def a_free_dimension_of_two_sizes(folder: Path) -> None:
+    gp.export(net(), X, folder / "net.onnx", free={"input": {0: "size", 1: "size"}})
+
+
 @case(r"opset 3 was asked for, but PyTorch could only write \d+")
 def an_old_opset(folder: Path) -> None:
     gp.export(net(), X, folder / "net.onnx", opset=3)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import graphprune as gp
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
 from graphprune.inputs import Inputs, call
 from graphprune.onnx import Exported, export, open_session, relative_difference
@@ -306,3 +307,57 @@ def test_checks_that_a_model_makes_of_its_values_stay_out_of_the_file(tmp_path: 
     made = export(Checks(), torch.randn(2, 4), tmp_path / "checks.onnx")
     assert made.batch_free
     assert {node.op_type for node in onnx.load(made.path).graph.node} == {"Gemm"}
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], batch_first: bool) -> None:
+        super().__init__()
+        self.cells = kind(6, 8, 2, batch_first=batch_first, bidirectional=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_length_of_a_sequence_can_be_free(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = gp.slim(Recurrent(kind, True).eval(), 0.5, torch.randn(3, 5, 6))
+    for _ in range(2):  # what was exported before makes no difference
+        exported = export(
+            model, torch.randn(3, 5, 6), tmp_path / "net.onnx", free={"x": {1: "length"}}
+        )
+    assert set(exported.free) == {"batch", "length"}
+    session = open_session(exported.path)
+    assert session.get_inputs()[0].shape == ["batch", "length", 6]
+    for shape in ((1, 1, 6), (2, 9, 6), (4, 31, 6)):
+        x = torch.randn(*shape)
+        (found,) = session.run(None, exported.feed(x))
+        torch.testing.assert_close(
+            torch.from_numpy(found), call(model, Inputs(x)), rtol=0, atol=1e-5
+        )
+
+
+def test_a_length_that_cannot_be_free_is_fixed_and_the_batch_is_not(tmp_path: Path) -> None:
+    model, x = Recurrent(nn.LSTM, False).eval(), torch.randn(5, 3, 6)
+    free = {"x": {0: "length", 1: "batch"}}
+    with pytest.warns(GraphPruneWarning, match=r"^dimension 0 of x is fixed to 5 in net\.onnx"):
+        exported = export(model, x, tmp_path / "net.onnx", free=free)
+    assert exported.free == ("batch",)
+    wider = torch.randn(5, 7, 6)
+    (found,) = open_session(exported.path).run(None, exported.feed(wider))
+    torch.testing.assert_close(
+        torch.from_numpy(found), call(model, Inputs(wider)), rtol=0, atol=1e-5
+    )
+
+
+def test_a_name_that_two_inputs_share_is_one_size(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + b
+
+    a = torch.randn(2, 5)
+    names = {"a": {1: "width"}, "b": {1: "width"}}
+    exported = export(Pair(), (a, a), tmp_path / "pair.onnx", free=names)
+    shapes = [value.shape for value in open_session(exported.path).get_inputs()]
+    assert shapes == [["batch", "width"], ["batch", "width"]]
