@@ -253,35 +253,28 @@ def _export_free(request: _Request, first: _Case) -> Exported:
     """Write a checked file, free in all that was asked, in the batch, or with a warning in nothing."""
     flat, asked = request.flat, request.flat.dims
     batch = [{d: name for d, name in dims.items() if name == BATCH} for dims in asked]
-    obstacle, exported = "", None
-    for flat.dims in [asked, batch] if batch != asked else [asked]:
-        if exported is None and any(flat.dims):
-            try:
-                exported = _export_cases(request, [first, _Case.of(flat, 2)])
-                left = flat.dims
-            except Exception as error:
-                obstacle = obstacle or in_a_line(error)
-    if exported is None:
-        flat.dims = left = [{} for _ in asked]
+    obstacle = ""
+    for dims in filter(any, [asked] if batch == asked else [asked, batch]):
+        flat.dims = dims
+        try:
+            exported = _export_cases(request, [first, _Case.of(flat, 2)])
+            break
+        except Exception as error:
+            obstacle = obstacle or in_a_line(error)
+    else:
+        flat.dims = [{} for _ in asked]
         exported = _export_fixed(request, first)
     if obstacle:
-        warnings.warn(
-            _fixed(flat, asked, left, request.path.name, obstacle), GraphPruneWarning, stacklevel=3
-        )
+        said = _fixed(flat, asked, request.path.name, obstacle)
+        warnings.warn(said, GraphPruneWarning, stacklevel=3)
     return exported
 
 
-def _fixed(
-    flat: _Flat,
-    asked: Sequence[Mapping[int, str]],
-    left: Sequence[Mapping[int, str]],
-    file: str,
-    obstacle: str,
-) -> str:
+def _fixed(flat: _Flat, asked: Sequence[Mapping[int, str]], file: str, obstacle: str) -> str:
     """Say which dimensions are fixed."""
     places: dict[tuple[int, int], list[str]] = {}
     for name, tensor, wanted, free in zip(
-        flat.names, flat.inputs.tensors(), asked, left, strict=True
+        flat.names, flat.inputs.tensors(), asked, flat.dims, strict=True
     ):
         for d in wanted.keys() - free.keys():
             places.setdefault((d, tensor.shape[d]), []).append(name)
