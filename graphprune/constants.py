@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.calibration import Layer, Run, held_by, layers_of
 from graphprune.inputs import Inputs
-from graphprune.rules import bind_arguments, is_in_place
+from graphprune.rules import arguments_of, writes
 from graphprune.state import evaluating, working_copy
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ class _Tainted(Run):
         self.of, self.plain = graph_module, plain
         self.layers = {layer.node: layer for layer in layers_of(graph_module).values()}
         self.varying: set[fx.Node] = set()  # nodes of whole numbers, which hold no NaN
-        self.written = {_origin(n).target for n in self.order if _writes(n)}
+        self.written = {_origin(n).target for n in self.order if writes(n)}
         self.read: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -117,7 +117,7 @@ class _Tainted(Run):
         leaves = [leaf for leaf in pytree.tree_leaves(value) if leaf is not None]
         if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
             self.varying.add(n)
-        if _writes(n):
+        if writes(n):
             written = self.env[n.all_input_nodes[0]]
             return written.fill_(torch.nan) if written.is_floating_point() else written
         return pytree.tree_map_only(
@@ -142,7 +142,7 @@ class _Tainted(Run):
 
     def _norm(self, n: fx.Node) -> Tensor:
         """Return a batch norm's output: NaN where its input is and the channel's scale is not zero."""
-        given = bind_arguments(n.target, n.args, dict(n.kwargs))  # type: ignore[arg-type]
+        given = arguments_of(n)
         values = fx.map_arg(given, self.env.__getitem__)
         data, scale = values["input"], values["weight"]
         result: Tensor = n.target(**{**values, "input": _without_nan(data)})  # type: ignore[operator]
@@ -161,14 +161,10 @@ class _Tainted(Run):
         return value.masked_fill(uneven, torch.nan)
 
 
-def _writes(n: fx.Node) -> bool:
-    return isinstance(n.target, torch._ops.OpOverload) and is_in_place(n.target)
-
-
 def _origin(n: fx.Node) -> fx.Node:
     """Return what holds the memory that a node writes to, or gives another view of."""
     while n.op == "call_function" and n.all_input_nodes:
-        if not (_writes(n) or getattr(n.target, "overloadpacket", None) in MOVING):
+        if not (writes(n) or getattr(n.target, "overloadpacket", None) in MOVING):
             break
         n = n.all_input_nodes[0]
     return n

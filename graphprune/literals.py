@@ -27,7 +27,7 @@ from graphprune.layout import (
     split,
     touches,
 )
-from graphprune.rules import Layouts, bind_arguments
+from graphprune.rules import Layouts, arguments_of, bind_arguments
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ class _Site:
         self.nodes = inference.nodes
         self.kept = kept
         self.func = node.target
-        self.arguments = bind_arguments(self.func, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        self.arguments = arguments_of(node)
 
     def layouts(self, name: str) -> Layouts:
         """Return the layouts of the tensor argument of that name."""

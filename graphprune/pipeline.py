@@ -43,6 +43,7 @@ class Pass:
     known: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         Pass.known[cls.name()] = cls
 
     def rewrite(self, program: Program) -> bool:
@@ -111,7 +112,7 @@ class Pipeline:
     """Passes that run one after the other: `Pipeline([a, b])(model, example_inputs)` is a model.
 
     Attributes:
-        passes: in order; a pipeline nests in another.
+        passes: in order.
         callback: called after each pass with the pass and its result.
 
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +11,7 @@ from torch import Tensor, fx
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.edits import drop_unread, put_bias, put_parameter
 from graphprune.pipeline import Pass, Program
-from graphprune.rules import bind_arguments
+from graphprune.rules import arguments_of
 
 aten = torch.ops.aten
 
@@ -44,19 +43,15 @@ def _folds(graph_module: fx.GraphModule) -> Iterator[tuple[Layer, fx.Node]]:
     for layer in layers_of(graph_module).values():
         readers = list(layer.node.users)
         if len(readers) == 1 and readers[0].target is aten.batch_norm.default:
-            given = _arguments(readers[0])
+            given = arguments_of(readers[0])
             is_its = given["input"] is layer.node and layer.channels_are_second
             keeps = given["running_mean"] is not None and given["training"] is not True
             if is_its and keeps:
                 yield layer, readers[0]
 
 
-def _arguments(call: fx.Node) -> dict[str, Any]:
-    return bind_arguments(call.target, call.args, dict(call.kwargs))  # type: ignore[arg-type]
-
-
 def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
-    given = _arguments(norm)
+    given = arguments_of(norm)
 
     def held(name: str, missing: float) -> Tensor | float:
         node = given[name]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphprune.pipeline import Pass, Program
-from graphprune.rules import bind_arguments, is_in_place
+from graphprune.rules import arguments_of, writes
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ class RemoveIdentities(Pass):
         graph = program.graph_module.graph
         identities = [node for node in graph.nodes if _is_dropout(node)]
         rest = [node for node in graph.nodes if node not in identities]
-        if not any(map(_writes, rest)):
+        if not any(map(writes, rest)):
             identities += [node for node in rest if _is_copy(node)]
         for node in identities:
             node.replace_all_uses_with(node.args[0])
@@ -50,10 +50,6 @@ def _packet(node: fx.Node) -> object:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and is_in_place(node.target)
-
-
 def _is_dropout(node: fx.Node) -> bool:
     return _packet(node) in _DROPOUTS
 
@@ -61,7 +57,7 @@ def _is_dropout(node: fx.Node) -> bool:
 def _is_copy(node: fx.Node) -> bool:
     if _packet(node) not in _COPIES:
         return False
-    given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    given = arguments_of(node)
     source = node.args[0]
     is_handed_out = any(reader.op == "output" for reader in node.users)
     is_callers = isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")

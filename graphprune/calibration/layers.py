@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphprune.rules import bind_arguments
+from graphprune.rules import arguments_of
 from graphprune.state import parameter_names
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ class Layer(ABC):
     def groups(self) -> int:
         """The groups of a convolution; 1 for other layers."""
         node = self.node
-        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        given = arguments_of(node)
         groups: int = given.get("groups", 1)
         return groups
 
@@ -56,7 +56,7 @@ class Layer(ABC):
     def arguments(self, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
         """Return the call's other arguments by name, computed ones by their values."""
         node = self.node
-        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        given = arguments_of(node)
         return {
             name: fx.map_arg(argument, values.__getitem__)
             for name, argument in given.items()
@@ -270,7 +270,7 @@ def _layer(node: fx.Node) -> Layer | None:
     if packet not in _KINDS:
         return None
     kind, names = _KINDS[packet]
-    given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    given = arguments_of(node)
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         return None
     return kind(node, given[names[0]], given[names[1]], given.get(names[2]))

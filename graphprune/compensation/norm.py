@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration.layers import held_by
-from graphprune.rules import bind_arguments
+from graphprune.rules import arguments_of
 
 
 class BatchNorm:
     """What a batch norm of a graph does to each channel, and the tensors that say so."""
 
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
-        given = bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+        given = arguments_of(node)
         self.eps: float = given["eps"]
         self.weight, self.bias, self.mean, self.variance = (
             held_by(graph_module, given[name])

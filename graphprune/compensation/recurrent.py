@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphprune.calibration import Run, held_by
 from graphprune.compensation.fit import NormalEquations
 from graphprune.layout import Axis, Layout, Mask, mask_of
-from graphprune.rules import bind_arguments
+from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
 from graphprune.state import parameter_names
 
@@ -80,7 +80,7 @@ def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
         packet = getattr(node.target, "overloadpacket", None)
         if packet not in GATES or node.target is not packet.input:
             continue
-        given = _given(node)
+        given = arguments_of(node)
         names = [str(parameter.target) for parameter in given["params"]]
         each = 4 if given["has_biases"] else 2
         cells = given["num_layers"] * (2 if given["bidirectional"] else 1)
@@ -90,10 +90,6 @@ def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
                 Cell(node, n, tuple(names[n * each : (n + 1) * each])) for n in range(cells)
             ]
     return found
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    return bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -106,12 +102,12 @@ class Side:
 
     def inputs(self) -> list[Tensor]:
         """Return the node's input for each run, `[time, batch, features]`."""
-        given = _given(self.cells[0].node)
+        given = arguments_of(self.cells[0].node)
         return [_time_first(run.env[given["input"]], given) for run in self.runs]
 
     def starts(self) -> list[list[Tensor]]:
         """Return the states before the first step for each run, `[cells, batch, units]`."""
-        hx = _given(self.cells[0].node)["hx"]
+        hx = arguments_of(self.cells[0].node)["hx"]
         nodes = [hx] if isinstance(hx, fx.Node) else list(hx)
         found = [[run.env[node] for node in nodes] for run in self.runs]
         return [[s if s.dim() == 3 else s.unsqueeze(1) for s in states] for states in found]
@@ -153,7 +149,7 @@ def repaired_cells(
         A cell's first weight, and the squared error of its states over their square, before and after.
 
     """
-    call = _given(given.cells[0].node)
+    call = arguments_of(given.cells[0].node)
     directions = 2 if call["bidirectional"] else 1
     its_inputs, my_inputs = wanted.inputs(), given.inputs()
     its_starts, my_starts = wanted.starts(), given.starts()

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphprune.calibration.layers import Layer, held_by, layers_of
-from graphprune.rules import bind_arguments, is_in_place
+from graphprune.rules import arguments_of, writes
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def _bounds(reader: fx.Node) -> tuple[float, float]:
     if packet in (aten.relu6, aten.relu6_):
         return 0.0, 6.0
     if packet in (aten.hardtanh, aten.hardtanh_):
-        given = bind_arguments(reader.target, reader.args, dict(reader.kwargs))  # type: ignore[arg-type]
+        given = arguments_of(reader)
         return given["min_val"], given["max_val"]
     return -math.inf, math.inf
 
@@ -104,7 +104,7 @@ def followed(layer: Layer) -> Site:
         aten.add_,
     ):
         return Site(layer, norm)
-    operands = bind_arguments(reader.target, reader.args, dict(reader.kwargs))  # type: ignore[arg-type]
+    operands = arguments_of(reader)
     pair = [operands["self"], operands["other"]]
     rest = next((one for one in pair if one is not last), None)
     if operands["alpha"] != 1 or not isinstance(rest, fx.Node) or not _have_one_shape(rest, last):
@@ -136,9 +136,4 @@ def _may_move(site: Site, order: Sequence[fx.Node]) -> bool:
     """Say whether the layer can run as late as the sum: nothing between writes over what it reads."""
     assert site.total is not None
     between = order[order.index(site.layer.node) + 1 : order.index(site.total)]
-    return not any(
-        node is not site.norm
-        and isinstance(node.target, torch._ops.OpOverload)
-        and is_in_place(node.target)
-        for node in between
-    )
+    return not any(node is not site.norm and writes(node) for node in between)

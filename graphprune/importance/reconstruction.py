@@ -114,7 +114,7 @@ def _eliminated(parts: Sequence[Part], measure: _Measure) -> npt.NDArray[np.floa
     scores, most, total, unit = np.zeros(count), 0.0, 0.0, 1.0
     left = np.ones(count, dtype=bool)
     for step in range(1, count + 1):
-        costs = torch.stack([part.costs() for part in parts]).sum(0).numpy()
+        costs = torch.stack([part.costs() for part in parts]).sum(0).cpu().numpy()
         channel = int(np.where(left, costs, np.inf).argmin())
         total += max(float(costs[channel]), 0.0)
         most = max(float(costs[channel]), np.nextafter(most, np.inf))

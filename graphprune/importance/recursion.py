@@ -36,7 +36,7 @@ from graphprune.importance.gates import GatedLoss
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
 from graphprune.layout import Axis, Layout, size_of, slots_of
-from graphprune.rules import bind_arguments, functional_twin, is_in_place
+from graphprune.rules import bind_arguments, functional_twin, is_in_place, writes
 from graphprune.state import evaluating
 
 aten = torch.ops.aten
@@ -187,7 +187,7 @@ class Recursion:
         run = Run(self.graph_module, batch.inputs, order)
         values: dict[fx.Node, Any] = {}
         for node in order:
-            if isinstance(node.target, OpOverload) and is_in_place(node.target):
+            if writes(node):
                 values[node.args[0]] = values[node.args[0]].clone()
             values[node] = run.until(node, inclusive=True)
         return values
@@ -262,7 +262,7 @@ def _is_real(value: Any) -> bool:
 
 def _overwrites_what_others_read(node: fx.Node) -> bool:
     """Say whether an operator works in place on a value that is read later under another name."""
-    if not (isinstance(node.target, OpOverload) and is_in_place(node.target)):
+    if not writes(node):
         return False
     written: Any = node.args[0]
     names = [written]

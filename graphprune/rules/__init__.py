@@ -18,6 +18,7 @@ from graphprune.rules.registry import (
     Layouts,
     Operator,
     Rule,
+    arguments_of,
     bind_arguments,
     functional_twin,
     is_in_place,
@@ -27,6 +28,7 @@ from graphprune.rules.registry import (
     rule_for,
     tensors_in,
     unregister,
+    writes,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Operator",
     "Pattern",
     "Rule",
+    "arguments_of",
     "attention",
     "bind_arguments",
     "contraction",
@@ -55,4 +58,5 @@ __all__ = [
     "tensors_in",
     "unregister",
     "views",
+    "writes",
 ]

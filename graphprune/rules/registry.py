@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from graphprune.errors import InvalidRequestError
@@ -187,6 +187,16 @@ def bind_arguments(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
         else:
             bound[argument.name] = kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a graph's call of an ATen operator by their schema names."""
+    return bind_arguments(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def writes(node: fx.Node) -> bool:
+    """Say whether a node of a graph writes over its first argument."""
+    return isinstance(node.target, OpOverload) and is_in_place(node.target)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
