@@ -11,6 +11,7 @@ from graphprune.errors import (
     PlanError,
     VerificationError,
 )
+from graphprune.forms import Slimmed
 from graphprune.gradually import slim_gradually
 from graphprune.groups import DependencyGraph, Group, analyze
 from graphprune.importance import Sensitivity, sensitivity
@@ -21,7 +22,7 @@ from graphprune.plan import Plan
 from graphprune.pretrained import save_pretrained
 from graphprune.rules import pattern, rule
 from graphprune.saving import load, save
-from graphprune.slim import Slimmed, slim, slimmed
+from graphprune.slim import slim, slimmed
 from graphprune.training import Distillation, GroupLasso, carry_optimizer, finetune
 
 __all__ = [

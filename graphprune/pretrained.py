@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from graphprune.errors import InvalidRequestError
+from graphprune.forms import Slimmed
 from graphprune.inputs import call, output_tensors
-from graphprune.slim import Slimmed
 from graphprune.state import evaluating
 
 _TOLERANCE = 1e-4

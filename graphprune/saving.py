@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError, PlanError
+from graphprune.forms import Slimmed
 from graphprune.plan import Plan
-from graphprune.slim import Slimmed, slimmed
+from graphprune.slim import slimmed
 
 FORMAT = "graphprune-model"
 VERSION = "1"

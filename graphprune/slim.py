@@ -2,68 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphprune.allocation import Align
-from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
 from graphprune.calibration import batches_of
-from graphprune.capture import graph_of, is_aten_graph, prepared, reexported
+from graphprune.capture import prepared, reexported
 from graphprune.choose import Ranking, Request, Unit, Whole, choose
-from graphprune.compensation import Compensation, Method, compensated, method_of
-from graphprune.errors import (
-    CaptureError,
-    GraphPruneError,
-    GraphPruneWarning,
-    InvalidRequestError,
-    OtherOperatorsError,
-    PlanError,
-    VerificationError,
-)
+from graphprune.compensation import Method, compensated, method_of
+from graphprune.errors import InvalidRequestError
+from graphprune.forms import Form, Job, Slimmed, in_form
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
-from graphprune.inference import infer
-from graphprune.inputs import Inputs
-from graphprune.layout import counts_of
-from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
-from graphprune.shrink import shrunk
-from graphprune.state import forget_derived, named_tensors
-from graphprune.verify import Verification, check_runs, silenced_copy, verify, without
-
-Form: TypeAlias = Literal["auto", "module", "graph"]
-
-
-@dataclass(frozen=True)
-class Slimmed:
-    """A slim model and how it came about.
-
-    Attributes:
-        model: the slim model.
-        plan: which channels stayed.
-        graph: the dependency graph that the plan is about.
-        inputs: the example inputs that were used, given or guessed.
-        form: "module" (the model's own class) or "graph" (an fx.GraphModule).
-        why_graph: for a graph, what kept the module form from working; else "".
-        verification: what was compared, or None where that was not asked for or not possible.
-        compensation: what the repair did, or None where none was asked for.
-
-    """
-
-    model: nn.Module
-    plan: Plan
-    graph: DependencyGraph
-    inputs: Inputs
-    form: str
-    why_graph: str
-    verification: Verification | None
-    compensation: Compensation | None = None
+from graphprune.state import named_tensors
+from graphprune.verify import without
 
 
 class Options(TypedDict, total=False):
@@ -115,24 +72,6 @@ class Order:
         given: dict[str, Any] = dict(options)
         asked = {f.name: given.pop(f.name) for f in fields(Request) if f.name in given}
         return cls(Request(ratio, **asked), **given)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is the same for every form that is tried.
-
-    Attributes:
-        module: the model, never changed.
-        inputs: its example inputs.
-        plan_for: gives the plan for a dependency graph of the model.
-        check: whether to verify the result.
-
-    """
-
-    module: nn.Module
-    inputs: Inputs
-    plan_for: Callable[[DependencyGraph], Plan]
-    check: bool
 
 
 def slim(
@@ -258,173 +197,3 @@ def carried_out(
         return result
     repair = compensated(module, result.model, result.plan, inputs, batches, method)
     return replace(result, compensation=repair)
-
-
-def in_form(form: Form, job: Job) -> Slimmed:
-    """Return the slim model in the form that was asked for, or for "auto" the first that works."""
-    if is_aten_graph(job.module):
-        return as_graph(job, "the model is a graph")
-    if form == "graph":
-        return as_graph(job, "asked for")
-    graph = DependencyGraph(infer(job.module, job.inputs))
-    chosen = job.plan_for(graph)
-    try:
-        return as_module(job, graph, chosen)
-    except VerificationError as failure:
-        if form == "module":
-            raise
-        try:
-            return as_graph(job, str(failure))
-        except CaptureError as untraceable:
-            return as_module_with_sizes(job, graph, chosen, untraceable)
-
-
-def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
-    """Return the model's own class with smaller tensors.
-
-    Raises:
-        VerificationError: its code does not follow: it holds a size that no attribute gives.
-
-    """
-    masks = plan.masks(graph)
-    slimmer = shrunk(job.module, graph.inference, masks)
-    forget_derived(slimmer)
-    try:
-        seen = _checked(job, job.module, slimmer, plan, graph)
-    except VerificationError as failure:
-        seen = _checked_with_sizes(job, slimmer, plan, graph, failure)
-    if masks:
-        _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
-
-
-def _checked_with_sizes(
-    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph, failure: VerificationError
-) -> Verification | None:
-    """Change sizes that the slim modules hold as attributes until the model verifies.
-
-    Raises:
-        VerificationError: the given failure, where it never does.
-
-    """
-    for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
-        try:
-            check_runs(slimmer, job.inputs, graph.inference)
-            return _verified(job, job.module, slimmer, plan, graph) if job.check else None
-        except VerificationError:
-            continue
-    raise failure from None
-
-
-def as_module_with_sizes(
-    job: Job, graph: DependencyGraph, plan: Plan, untraceable: CaptureError
-) -> Slimmed:
-    """Return the model's own class, cut only where no size in its code could be in the way.
-
-    Raises:
-        CaptureError: that leaves nothing to cut, or the code does not follow all the same.
-
-    """
-    sizes = counts_of(plan.masks(graph))
-    held = axes_given_as_sizes(job.module, graph.inference, sizes)
-    whole = sorted(graph.by_axis[axis].name for axis in held)
-    rest = plan.without(whole)
-    if not rest.removed:
-        raise untraceable
-    try:
-        result = as_module(job, graph, rest)
-    except VerificationError:
-        raise untraceable from None
-    warnings.warn(
-        f"{_listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
-        "cannot be rewritten, since torch.export cannot trace it",
-        GraphPruneWarning,
-        stacklevel=3,
-    )
-    return result
-
-
-def as_graph(job: Job, why: str) -> Slimmed:
-    """Return a graph of the model with smaller tensors and every size in it rewritten.
-
-    Raises:
-        CaptureError: the model cannot be traced.
-        VerificationError: the graph is not what it should be.
-
-    """
-    try:
-        module = graph_of(job.module, job.inputs)
-    except GraphPruneError as failure:
-        raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
-    graph = DependencyGraph(infer(module, job.inputs))
-    plan = job.plan_for(graph)
-    masks = plan.masks(graph)
-    slimmer = shrunk(module, graph.inference, masks)
-    kept = counts_of(masks)
-    rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
-    seen = _checked(job, module, slimmer, plan, graph)
-    slimmer.train(job.module.training)
-    if module is not job.module:
-        _warn_of_unused(graph, "the graph holds them but has no code that uses them")
-    return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
-
-
-def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
-    names = [name for name in graph.inference.unused if name in graph.inference.trainable]
-    if names:
-        warnings.warn(
-            f"the example inputs reach no operator that reads {_listed(names)}: {consequence}; "
-            "pass example_inputs that reach them if you need them",
-            GraphPruneWarning,
-            stacklevel=4,
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _checked(
-    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
-) -> Verification | None:
-    """Verify; where that is not asked for or not possible, see that the slim model runs at all."""
-    if job.check:
-        return _verified(job, module, slimmer, plan, graph)
-    check_runs(slimmer, job.inputs, graph.inference)
-    return None
-
-
-def _verified(
-    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
-) -> Verification:
-    """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
-    masks = plan.masks(graph)
-    try:
-        return verify(module, slimmer, job.inputs, graph.inference, masks)
-    except OtherOperatorsError as other:
-        silenced = silenced_copy(module, graph.inference, masks, {})
-        on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
-        used = plan.without(_not_used(on_data, plan, graph))
-        try:
-            masks = used.masks(on_data)
-        except PlanError:  # sizes follow values too
-            raise other from None
-        return verify(module, slimmer, job.inputs, on_data.inference, masks, as_it_is=True)
-
-
-def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:
-    """Return the groups that are cut and that the values of the example inputs do not reach."""
-    unused = set(on_data.inference.unused)
-    names = [
-        name
-        for name in plan.keep
-        if all(member.parameter in unused for member in graph.by_name[name].members)
-    ]
-    if names:
-        warnings.warn(
-            f"{_listed(names)} are cut but not compared: with the values of the example inputs the model "
-            "does not use them (experts that no token goes to, say); pass example_inputs that do",
-            GraphPruneWarning,
-            stacklevel=4,
-        )
-    return names
