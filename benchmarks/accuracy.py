@@ -29,7 +29,6 @@ from tasks import TASKS, Task, arguments
 from torch import nn
 
 import graphprune as gp
-from graphprune.onnx import CPU
 
 RATIO = 0.5
 SEEDS = (0, 1, 2)
@@ -125,8 +124,8 @@ def share(task: Task, slim: nn.Module) -> float:
 def latency(task: Task, slim: nn.Module) -> float:
     """Return the time of one sample in ONNX Runtime on a CPU thread, over the original's."""
     one = tuple(tensor[:1] for tensor in task.inputs)
-    compared = gp.compare(task.model, slim, one, providers=[CPU], seconds=1.0)
-    return 1 / compared.speedups()[CPU]
+    compared = gp.compare(task.model, slim, one, providers=["cpu"], seconds=1.0)
+    return 1 / compared.speedups()["cpu"]
 
 
 def run(task: Task, kept: Kept) -> None:

@@ -9,17 +9,14 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from graphprune.cost import Cost
+from graphprune.cost import CONVOLUTION_BLOCK, Amount
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
 from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
 
 Align: TypeAlias = int | Literal["auto"]
 
-# ONNX Runtime's blocked convolution kernels take channels in blocks of 8 (AVX2) or 16 (AVX-512), and
-# leave them for slow ones when a count is not a multiple of 4.
-CONVOLUTION_BLOCK = 8
-CONVOLUTION_MULTIPLE = 4
+CONVOLUTION_MULTIPLE = 4  # as far as the blocks of `cost.CONVOLUTION_BLOCK` can be left
 
 # Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
 GROUPED_MULTIPLE = 8
@@ -89,7 +86,7 @@ def competing(
     groups: Sequence[Group],
     scores: Scores,
     options: Mapping[str, Sequence[int]],
-    cost: Cost,
+    cost: Amount,
     target: float,
 ) -> dict[str, int]:
     """Return how many slots each group keeps when all slots compete by score.
@@ -105,7 +102,7 @@ def competing(
             for g in groups
         }
 
-    def total(kept: Mapping[str, int]) -> int:
+    def total(kept: Mapping[str, int]) -> float:
         return cost.total({g.axis: kept[g.name] for g in groups})
 
     if total({g.name: g.size for g in groups}) <= target:
@@ -124,7 +121,7 @@ def _give_back(
     kept: dict[str, int],
     options: Mapping[str, Sequence[int]],
     scores: Scores,
-    total: Callable[[Mapping[str, int]], int],
+    total: Callable[[Mapping[str, int]], float],
     target: float,
 ) -> dict[str, int]:
     """Return the best-scored slots that still fit under the target: rounding removed a few too many."""
@@ -143,13 +140,20 @@ def _give_back(
 
 
 def per_cost(
-    groups: Sequence[Group], scores: Scores, cost: Cost, kept: Mapping[str, int]
+    groups: Sequence[Group],
+    scores: Scores,
+    options: Mapping[str, Sequence[int]],
+    cost: Amount,
+    kept: Mapping[str, int],
 ) -> Scores:
     """Return scores over what one slot of the group costs, the lowest score of all being zero.
+
+    A slot's cost is its part of what the next smaller number of slots saves.
 
     Args:
         groups: the groups whose slots compete.
         scores: amounts of a loss; minus infinity for a slot that is gone.
+        options: by group name, the numbers of slots that may be kept.
         cost: what is to be saved.
         kept: by group name, how many slots it has at present.
 
@@ -158,8 +162,13 @@ def per_cost(
     lowest = min((float(own.min()) for own in finite if own.size), default=0.0)
     now = {g.axis: kept[g.name] for g in groups}
     whole = cost.total(now)
-    saved = {g.name: whole - cost.total({**now, g.axis: kept[g.name] - 1}) for g in groups}
-    return {g.name: (scores[g.name] - min(lowest, 0.0)) / max(saved[g.name], 1) for g in groups}
+
+    def each(group: Group) -> float:
+        count = kept[group.name]
+        fewer = max((o for o in options[group.name] if o < count), default=count - 1)
+        return max((whole - cost.total({**now, group.axis: fewer})) / (count - fewer), 1)
+
+    return {g.name: (scores[g.name] - min(lowest, 0.0)) / each(g) for g in groups}
 
 
 def quantiles(scores: Scores) -> Scores:

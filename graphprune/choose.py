@@ -6,19 +6,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from graphprune.allocation import Align, allowed_sizes, competing, nearest, per_cost, quantiles
-from graphprune.cost import Cost, mac_cost, parameter_cost
+from graphprune.cost import Amount, Cost, mac_cost, parameter_cost
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
 from graphprune.plan import Plan
 
-Unit: TypeAlias = Literal["channels", "parameters", "macs"]
+Unit: TypeAlias = Literal["channels", "parameters", "macs", "latency"]
 Ranking: TypeAlias = Literal["auto", "uniform", "global"]
 
 # A target that is missed by more than this share of the total is worth a warning.
@@ -31,8 +31,8 @@ class Request:
 
     Attributes:
         ratio: fraction to remove, 0 <= ratio < 1.
-        of: what the ratio counts: "channels" of the groups that may be cut, "parameters" or "macs" of
-            the whole model.
+        of: what the ratio counts: "channels" of the groups that may be cut, "parameters", "macs" or
+            measured "latency" of the whole model.
         ranking: "uniform" removes the same fraction of each group; "global" has the channels of all
             groups compete; "auto" is uniform for channels and global for the others.
         steps: how many times the channels that are left are scored while the ratio is approached: 1
@@ -60,8 +60,10 @@ class Request:
             raise InvalidRequestError(
                 f"ratio={ratio!r} is the fraction to remove; it must be a number with 0 <= ratio < 1"
             )
-        if self.of not in ("channels", "parameters", "macs"):
-            raise InvalidRequestError(f"of={self.of!r} must be 'channels', 'parameters' or 'macs'")
+        if self.of not in get_args(Unit):
+            raise InvalidRequestError(
+                f"of={self.of!r} must be 'channels', 'parameters', 'macs' or 'latency'"
+            )
         if self.ranking not in ("auto", "uniform", "global"):
             raise InvalidRequestError(
                 f"ranking={self.ranking!r} must be 'auto', 'uniform' or 'global'"
@@ -95,16 +97,18 @@ class Whole:
 
     sizes: dict[str, int]
     options: dict[str, list[int]]
-    total: int
+    total: float
 
     @classmethod
-    def of(cls, graph: DependencyGraph, request: Request) -> Whole:
+    def of(cls, graph: DependencyGraph, request: Request, total: float | None = None) -> Whole:
         """Return what the request counts from where the graph is that of the model before any cut."""
         groups = eligible(graph, request)
+        if total is None:
+            total = _cost(graph, groups, request.of).total()
         return cls(
             {group.name: group.size for group in groups},
             {group.name: allowed_sizes(graph, group, request.align) for group in groups},
-            _cost(graph, groups, request.of).total(),
+            total,
         )
 
 
@@ -115,6 +119,7 @@ def choose(
     *,
     losses: bool = False,
     whole: Whole | None = None,
+    cost: Amount | None = None,
 ) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
 
@@ -126,6 +131,7 @@ def choose(
         losses: the scores are amounts of a loss, so that channels of different groups compete by loss
             for each channel, parameter or MAC saved; else by the scores as they are.
         whole: what the ratio is a fraction of, where the graph is of a model that was cut before.
+        cost: what the ratio counts, where that is no count of channels, parameters or MACs.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
@@ -134,11 +140,11 @@ def choose(
     groups = eligible(graph, request)
     if not groups and request.ratio > 0:
         warnings.warn(_nothing_to_cut(graph, request), GraphPruneWarning, stacklevel=3)
-    now = Whole.of(graph, request)
+    cost = cost or _cost(graph, groups, request.of)
+    now = Whole.of(graph, request, cost.total())
     whole = now if whole is None else whole
     known = {**now.options, **whole.options}
     options = {g.name: [o for o in known[g.name] if o < g.size] + [g.size] for g in groups}
-    cost = _cost(graph, groups, request.of)
     keep = {group.name: list(range(group.size)) for group in groups}
     sizes = {group.name: group.size for group in groups}
     for step in range(1, request.steps + 1):
@@ -152,7 +158,7 @@ def choose(
             priorities = scores if request.is_global else quantiles(scores)
             if request.is_global and losses:
                 left = {name: len(kept) for name, kept in keep.items()}
-                priorities = per_cost(groups, scores, cost, left)
+                priorities = per_cost(groups, scores, options, cost, left)
             target = whole.total * (1 - ratio + 1e-9)  # so that rounding takes none too many
             counts = competing(groups, priorities, options, cost, target)
         keep = {group.name: highest(scores[group.name], counts[group.name]) for group in groups}
@@ -248,12 +254,14 @@ def _warn_of_missed(
     groups: Sequence[Group],
     options: Mapping[str, Sequence[int]],
     keep: Mapping[str, Sequence[int]],
-    cost: Cost,
-    total: int,
+    cost: Amount,
+    total: float,
     request: Request,
 ) -> None:
     """Warn where the numbers allowed do not let the target be met."""
-    if not groups or (request.of == "channels" and not request.is_global):
+    if not groups or request.of == "latency":  # of which the measurement will tell
+        return
+    if request.of == "channels" and not request.is_global:
         return
 
     def removed(counts: Mapping[str, int]) -> float:

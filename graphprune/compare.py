@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
-import platform
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,8 @@ from torch import nn
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import ExportError, GraphPruneWarning
 from graphprune.inputs import Inputs
-from graphprune.onnx import CUDA, Exported, Model, as_module, export
+from graphprune.onnx import Exported, Model, as_module, export
+from graphprune.runtimes import CUDA, Runtime, default_runtimes, machine
 from graphprune.timing import Latency, Spread, time_onnx
 
 
@@ -102,9 +101,10 @@ def compare(
         model: the original.
         slimmer: what became of it.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs`.
-        providers: ONNX Runtime's execution providers; by default CPU, and CUDA if there is one.
-        threads: threads inside an operator, on the CPU provider.
-        seconds: time for the latency of each model on each provider.
+        providers: where to time them: "cpu", "cuda", "cuda-tf32", "cuda-float16", or the name of another
+            provider of ONNX Runtime; by default the CPU and each accelerator that is here.
+        threads: threads inside an operator, on the CPU.
+        seconds: time for the latency of each model on each of them.
         path: a folder to keep original.onnx and slim.onnx in; by default they are thrown away.
 
     Raises:
@@ -112,6 +112,11 @@ def compare(
 
     """
     inputs = Inputs.of(example_inputs)
+    runtimes = (
+        default_runtimes(threads)
+        if providers is None
+        else [Runtime.of(name, threads) for name in providers]
+    )
     models = {"original": as_module(model), "slim": as_module(slimmer)}
     with _folder(path) as folder:
         tried = {name: _export(m, inputs, folder / f"{name}.onnx") for name, m in models.items()}
@@ -119,8 +124,7 @@ def compare(
         timed = time_onnx(
             {name: exported.path for name, exported in files.items()},
             {name: exported.feed(inputs) for name, exported in files.items()},
-            providers=providers,
-            threads=threads,
+            runtimes=runtimes,
             seconds=seconds,
         )
     return Comparison(
@@ -128,7 +132,9 @@ def compare(
         inputs=repr(inputs).removeprefix("Inputs"),
         threads=threads,
         versions={name: version(name) for name in ("graphprune", "torch", "onnxruntime")},
-        machine=_machine(on_gpu=CUDA in timed and torch.cuda.is_available()),
+        machine=machine(
+            on_gpu=torch.cuda.is_available() and any(r.provider == CUDA for r in runtimes)
+        ),
     )
 
 
@@ -167,20 +173,6 @@ def _measured(
     return Measured(*sizes, file, {provider: by[name] for provider, by in timed.items()})
 
 
-def _machine(on_gpu: bool) -> dict[str, str]:
-    """Return what was measured on."""
-    machine = {"cpu": _cpu_name(), "cores": f"{os.cpu_count()} cores", "system": platform.system()}
-    return {**machine, "gpu": torch.cuda.get_device_name()} if on_gpu else machine
-
-
-def _cpu_name() -> str:
-    """Return the processor's name, from Linux's own list where there is one."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _table(comparison: Comparison) -> Table:
     """Return the comparison as a table: a row a quantity, a column a model."""
     headings = ("original", "slim", "slim / original")
@@ -216,8 +208,11 @@ def _row(label: str, *counts: int | None) -> tuple[str, ...]:
 def _latency_row(provider: str, *latencies: Latency | None) -> tuple[str, ...]:
     """Return a row of two medians with their quartiles, in milliseconds, and the medians' ratio."""
     spreads = [latency.steadiest if latency else None for latency in latencies]
-    label = provider.removesuffix("ExecutionProvider") + " latency"
-    return label, *map(_milliseconds, spreads), _ratio(*(s.median if s else None for s in spreads))
+    return (
+        f"{provider} latency",
+        *map(_milliseconds, spreads),
+        _ratio(*(s.median if s else None for s in spreads)),
+    )
 
 
 def _milliseconds(spread: Spread | None) -> str:

@@ -6,10 +6,10 @@ lists of terms over layouts, and both are true when several axes of one layer sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,15 +22,29 @@ from graphprune.rules.recurrent import GATES
 aten = torch.ops.aten
 
 
+# ONNX Runtime's blocked convolution kernels take channels in blocks of 8 (AVX2) or 16 (AVX-512), and
+# leave them for slow ones when a count is not a multiple of 4.
+CONVOLUTION_BLOCK = 8
+
+
+class Amount(Protocol):
+    """What a model costs, in any unit."""
+
+    def total(self, kept: Mapping[Axis, int] | None = None) -> float:
+        """Return the cost once only `kept[axis]` slots of each axis are left."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cost:
-    """A sum of products of dimension sizes."""
+    """A sum of products of dimension sizes, each rounded up to a multiple of `block` where it is cut."""
 
     constant: int
     terms: tuple[tuple[int, tuple[Layout, ...]], ...]
+    block: int = 1
 
     @classmethod
-    def of(cls, products: Iterator[list[Layout]]) -> Cost:
+    def of(cls, products: Iterable[Sequence[Layout]], block: int = 1) -> Cost:
         """Return the cost whose terms are the given products of dimensions."""
         constant, terms = 0, []
         for dims in products:
@@ -40,13 +54,16 @@ class Cost:
                 terms.append((factor, varying))
             else:
                 constant += factor
-        return cls(constant, tuple(terms))
+        return cls(constant, tuple(terms), block)
 
     def total(self, kept: Mapping[Axis, int] | None = None) -> int:
         """Return the cost once only `kept[axis]` slots of each axis are left."""
         left = kept or {}
-        varying = (f * prod(kept_size(dim, left) for dim in dims) for f, dims in self.terms)
+        varying = (f * prod(self._size(dim, left) for dim in dims) for f, dims in self.terms)
         return self.constant + sum(varying)
+
+    def _size(self, dim: Layout, left: Mapping[Axis, int]) -> int:
+        return min(-(-kept_size(dim, left) // self.block) * self.block, size_of(dim))
 
 
 def parameter_cost(inference: Inference) -> Cost:
@@ -56,10 +73,26 @@ def parameter_cost(inference: Inference) -> Cost:
 
 def mac_cost(inference: Inference) -> Cost:
     """Return the multiply-adds of convolutions and matrix products for the example inputs."""
-    return Cost.of(dims for step in inference.steps for dims in _mac_terms(step))
+    return Cost.of(dims for step in inference.steps for dims in mac_terms(step))
 
 
-def _mac_terms(step: Step) -> Iterator[list[Layout]]:
+def work_of(steps: Sequence[Step]) -> list[Cost]:
+    """Return what the time of some operators is a function of.
+
+    That is their multiply-adds, channels of convolutions rounded up to the blocks that kernels take; where
+    there are none, the numbers that they read and write.
+    """
+    products = {step.func.overloadpacket: list[list[Layout]]() for step in steps}
+    for step in steps:
+        products[step.func.overloadpacket] += mac_terms(step)
+    if not any(products.values()):
+        return [Cost.of(v.layouts for step in steps for v in (*step.inputs, *step.outputs))]
+    blocks = {aten.convolution: CONVOLUTION_BLOCK}
+    return [Cost.of(dims, blocks.get(packet, 1)) for packet, dims in products.items()]
+
+
+def mac_terms(step: Step) -> Iterator[list[Layout]]:
+    """Yield the products of dimensions that count an operator's multiply-adds."""
     packet = step.func.overloadpacket
     if packet is aten.convolution:
         data, weight = step.inputs[0].layouts, step.inputs[1].layouts

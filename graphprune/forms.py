@@ -23,6 +23,7 @@ from graphprune.errors import (
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
+from graphprune.latency import Reached
 from graphprune.layout import counts_of
 from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
@@ -46,6 +47,7 @@ class Slimmed:
         why_graph: for a graph, what kept the module form from working; else "".
         verification: what was compared, or None where that was not asked for or not possible.
         compensation: what the repair did, or None where none was asked for.
+        latency: for `of="latency"`, what was asked for and what was measured; else None.
 
     """
 
@@ -57,6 +59,7 @@ class Slimmed:
     why_graph: str
     verification: Verification | None
     compensation: Compensation | None = None
+    latency: Reached | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from graphprune.choose import Whole
-from graphprune.slim import Options, Order, carried_out
+from graphprune.slim import MILLI, Options, Order, carried_out
 
 
 def slim_gradually(
@@ -48,6 +48,8 @@ def slim_gradually(
     for step in range(1, steps + 1):
         request = replace(order.request, ratio=ratio * step / steps, steps=1)
         result = carried_out(replace(order, request=request), model, example_inputs, whole)
-        whole = whole or Whole.of(result.graph, request)
+        if whole is None:
+            nanoseconds = None if result.latency is None else result.latency.original / MILLI
+            whole = Whole.of(result.graph, request, nanoseconds)
         model = result.model
         yield model

@@ -59,6 +59,7 @@ class Step:
         outputs: what it returned.
         arguments: its arguments by schema name, tensors replaced by their values.
         renormalises: whether it takes a statistic along an axis.
+        node: for a graph, the name of the node that called it.
 
     """
 
@@ -68,6 +69,7 @@ class Step:
     outputs: list[Value]
     arguments: dict[str, Any]
     renormalises: bool = False
+    node: str = ""
 
 
 @dataclass
@@ -150,8 +152,9 @@ class LayoutInference(Interpretation):
                 for tensor, dims in zip(outputs, layouts, strict=True)
             ]
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
+        node = "" if self.node is None else self.node.name
         self.found.steps.append(
-            Step(func, call.reason, inputs, values, recorded, call.renormalises)
+            Step(func, call.reason, inputs, values, recorded, call.renormalises, node)
         )
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import inspect
@@ -17,7 +18,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
@@ -27,14 +27,16 @@ from torch.utils import _pytree as pytree
 from graphprune.caches import without_caches
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, output_tensors
+from graphprune.runtimes import open_session
 from graphprune.state import evaluating, working_copy
 
 aten = torch.ops.aten
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-
 BATCH = "batch"
+
+PREFIX = "model."  # the attribute of _Flat that holds the model
+
+_ORIGIN = "graphprune_origin"
 
 Free: TypeAlias = Mapping[str, Mapping[int, str]]
 """By the name of an input, names for some of its dimensions."""
@@ -73,6 +75,19 @@ class Exported:
         return {name: _array(t) for name, t in zip(self.inputs, tensors, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """An exported file and the graph of ATen operators that it was translated from.
+
+    The parameters of `program` are named as the model's, behind `PREFIX`. `origins` gives, by the name of
+    a node or value in the file, the node of the program that it came from, where it came from one.
+    """
+
+    exported: Exported
+    program: torch.export.ExportedProgram
+    origins: dict[str, str]
+
+
 def export(
     model: Model,
     example_inputs: Any,
@@ -107,6 +122,21 @@ def export(
         CaptureError: the model cannot be copied.
 
     """
+    return traced_export(
+        model, example_inputs, path, free=free, opset=opset, tolerance=tolerance
+    ).exported
+
+
+def traced_export(
+    model: Model,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    free: Free | None = None,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> Traced:
+    """Return what `export` returns, with the graph that was translated; takes the same arguments."""
     module = as_module(model)
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
@@ -119,29 +149,6 @@ def export(
 def as_module(model: Model) -> nn.Module:
     """Return the model as a module: itself, or the graph module of an exported program."""
     return model if isinstance(model, nn.Module) else model.module(check_guards=False)
-
-
-def open_session(path: Path, provider: str = CPU, threads: int = 1) -> ort.InferenceSession:
-    """Return an ONNX Runtime session at full optimisation, led by this provider.
-
-    Raises:
-        InvalidRequestError: ONNX Runtime does not have the provider, or cannot start it here.
-
-    """
-    available = ort.get_available_providers()
-    if provider not in available:
-        raise InvalidRequestError(
-            f"ONNX Runtime has no provider {provider!r} here; it has {', '.join(available)}"
-        )
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4  # what goes wrong is raised, so it need not be printed
-    session = ort.InferenceSession(str(path), options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise InvalidRequestError(f"ONNX Runtime cannot start {provider!r} here")
-    return session
 
 
 class _Flat(nn.Module):
@@ -249,7 +256,7 @@ class _Request:
     tolerance: float
 
 
-def _export_free(request: _Request, first: _Case) -> Exported:
+def _export_free(request: _Request, first: _Case) -> Traced:
     """Write a checked file, free in all that was asked, in the batch, or with a warning in nothing."""
     flat, asked = request.flat, request.flat.dims
     batch = [{d: name for d, name in dims.items() if name == BATCH} for dims in asked]
@@ -257,17 +264,17 @@ def _export_free(request: _Request, first: _Case) -> Exported:
     for dims in filter(any, [asked] if batch == asked else [asked, batch]):
         flat.dims = dims
         try:
-            exported = _export_cases(request, [first, _Case.of(flat, 2)])
+            traced = _export_cases(request, [first, _Case.of(flat, 2)])
             break
         except Exception as error:
             obstacle = obstacle or in_a_line(error)
     else:
         flat.dims = [{} for _ in asked]
-        exported = _export_fixed(request, first)
+        traced = _export_fixed(request, first)
     if obstacle:
         said = _fixed(flat, asked, request.path.name, obstacle)
-        warnings.warn(said, GraphPruneWarning, stacklevel=3)
-    return exported
+        warnings.warn(said, GraphPruneWarning, stacklevel=4)
+    return traced
 
 
 def _fixed(flat: _Flat, asked: Sequence[Mapping[int, str]], file: str, obstacle: str) -> str:
@@ -285,7 +292,7 @@ def _fixed(flat: _Flat, asked: Sequence[Mapping[int, str]], file: str, obstacle:
     return f"{' and '.join(parts)} in {file}, because exporting it free did not work: {obstacle}"
 
 
-def _export_fixed(request: _Request, first: _Case) -> Exported:
+def _export_fixed(request: _Request, first: _Case) -> Traced:
     """Write a checked file for the example's batch size alone."""
     try:
         return _export_cases(request, [first])
@@ -295,16 +302,17 @@ def _export_fixed(request: _Request, first: _Case) -> Exported:
         raise ExportError(f"the model cannot be exported to ONNX: {in_a_line(error)}") from error
 
 
-def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
+def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
     """Write a file that agrees with PyTorch on the cases; what is to be free is, if there are two."""
     flat, free = request.flat, len(cases) > 1
-    program = _translated(flat, cases[-1].tensors, request.opset, free)
+    traced, program = _translated(flat, cases[-1].tensors, request.opset, free)
     if free:
         _name_free(flat, program.model)
+    origins = _origins(program)
     _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
     size, difference = _save(program, request, cases)
     graph = program.model.graph
-    return Exported(
+    exported = Exported(
         path=request.path,
         bytes=size,
         opset=program.model.opset_imports[""],
@@ -314,6 +322,9 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Exported:
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
     )
+    names = {str(node.name): origin for node, origin in origins}
+    names |= {str(value.name): origin for node, origin in origins for value in node.outputs}
+    return Traced(exported, traced, names)
 
 
 def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
@@ -331,20 +342,40 @@ def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[
     return size, difference
 
 
-def _translated(flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool) -> ONNXProgram:
-    """Return what PyTorch's exporter makes of the model, without its chatter."""
+def _translated(
+    flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool
+) -> tuple[torch.export.ExportedProgram, ONNXProgram]:
+    """Return the traced model and what PyTorch's exporter makes of it, without its chatter."""
     # AUTO, since a named dynamic dimension raises once a recurrent net was exported before.
     auto = [dict.fromkeys(dims, torch.export.Dim.AUTO) if free else {} for dims in flat.dims]
     shapes = {"tensors": tuple(dims or None for dims in auto)}
     with _quiet(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         _without_assertions(program)
+        for node in program.graph.nodes:
+            node.meta["custom"] = {
+                _ORIGIN: node.name
+            }  # which later stages of the exporter carry along
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     given = cast(ONNXProgram, exported)
     version = given.model.opset_imports[""]
     if opset not in (None, version):
         raise ExportError(f"opset {opset} was asked for, but PyTorch could only write {version}")
-    return given
+    return program, given
+
+
+def _origins(program: ONNXProgram) -> list[tuple[ir.Node, str]]:
+    """Return the nodes of a translated model with the node of the traced one that each came from."""
+    translated = cast(torch.export.ExportedProgram, program.exported_program).graph.nodes
+    traced = {node.name: node.meta.get("custom", {}).get(_ORIGIN) for node in translated}
+    found = []
+    for node in program.model.graph.all_nodes():
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+        names = [*(value.name for value in node.outputs), *reversed(ast.literal_eval(scopes))]
+        origin = next((traced[name] for name in names if traced.get(name)), None)
+        if origin is not None:
+            found.append((node, origin))
+    return found
 
 
 def _without_assertions(program: torch.export.ExportedProgram) -> None:
@@ -407,7 +438,7 @@ def _tidy(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
     ends = [*graph.inputs, *graph.outputs]
     inner = [value for value in _values(graph) if value not in ends]
     names = _unique([*inputs, *map(_output_name, outputs)], set())
-    names += _unique([str(value.name).removeprefix("model.") for value in inner], set(names))
+    names += _unique([str(value.name).removeprefix(PREFIX) for value in inner], set(names))
     for value, name in zip([*ends, *inner], names, strict=True):
         value.name = name
     places: list[ir.Model | ir.Graph | ir.Node | ir.Value]

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypeAlias, TypedDict, Unpack
 
+import numpy as np
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from graphprune.allocation import Align
-from graphprune.calibration import batches_of
+from graphprune.calibration import Batch, batches_of
 from graphprune.capture import prepared, reexported
 from graphprune.choose import Ranking, Request, Unit, Whole, choose
 from graphprune.compensation import Method, compensated, method_of
-from graphprune.errors import InvalidRequestError
+from graphprune.cost import Amount
+from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.forms import Form, Job, Slimmed, in_form
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
+from graphprune.latency import NANO, Bench, LatencyModel
 from graphprune.plan import Plan
+from graphprune.runtimes import Runtime
 from graphprune.state import named_tensors
+from graphprune.targets import calibrated, met, warn_of_missed
 from graphprune.verify import without
+
+Groups: TypeAlias = tuple[tuple[str, int, bool, bool], ...]
+
+MILLI = 1e-6  # milliseconds in a nanosecond
 
 
 class Options(TypedDict, total=False):
@@ -41,6 +52,9 @@ class Options(TypedDict, total=False):
     data: Any
     loss: Loss | None
     compensate: bool | Method
+    latency_ms: float | None
+    provider: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,9 @@ class Order:
     data: Any = None
     loss: Loss | None = None
     compensate: bool | Method = False
+    latency_ms: float | None = None
+    provider: str = "cpu"
+    threads: int = 1
 
     @classmethod
     def of(cls, ratio: float, options: Options) -> Order:
@@ -70,6 +87,8 @@ class Order:
         if unknown:
             raise TypeError(f"there is no option {unknown[0]!r}; see graphprune.slim")
         given: dict[str, Any] = dict(options)
+        if given.get("latency_ms") is not None:
+            given["of"] = _latency(given["latency_ms"], given.get("of", "channels"))
         asked = {f.name: given.pop(f.name) for f in fields(Request) if f.name in given}
         return cls(Request(ratio, **asked), **given)
 
@@ -94,6 +113,9 @@ def slim(
     data: Any = None,
     loss: Loss | None = None,
     compensate: bool | Method = False,
+    latency_ms: float | None = None,
+    provider: str = "cpu",
+    threads: int = 1,
 ) -> Any:
     """Return a smaller copy of a model, checked against the original; the original is not changed.
 
@@ -102,7 +124,9 @@ def slim(
         ratio: fraction to remove, 0 <= ratio < 1, counted in what `of` names.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments or
             `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
-        of: "channels" of the groups that may be cut, "parameters" or "macs" of the whole model.
+        of: "channels" of the groups that may be cut, "parameters" or "macs" of the whole model, or its
+            "latency", measured in ONNX Runtime on the example inputs: the model is exported and measured
+            node by node, at this and at smaller widths, and the result is measured and corrected.
         importance: what makes a channel matter. By the weights: "l2", "l1", "lamp", "bn_scale",
             "random". By what the loss on `data` does without it: "taylor" and "taylor2" (first and
             second order; "taylor2_recursion" with the paper's second derivatives), "fisher", "obs",
@@ -134,6 +158,10 @@ def slim(
         compensate: change the weights that stay so that each layer gives what it gave before, on
             `data` (whose targets are not used): True or "least_squares" for weights and biases,
             "constants" for biases alone. The slim model is verified before that.
+        latency_ms: the latency that the slim model is to have, in milliseconds, instead of a ratio.
+        provider: where latency is measured: "cpu", "cuda", "cuda-tf32", "cuda-float16", or the name of
+            another provider of ONNX Runtime.
+        threads: threads inside an operator, on the CPU.
 
     Returns:
         An nn.Module; for an ExportedProgram, an ExportedProgram.
@@ -142,16 +170,33 @@ def slim(
         InvalidRequestError: an argument makes no sense.
         CaptureError: the model does not run on the inputs, or cannot be traced where that is needed.
         VerificationError: the slim model is not what it should be; none is returned.
+        ExportError: its latency cannot be measured.
 
     """
     result = slimmed(
         model, ratio, example_inputs, of=of, importance=importance, ranking=ranking, steps=steps,
         align=align, include=include, exclude=exclude, renormalised=renormalised, plan=plan,
         form=form, verify=verify, seed=seed, data=data, loss=loss, compensate=compensate,
+        latency_ms=latency_ms, provider=provider, threads=threads,
     )  # fmt: skip
     if isinstance(model, ExportedProgram):
         return reexported(model, result.model, example_inputs)
     return result.model
+
+
+def _latency(milliseconds: float, of: str) -> str:
+    """Return the unit that `latency_ms` stands for, once both make sense."""
+    if (
+        isinstance(milliseconds, bool)
+        or not isinstance(milliseconds, (int, float))
+        or milliseconds <= 0
+    ):
+        raise InvalidRequestError(f"latency_ms={milliseconds!r} must be a number above 0")
+    if of not in ("channels", "latency"):
+        raise InvalidRequestError(
+            f"latency_ms= asks for a latency and of={of!r} for something else"
+        )
+    return "latency"
 
 
 def slimmed(
@@ -172,28 +217,110 @@ def carried_out(
     if order.form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={order.form!r} must be 'auto', 'module' or 'graph'")
     method = method_of(order.compensate)
+    runtime = Runtime.of(order.provider, order.threads)
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if order.data is None else batches_of(order.data)
-    chosen: dict[tuple[Any, ...], Plan] = {}
-
-    def plan_for(graph: DependencyGraph) -> Plan:
-        if order.plan is not None:
-            return order.plan
-
-        def scored(gone: Plan | None) -> Scores:
-            left = module if gone is None else without(module, graph.inference, gone.masks(graph))
-            subject = Subject(left, graph, batches, order.loss, order.seed)
-            return scores(subject, order.importance)
-
-        groups = tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
-        if groups not in chosen:  # a second form that is tried has the groups of the first
-            losses = are_losses(order.importance)
-            chosen[groups] = choose(graph, scored, order.request, losses=losses, whole=whole)
-        return chosen[groups]
-
-    result = in_form(order.form, Job(module, inputs, plan_for, order.verify and has_data))
+    choice = Choice(order, module, batches, whole)
+    job = Job(module, inputs, choice.plan_for, order.verify and has_data)
+    if order.plan is None and order.request.of == "latency":
+        result = towards_latency(order, job, choice, runtime)
+    else:
+        result = in_form(order.form, job)
     if method is None:
         return result
     repair = compensated(module, result.model, result.plan, inputs, batches, method)
     return replace(result, compensation=repair)
+
+
+class Choice:
+    """What is chosen for the graphs of one model; scores are asked for once."""
+
+    def __init__(
+        self, order: Order, module: nn.Module, batches: Sequence[Batch] | None, whole: Whole | None
+    ) -> None:
+        self.order = order
+        self.module = module
+        self.batches = batches
+        self.whole = whole
+        self.scores: dict[Groups, Scores] = {}
+        self.plans: dict[Groups, Plan] = {}
+
+    def plan_for(self, graph: DependencyGraph) -> Plan:
+        """Return what the order asks for; a second form that is tried has the plan of the first."""
+        groups = groups_of(graph)
+        if groups not in self.plans:
+            self.plans[groups] = self.chosen(graph, self.order.request, self.whole)
+        return self.plans[groups]
+
+    def chosen(
+        self,
+        graph: DependencyGraph,
+        request: Request,
+        whole: Whole | None,
+        cost: Amount | None = None,
+    ) -> Plan:
+        """Return the plan that a request asks for."""
+        if self.order.plan is not None:
+            return self.order.plan
+        losses = are_losses(self.order.importance)
+
+        def scored(gone: Plan | None) -> Scores:
+            return self._scores(graph, gone)
+
+        return choose(graph, scored, request, losses=losses, whole=whole, cost=cost)
+
+    def _scores(self, graph: DependencyGraph, gone: Plan | None) -> Scores:
+        if gone is not None:
+            return self._scored(graph, without(self.module, graph.inference, gone.masks(graph)))
+        groups = groups_of(graph)
+        if groups not in self.scores:
+            self.scores[groups] = self._scored(graph, self.module)
+        return self.scores[groups]
+
+    def _scored(self, graph: DependencyGraph, left: nn.Module) -> Scores:
+        order = self.order
+        return scores(Subject(left, graph, self.batches, order.loss, order.seed), order.importance)
+
+
+def groups_of(graph: DependencyGraph) -> Groups:
+    """Return what two graphs of one model have in common where the same can be cut."""
+    return tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
+
+
+def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) -> Slimmed:
+    """Return the slim model whose measured latency is nearest to what was asked for."""
+    request = order.request
+    quick = replace(job, check=False)
+
+    def at_width(width: float) -> Slimmed:
+        plain = replace(request, of="channels", ranking="uniform", ratio=1 - width, steps=1)
+
+        def plan_for(graph: DependencyGraph) -> Plan:
+            alike = {group.name: np.zeros(group.size) for group in graph.groups}
+            return choose(graph, lambda _: alike, plain)
+
+        return in_form(order.form, replace(quick, plan_for=plan_for))
+
+    with Bench(job.module, job.inputs, runtime) as bench:
+
+        def chosen_by(latency: LatencyModel) -> Callable[[DependencyGraph], Plan]:
+            def plan_for(graph: DependencyGraph) -> Plan:
+                whole = choice.whole or Whole.of(graph, request, bench.seconds * NANO)
+                asked = replace(request, ratio=max(1 - target / MILLI / whole.total, 0.0))
+                return choice.chosen(graph, asked, whole, bench.of_groups(latency, graph))
+
+            return plan_for
+
+        def attempt(latency: LatencyModel) -> Slimmed:
+            return in_form(order.form, replace(quick, plan_for=chosen_by(latency)))
+
+        total = bench.seconds * NANO if choice.whole is None else choice.whole.total
+        target = order.latency_ms or total * MILLI * (1 - request.ratio)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphPruneWarning)  # what holds in the end is said then
+            latency = calibrated(bench, at_width)
+            latency, reached = met(bench, latency, attempt, target)
+        result = in_form(order.form, replace(job, plan_for=chosen_by(latency)))
+    warn_of_missed(reached)
+    return replace(result, latency=reached)

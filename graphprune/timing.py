@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from graphprune.errors import InvalidRequestError
-from graphprune.onnx import CPU, CUDA, Feed, open_session
+from graphprune.onnx import Feed
+from graphprune.runtimes import Runtime, default_runtimes, in_precision, open_session
 
 SAMPLE_SECONDS = 5e-3  # one sample repeats the model for at least this long
 WARM_UPS = 5
@@ -56,20 +58,14 @@ class Latency:
         return self.cpu or self.wall
 
 
-def default_providers() -> list[str]:
-    """Return the CPU provider and, where ONNX Runtime has it, CUDA's."""
-    return [CPU, *(name for name in ort.get_available_providers() if name == CUDA)]
-
-
 def time_onnx(
     models: Mapping[str, Path],
     feeds: Mapping[str, Feed],
     *,
-    providers: Sequence[str] | None = None,
-    threads: int = 1,
+    runtimes: Sequence[Runtime] | None = None,
     seconds: float = 3.0,
 ) -> dict[str, dict[str, Latency]]:
-    """Return the latency of each model, by provider and then by the model's name.
+    """Return the latency of each model, by the name of the runtime and then by the model's.
 
     The models take turns, in a new random order each round, after a warm-up. A sample repeats the
     model until it lasts 5 ms; CUDA samples run on inputs and outputs that stay on the device.
@@ -77,20 +73,19 @@ def time_onnx(
     Args:
         models: a name and an ONNX file each.
         feeds: for each name, the arrays that the file's inputs take.
-        providers: ONNX Runtime's execution providers; by default CPU, and CUDA if there is one.
-        threads: threads inside an operator, on the CPU provider.
-        seconds: time to spend on each model and provider, exceeded only by models so slow that
+        runtimes: where to run them; by default one thread of the CPU, and accelerators that are here.
+        seconds: time to spend on each model and runtime, exceeded only by models so slow that
             three rounds take longer.
 
     Raises:
-        InvalidRequestError: a model has no feed, or ONNX Runtime has no such provider.
+        InvalidRequestError: a model has no feed, or ONNX Runtime cannot start a provider.
 
     """
     missing = sorted(set(models) - set(feeds))
     if missing:
         raise InvalidRequestError(f"no feeds for {', '.join(missing)}; each model needs its own")
-    chosen = default_providers() if providers is None else providers
-    return {provider: _time_on(provider, models, feeds, threads, seconds) for provider in chosen}
+    chosen = default_runtimes() if runtimes is None else runtimes
+    return {str(runtime): _time_on(runtime, models, feeds, seconds) for runtime in chosen}
 
 
 class _Subject:
@@ -129,36 +124,33 @@ class _Subject:
 
 
 def _time_on(
-    provider: str,
-    models: Mapping[str, Path],
-    feeds: Mapping[str, Feed],
-    threads: int,
-    seconds: float,
+    runtime: Runtime, models: Mapping[str, Path], feeds: Mapping[str, Feed], seconds: float
 ) -> dict[str, Latency]:
-    """Return the latency of each model on one provider."""
-    subjects = {
-        name: _Subject(_runner(path, feeds[name], provider, threads), seconds)
-        for name, path in models.items()
-    }
-    order = list(subjects.values())
-    shuffle = random.Random(0).shuffle
-    end = time.perf_counter() + seconds * len(order)
-    rounds = 0
-    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-        shuffle(order)
-        for subject in order:
-            subject.sample()
-        rounds += 1
-    one_thread = provider == CPU and threads == 1
-    return {name: subject.latency(one_thread) for name, subject in subjects.items()}
+    """Return the latency of each model on one runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = {
+            name: _Subject(_runner(path, feeds[name], runtime, Path(folder)), seconds)
+            for name, path in models.items()
+        }
+        order = list(subjects.values())
+        shuffle = random.Random(0).shuffle
+        end = time.perf_counter() + seconds * len(order)
+        rounds = 0
+        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+            shuffle(order)
+            for subject in order:
+                subject.sample()
+            rounds += 1
+    return {name: subject.latency(runtime.is_one_thread) for name, subject in subjects.items()}
 
 
-def _runner(path: Path, feed: Feed, provider: str, threads: int) -> Callable[[], Any]:
+def _runner(path: Path, feed: Feed, runtime: Runtime, folder: Path) -> Callable[[], Any]:
     """Return a call that runs the file once, to the end."""
-    session = open_session(path, provider, threads)
-    if provider == CUDA:
-        return _runner_on_device(session, feed, "cuda")
-    return lambda: session.run(None, feed)
+    file = in_precision(path, runtime.precision, folder)
+    session = open_session(file, runtime)
+    if runtime.device == "cpu":
+        return lambda: session.run(None, feed)
+    return _runner_on_device(session, feed, runtime.device)
 
 
 def _runner_on_device(session: ort.InferenceSession, feed: Feed, device: str) -> Callable[[], Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import graphprune as gp
-from graphprune import cli, onnx, timing
+from graphprune import cli, runtimes, timing
 from tests.message_cases import Does, X, case, net, said
 from tests.models import example
 
@@ -71,19 +71,28 @@ def an_old_opset(folder: Path) -> None:
     gp.export(net(), X, folder / "net.onnx", opset=3)
 
 
-@case(r"ONNX Runtime has no provider 'Abacus' here; it has .*CPUExecutionProvider")
+@case(r"ONNX Runtime has no provider 'abacus' here; it has .*cpu.*")
 def a_provider_that_is_not_there(folder: Path) -> None:
-    onnx.open_session(folder / "net.onnx", "Abacus")
+    runtimes.Runtime.of("abacus")
+
+
+@case("'cpu-float16' asks for float16; cpu is timed in float32")
+def a_precision_that_a_provider_has_not(folder: Path) -> None:
+    runtimes.Runtime.of("cpu-float16")
+
+
+@case("threads=0 must be a whole number from 1")
+def no_threads(folder: Path) -> None:
+    runtimes.Runtime.of("cpu", 0)
 
 
 @case("ONNX Runtime cannot start 'AbacusExecutionProvider' here")
 def a_provider_that_does_not_start(folder: Path) -> None:
     gp.export(net(), X, folder / "net.onnx")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(ort, "get_available_providers", lambda: ["AbacusExecutionProvider"])
         monkeypatch.setattr(ort.InferenceSession, "__init__", lambda *_, **__: None)
-        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [onnx.CPU])
-        onnx.open_session(folder / "net.onnx", "AbacusExecutionProvider")
+        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [runtimes.CPU])
+        runtimes.open_session(folder / "net.onnx", runtimes.Runtime("AbacusExecutionProvider"))
 
 
 class Session:
@@ -101,7 +110,7 @@ class Session:
         return [type(self).change(array) for array in self.session.run(names, feed)]
 
 
-real_session = onnx.open_session
+real_session = runtimes.open_session
 
 
 def changed(folder: Path, change: Callable[[Any], Any]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
 from graphprune.inputs import Inputs, call
-from graphprune.onnx import Exported, export, open_session, relative_difference
+from graphprune.onnx import Exported, export, relative_difference
+from graphprune.runtimes import Runtime, open_session
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -269,8 +270,8 @@ def test_an_opset_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_provider_that_is_not_there_is_refused_by_name(exported: Exported) -> None:
-    with pytest.raises(InvalidRequestError, match="no provider 'AbacusExecutionProvider' here"):
-        open_session(exported.path, "AbacusExecutionProvider")
+    with pytest.raises(InvalidRequestError, match="no provider 'abacus' here"):
+        open_session(exported.path, Runtime.of("abacus"))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphprune as gp
-from graphprune.onnx import CPU
 from graphprune.pipeline import Program
+from graphprune.runtimes import CPU
 
 aten = torch.ops.aten
 

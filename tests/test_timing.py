@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from graphprune.errors import InvalidRequestError
-from graphprune.onnx import CPU, CUDA, Exported, export
-from graphprune.timing import Latency, Spread, default_providers, time_onnx
+from graphprune.onnx import Exported, export
+from graphprune.runtimes import CPU, CUDA, Runtime, default_runtimes
+from graphprune.timing import Latency, Spread, time_onnx
 
 X = torch.randn(2, 64)
 
@@ -20,17 +21,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export(net, X, tmp_path_factory.mktemp("timing") / "net.onnx")
 
 
-def timed(exported: Exported, threads: int = 1, providers: list[str] | None = None) -> Latency:
+def timed(exported: Exported, name: str = "cpu", threads: int = 1) -> Latency:
     latencies = time_onnx(
         {"one": exported.path, "two": exported.path},
         {"one": exported.feed(X), "two": exported.feed(X)},
-        providers=providers,
-        threads=threads,
+        runtimes=[Runtime.of(name, threads)],
         seconds=0.1,
     )
-    provider = providers[0] if providers else CPU
-    assert set(latencies[provider]) == {"one", "two"}
-    return latencies[provider]["one"]
+    assert set(latencies[name]) == {"one", "two"}
+    return latencies[name]["one"]
 
 
 def test_medians_lie_between_their_quartiles(exported: Exported) -> None:
@@ -64,15 +63,16 @@ def test_every_model_needs_a_feed_and_every_provider_must_exist(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=r"^no feeds for a, b;"):
         time_onnx({"b": tmp_path, "a": tmp_path}, {})
-    with pytest.raises(InvalidRequestError, match="no provider 'AbacusExecutionProvider'"):
-        timed(exported, providers=["AbacusExecutionProvider"])
+    with pytest.raises(InvalidRequestError, match="no provider 'abacus'"):
+        timed(exported, "abacus")
 
 
 def test_the_cpu_is_timed_by_default_and_first() -> None:
-    assert default_providers()[0] == CPU
+    assert default_runtimes()[0] == Runtime(CPU)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="no CUDA provider")
 def test_cuda_is_timed_by_the_wall(exported: Exported) -> None:
-    assert timed(exported, providers=[CUDA]).cpu is None
+    for name in ("cuda", "cuda-tf32", "cuda-float16"):
+        assert timed(exported, name).cpu is None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.cost import count_macs, count_parameters
 from graphprune.demo.data import Sample, augmented, sample, trained_network
-from graphprune.onnx import CPU
 from graphprune.progress import no_bars
 
 REPAIRED_ON = 512  # of the shipped training images
@@ -132,7 +131,7 @@ def _row(
     say("exporting to ONNX")
     exported = graphprune.export(slimmer, one, output / f"resnet8-{round(100 * ratio)}.onnx")
     say("timing in ONNX Runtime")
-    compared = graphprune.compare(model, slimmer, one, providers=[CPU], seconds=1.0)
+    compared = graphprune.compare(model, slimmer, one, providers=["cpu"], seconds=1.0)
     return Row(
         ratio=ratio,
         parameters=count_parameters(slimmer),
@@ -142,7 +141,7 @@ def _row(
         accuracy_cut=cut,
         accuracy_repaired=repaired,
         accuracy_tuned=accuracy(slimmer, test),
-        latency_ratio=1 / compared.speedups()[CPU],
+        latency_ratio=1 / compared.speedups()["cpu"],
         onnx=exported.path,
     )
 

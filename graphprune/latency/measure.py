@@ -1,0 +1,171 @@
+"""A model and slimmer versions of it in ONNX Runtime: exported, profiled and timed beside each other."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from graphprune.errors import GraphPruneWarning
+from graphprune.groups import DependencyGraph
+from graphprune.inputs import Inputs
+from graphprune.latency.cache import Cache
+from graphprune.latency.model import GroupLatency, LatencyModel, translated
+from graphprune.latency.parts import Part, Program
+from graphprune.layout import Axis, counts_of
+from graphprune.onnx import Feed, Traced, traced_export
+from graphprune.plan import Plan
+from graphprune.profiling import profiled
+from graphprune.runtimes import Runtime
+from graphprune.timing import time_onnx
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one slim model took.
+
+    Attributes:
+        seconds: a run, with the original taken at what it took first.
+        by_part: seconds by the name of the original's part, as ONNX Runtime's profiler gives them.
+
+    """
+
+    seconds: float
+    by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What was asked of a latency and what was measured, in milliseconds a run.
+
+    Attributes:
+        original: of the original.
+        target: what was asked for.
+        slim: of the slim model, timed in turns with the original.
+        runtime: where.
+
+    """
+
+    original: float
+    target: float
+    slim: float
+    runtime: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slim:.3g} ms on {self.runtime}, where {self.target:.3g} ms were asked for and the "
+            f"original takes {self.original:.3g} ms"
+        )
+
+
+class Bench:
+    """Where models are measured beside their original; used as a context, for its files.
+
+    Args:
+        model: the original.
+        inputs: what it is run on.
+        runtime: where.
+        seconds: for each model, on each of timing and profiling.
+
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, runtime: Runtime, seconds: float = 2.0
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.runtime = runtime
+        self.duration = seconds
+        self.cache = Cache(runtime)
+        self.files = 0
+
+    def __enter__(self) -> Self:
+        """Export, profile and time the original."""
+        self.folder = tempfile.TemporaryDirectory()
+        self.original = self._exported(self.model)
+        self.feed = self.original.exported.feed(self.inputs)
+        self.program = Program(self.original, self.inputs)
+        events = self._by_node(self.original)
+        self.part_of = self.program.parts(events)
+        self.parts = tuple({part.name: part for part in self.part_of.values()}.values())
+        self.by_part = self._by_part(events)
+        self.seconds = self._timed({"original": self.original})["original"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the files."""
+        self.folder.cleanup()
+
+    def model_of_original(self) -> LatencyModel:
+        """Return the latency, known at full size alone."""
+        self.remember({}, self.by_part)
+        return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
+
+    def of_groups(self, latency: LatencyModel, graph: DependencyGraph) -> GroupLatency:
+        """Return the latency as a cost of the groups of a graph of the original."""
+        return GroupLatency(latency, self.program.axes_of(graph))
+
+    def left_by(self, plan: Plan, graph: DependencyGraph) -> dict[Axis, int]:
+        """Return how many slots of each axis of the parts a plan leaves."""
+        return translated(self.program.axes_of(graph), counts_of(plan.masks(graph)))
+
+    def measured(self, slim: nn.Module) -> Measured:
+        """Return what a slim model takes; it is timed in turns with the original."""
+        exported = self._exported(slim)
+        by_part = self._by_part(self._by_node(exported))
+        timed = self._timed({"original": self.original, "slim": exported})
+        exported.exported.path.unlink()
+        return Measured(self.seconds * timed["slim"] / timed["original"], by_part)
+
+    def known(self, left: Mapping[Axis, int]) -> dict[str, float] | None:
+        """Return the seconds of all parts at these sizes where they were measured before."""
+        before = self.cache.seconds
+        signatures = {part.name: part.signature(left) for part in self.parts}
+        if not all(signature in before for signature in signatures.values()):
+            return None
+        return {name: before[signature] for name, signature in signatures.items()}
+
+    def remember(self, left: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
+        """Keep the seconds of the parts at these sizes."""
+        self.cache.add({part.signature(left): by_part.get(part.name, 0.0) for part in self.parts})
+
+    def _exported(self, model: nn.Module) -> Traced:
+        self.files += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphPruneWarning)  # of a batch that is not free
+            path = Path(self.folder.name) / f"{self.files}.onnx"
+            return traced_export(model, self.inputs, path)
+
+    def _by_node(self, traced: Traced) -> dict[str, float]:
+        """Return seconds by the node of the traced program that they end with."""
+        found: dict[str, float] = {}
+        for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
+            node = traced.origins.get(event.source)
+            if node is not None:
+                found[node] = found.get(node, 0.0) + event.seconds
+        return found
+
+    def _by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for node, seconds in by_node.items():
+            part: Part | None = self.part_of.get(node)
+            if part is not None:
+                found[part.name] = found.get(part.name, 0.0) + seconds
+        return found
+
+    def _timed(self, files: Mapping[str, Traced]) -> dict[str, float]:
+        feeds: dict[str, Feed] = dict.fromkeys(files, self.feed)
+        paths = {name: traced.exported.path for name, traced in files.items()}
+        timed = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
+        return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}

@@ -1,0 +1,89 @@
+"""Cutting to a latency: choose by what was measured of the parts, measure the result, and correct."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from graphprune.errors import GraphPruneWarning
+from graphprune.forms import Slimmed
+from graphprune.latency import Bench, LatencyModel, Reached
+from graphprune.progress import track
+
+# Before anything is chosen, the parts are measured with these fractions of the channels of each group.
+_WIDTHS = (0.5, 0.25)
+
+_ATTEMPTS = 6
+
+# A result nearer to the target than the first is as good as measuring allows; one that is farther than the
+# second is warned about.
+_NEAR, _FAR = 0.02, 0.05
+
+
+def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyModel:
+    """Return the latency as measured at full size and at smaller ones.
+
+    Args:
+        bench: where the original was measured.
+        at_width: gives the model with about this fraction of each group.
+
+    """
+    latency = bench.model_of_original()
+    for width in track(_WIDTHS, "measuring the parts"):
+        slim = at_width(width)
+        left = bench.left_by(slim.plan, slim.graph)
+        by_part = bench.known(left)
+        if by_part is None:
+            by_part = bench.measured(slim.model).by_part
+            bench.remember(left, by_part)
+        whole = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
+        latency = latency.learned(left, by_part, whole)
+    return latency
+
+
+def met(
+    bench: Bench,
+    latency: LatencyModel,
+    attempt: Callable[[LatencyModel], Slimmed],
+    target: float,
+) -> tuple[LatencyModel, Reached]:
+    """Return the latency model by which the choice comes nearest to a target, and what was measured.
+
+    Args:
+        bench: where the original was measured.
+        latency: what is known so far.
+        attempt: gives the slim model that is chosen by a latency model.
+        target: milliseconds.
+
+    """
+    best: tuple[float, LatencyModel, float] | None = None
+    tried = []
+    for _ in track(range(_ATTEMPTS), "meeting the latency"):
+        slim = attempt(latency)
+        left = bench.left_by(slim.plan, slim.graph)
+        if left in tried:
+            break
+        tried.append(left)
+        measured = bench.measured(slim.model)
+        bench.remember(left, measured.by_part)
+        miss = abs(measured.seconds * 1e3 / target - 1)
+        if best is None or miss < best[0]:
+            best = miss, latency, measured.seconds
+        if miss <= _NEAR:
+            break
+        latency = latency.learned(left, measured.by_part, measured.seconds)
+    assert best is not None  # the first attempt is always new
+    _, latency, seconds = best
+    return latency, Reached(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
+
+
+def warn_of_missed(reached: Reached) -> None:
+    """Warn where the latency asked for was not met."""
+    if abs(reached.slim / reached.target - 1) <= _FAR:
+        return
+    why = (
+        "the numbers of channels allowed are no finer; align=1 may come nearer"
+        if reached.slim < reached.target
+        else "no more can be cut as asked; renormalised=True or other patterns may free more"
+    )
+    warnings.warn(f"the slim model takes {reached}: {why}", GraphPruneWarning, stacklevel=6)
