@@ -76,6 +76,13 @@ def slim(
     ] = "",
     compensate: Annotated[bool, typer.Option(help="repair on the data, without training")] = False,
     renormalised: Annotated[bool, typer.Option(help="also cut along norms")] = False,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="milliseconds to take, instead of a ratio")
+    ] = None,
+    provider: Annotated[
+        str, typer.Option(help="where latency is measured: cpu, cuda, cuda-tf32, cuda-float16...")
+    ] = "cpu",
+    threads: Annotated[int, typer.Option(help="inside an operator, on the CPU")] = 1,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
 ) -> None:
@@ -94,12 +101,16 @@ def slim(
                 loss=_attribute(loss, "a loss") if loss else None,
                 compensate=compensate,
                 renormalised=renormalised,
+                latency_ms=latency_ms,
+                provider=provider,
+                threads=threads,
             )
         write(result.model, inputs or result.inputs, out)
         facts = {
             "form": result.form,
             "why": result.why_graph,
             "verified": result.verification is not None,
+            "latency": "" if result.latency is None else str(result.latency),
             "file": str(out),
         }
         show(sizes(original, result.model, result.inputs), facts, as_json=as_json)

@@ -27,7 +27,7 @@ class SlimChannels(Pass):
 
     Attributes:
         ratio: fraction to remove, 0 <= ratio < 1.
-        of: what the ratio counts: "channels", "parameters" or "macs".
+        of: what the ratio counts: "channels", "parameters", "macs" or "latency".
         importance: the criterion.
         ranking: "uniform", "global", or "auto".
         steps: how many times what is left is scored.
@@ -40,6 +40,9 @@ class SlimChannels(Pass):
         data: batches to choose or to repair by.
         loss: of the model's output and a batch's target.
         compensate: repair what is left on the data.
+        latency_ms: the latency to have, in milliseconds, instead of a ratio.
+        provider: where latency is measured.
+        threads: threads inside an operator, on the CPU.
 
     """
 
@@ -57,6 +60,9 @@ class SlimChannels(Pass):
     data: Any = None
     loss: Loss | None = None
     compensate: bool | Method = False
+    latency_ms: float | None = None
+    provider: str = "cpu"
+    threads: int = 1
 
     def rewrite(self, program: Program) -> bool:
         """Replace the graph by a slim one."""

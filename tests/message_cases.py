@@ -72,7 +72,7 @@ said(
     lambda: gp.slim(net(), 1.5, X),
 )
 said(
-    "of='bytes' must be 'channels', 'parameters' or 'macs'",
+    "of='bytes' must be 'channels', 'parameters', 'macs' or 'latency'",
     lambda: gp.slim(net(), 0.5, X, of="bytes"),
 )
 said(

@@ -133,6 +133,18 @@ def another_result_in_onnx_runtime(folder: Path) -> None:
     changed(folder, lambda array: array + 0.5)
 
 
+said("latency_ms=-1 must be a number above 0", lambda: gp.slim(net(), 0.5, X, latency_ms=-1))
+said(
+    "latency_ms= asks for a latency and of='macs' for something else",
+    lambda: gp.slim(net(), 0.5, X, latency_ms=1, of="macs"),
+)
+said(
+    r"the slim model takes \d\S* ms on cpu, where 1e-06 ms were asked for and the original takes \d\S* ms: "
+    "no more can be cut as asked; renormalised=True or other patterns may free more",
+    lambda: gp.slim(net(), 0.5, X, latency_ms=1e-6),
+)
+
+
 @case("no feeds for b; each model needs its own")
 def no_feed(folder: Path) -> None:
     timing.time_onnx({"b": folder / "b.onnx"}, {})
