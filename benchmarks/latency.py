@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -170,9 +171,10 @@ def again(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------- every provider
 
 
-def prepare(name: str, ratio: float, quick: bool, folder: Path) -> tuple[Path, int]:
+def prepare(name: str, ratio: float, quick: bool, folder: Path, half: bool) -> tuple[Path, int]:
     """Write a network without some channels as an ONNX file; return it and its MACs on one sample."""
     import graphprune as gp
+    from graphprune.runtimes import in_precision
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -180,6 +182,8 @@ def prepare(name: str, ratio: float, quick: bool, folder: Path) -> tuple[Path, i
     slim = gp.slim(model, ratio, inputs, align=HALF_ALIGN, verify=False) if ratio else model
     path = folder / f"{name}-{ratio}.onnx"
     gp.export(slim, inputs, path)
+    if half:
+        in_precision(path, "float16")
     return path, gp.count_macs(slim, inputs)
 
 
@@ -198,8 +202,9 @@ def providers(options: argparse.Namespace) -> list[str]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         jobs = [(name, ratio) for name in names for ratio in PROVIDER_RATIOS]
-        with ProcessPoolExecutor(options.jobs) as pool:
-            ready = [pool.submit(prepare, *job, options.quick, Path(folder)) for job in jobs]
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            half = any(runtime.precision == "float16" for runtime in runtimes)
+            ready = [pool.submit(prepare, *job, options.quick, Path(folder), half) for job in jobs]
             made = {job: each.result() for job, each in zip(jobs, ready, strict=True)}
         print("files are ready", flush=True)
         for name in names:

@@ -59,10 +59,9 @@ def profiled(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> 
     if runtime.device != "cpu" and os.environ.get(_WAITS) != "1":
         return _profiled_elsewhere(path, feed, runtime, seconds)
     with tempfile.TemporaryDirectory() as folder:
-        file = in_precision(path, runtime.precision, Path(folder))
         optimized = Path(folder) / "optimized.onnx"
         session = open_session(
-            file,
+            in_precision(path, runtime.precision),
             runtime,
             enable_profiling=True,
             profile_file_prefix=str(Path(folder) / "profile"),

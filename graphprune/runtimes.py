@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,19 +133,21 @@ def open_session(path: Path, runtime: Runtime = DEFAULT, **settings: Any) -> ort
     return session
 
 
-def in_precision(path: Path, precision: Precision, folder: Path) -> Path:
-    """Return the file, or for "float16" one in the folder whose weights and arithmetic are float16.
+def in_precision(path: Path, precision: Precision) -> Path:
+    """Return the file, or for "float16" one beside it whose weights and arithmetic are float16.
 
-    Inputs and outputs keep their types.
+    Inputs and outputs keep their types. The file beside it is made once.
     """
     if precision != "float16":
         return path
+    searched = list(sys.path)
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    half = convert_float_to_float16(onnx.load(path), keep_io_types=True)
-    number = len(list(folder.iterdir()))
-    onnx.save(half, folder / f"{number}.onnx")
-    return folder / f"{number}.onnx"
+    sys.path[:] = searched  # to which that import adds a folder of modules with common names
+    beside = path.with_name(f"{path.stem}-float16.onnx")
+    if not beside.exists() or beside.stat().st_mtime < path.stat().st_mtime:
+        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), beside)
+    return beside
 
 
 def machine(on_gpu: bool) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,27 +126,25 @@ def _time_on(
     runtime: Runtime, models: Mapping[str, Path], feeds: Mapping[str, Feed], seconds: float
 ) -> dict[str, Latency]:
     """Return the latency of each model on one runtime."""
-    with tempfile.TemporaryDirectory() as folder:
-        subjects = {
-            name: _Subject(_runner(path, feeds[name], runtime, Path(folder)), seconds)
-            for name, path in models.items()
-        }
-        order = list(subjects.values())
-        shuffle = random.Random(0).shuffle
-        end = time.perf_counter() + seconds * len(order)
-        rounds = 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-            shuffle(order)
-            for subject in order:
-                subject.sample()
-            rounds += 1
+    subjects = {
+        name: _Subject(_runner(path, feeds[name], runtime), seconds)
+        for name, path in models.items()
+    }
+    order = list(subjects.values())
+    shuffle = random.Random(0).shuffle
+    end = time.perf_counter() + seconds * len(order)
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        shuffle(order)
+        for subject in order:
+            subject.sample()
+        rounds += 1
     return {name: subject.latency(runtime.is_one_thread) for name, subject in subjects.items()}
 
 
-def _runner(path: Path, feed: Feed, runtime: Runtime, folder: Path) -> Callable[[], Any]:
+def _runner(path: Path, feed: Feed, runtime: Runtime) -> Callable[[], Any]:
     """Return a call that runs the file once, to the end."""
-    file = in_precision(path, runtime.precision, folder)
-    session = open_session(file, runtime)
+    session = open_session(in_precision(path, runtime.precision), runtime)
     if runtime.device == "cpu":
         return lambda: session.run(None, feed)
     return _runner_on_device(session, feed, runtime.device)
