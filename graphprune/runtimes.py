@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from graphprune.errors import InvalidRequestError
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 
 Precision = Literal["float32", "tf32", "float16"]
 
@@ -27,7 +29,7 @@ _SUFFIX = "ExecutionProvider"
 _TIMED: Mapping[str, tuple[Precision, ...]] = {
     CPU: ("float32",),
     CUDA: ("float32", "tf32", "float16"),
-    "TensorrtExecutionProvider": ("float32", "float16"),
+    TENSORRT: ("float32", "float16"),
     "OpenVINOExecutionProvider": ("float32",),
     "DmlExecutionProvider": ("float32", "float16"),
 }
@@ -96,7 +98,9 @@ def _short(provider: str) -> str:
 
 def default_runtimes(threads: int = 1) -> list[Runtime]:
     """Return what is timed unless something else is asked for: the CPU, and accelerators that are here."""
-    available = ort.get_available_providers()
+    available = set(ort.get_available_providers())
+    if importlib.util.find_spec("tensorrt") is None:  # whose provider is listed all the same
+        available.discard(TENSORRT)
     return [
         Runtime(provider, precision, threads)
         for provider, precisions in _TIMED.items()
