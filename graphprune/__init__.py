@@ -1,6 +1,7 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
-from graphprune.compare import Comparison, compare
+from graphprune.compare import compare
+from graphprune.comparison import Comparison
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import (
     CaptureError,

@@ -187,15 +187,34 @@ def as_dict(graph: DependencyGraph) -> dict[str, Any]:
 def compare(
     model: Model,
     slimmer: Model,
+    providers: Annotated[
+        list[str], typer.Option("--provider", help="cpu, cuda, cuda-tf32, cuda-float16...")
+    ] = [],  # noqa: B006
+    threads: Annotated[int, typer.Option(help="inside an operator, on the CPU")] = 1,
+    batches: Annotated[
+        list[int], typer.Option("--batch", help="times the example input, for more latencies")
+    ] = [],  # noqa: B006
+    in_torch: Annotated[bool, typer.Option(help="time in PyTorch too")] = False,
+    out: Annotated[Path | None, typer.Option(help="report to write: .html or .json")] = None,
     shapes: Shapes = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Compare two models: parameters, MACs, file, latency in ONNX Runtime, agreement with PyTorch."""
+    """Compare two models: parameters, MACs, file, memory, latency, agreement with PyTorch."""
     with told():
         first, second = loaded(model), loaded(slimmer)
         inputs = prepared(first, example_inputs(shapes))[1]
         with working("exporting and timing"):
-            found = compare_models(first, second, inputs)
+            found = compare_models(
+                first,
+                second,
+                inputs,
+                providers=providers or None,
+                threads=threads,
+                batches=batches,
+                in_torch=in_torch,
+            )
+        if out is not None:
+            found.save(out)
         print(found.to_json() if as_json else found)
 
 

@@ -1,4 +1,4 @@
-"""Latency of ONNX files in ONNX Runtime, measured in turns so that the machine's moods cancel."""
+"""Latency of models, measured in turns so that the machine's moods cancel."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
+from torch import nn
 
 from graphprune.errors import InvalidRequestError
+from graphprune.inputs import Inputs, call
 from graphprune.onnx import Feed
 from graphprune.runtimes import Runtime, default_runtimes, in_precision, open_session
 
@@ -126,10 +130,22 @@ def _time_on(
     runtime: Runtime, models: Mapping[str, Path], feeds: Mapping[str, Feed], seconds: float
 ) -> dict[str, Latency]:
     """Return the latency of each model on one runtime."""
-    subjects = {
-        name: _Subject(_runner(path, feeds[name], runtime), seconds)
-        for name, path in models.items()
-    }
+    runs = {name: _runner(path, feeds[name], runtime) for name, path in models.items()}
+    return in_turns(runs, seconds, one_thread=runtime.is_one_thread)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], seconds: float, *, one_thread: bool
+) -> dict[str, Latency]:
+    """Return what some calls take, each in turn, in a new random order each round.
+
+    Args:
+        runs: the calls.
+        seconds: for each of them.
+        one_thread: whether the calling thread does all the work.
+
+    """
+    subjects = {name: _Subject(run, seconds) for name, run in runs.items()}
     order = list(subjects.values())
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds * len(order)
@@ -139,7 +155,37 @@ def _time_on(
         for subject in order:
             subject.sample()
         rounds += 1
-    return {name: subject.latency(runtime.is_one_thread) for name, subject in subjects.items()}
+    return {name: subject.latency(one_thread) for name, subject in subjects.items()}
+
+
+def time_torch(
+    models: Mapping[str, nn.Module],
+    inputs: Inputs,
+    *,
+    compiled: bool = False,
+    threads: int = 1,
+    seconds: float = 3.0,
+) -> dict[str, Latency]:
+    """Return the latency of each model in PyTorch on the CPU, by its name.
+
+    Args:
+        models: in evaluation; they take turns.
+        inputs: what they are run on.
+        compiled: whether they are compiled first, by torch.compile, which needs a C++ compiler.
+        threads: threads inside an operator.
+        seconds: time to spend on each model.
+
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = {}
+        for name, model in models.items():
+            called: Any = torch.compile(model) if compiled else model
+            runs[name] = partial(call, called, inputs)
+        return in_turns(runs, seconds, one_thread=threads == 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _runner(path: Path, feed: Feed, runtime: Runtime) -> Callable[[], Any]:

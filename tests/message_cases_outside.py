@@ -18,6 +18,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import cli, runtimes, timing
+from graphprune.comparison import Comparison, Measured
 from tests.message_cases import Does, X, case, net, said
 from tests.models import example
 
@@ -143,6 +144,12 @@ said(
     "no more can be cut as asked; renormalised=True or other patterns may free more",
     lambda: gp.slim(net(), 0.5, X, latency_ms=1e-6),
 )
+
+
+@case(r".*report\.txt must end in \.json or \.html")
+def a_report_of_another_kind(folder: Path) -> None:
+    nothing = Measured(0, 0, None, {})
+    Comparison(nothing, nothing, "", 1, {}, {}).save(folder / "report.txt")
 
 
 @case("no feeds for b; each model needs its own")

@@ -59,6 +59,8 @@ LAYERS = [
     "text",
     "pipeline",
     "passes",
+    "memory",
+    "comparison",
     "compare",
     "cli",
     "demo",

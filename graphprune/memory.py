@@ -1,0 +1,50 @@
+"""The memory that ONNX Runtime takes for a file, seen from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from graphprune.onnx import Feed
+from graphprune.runtimes import CPU, Runtime
+
+# Without graphprune or torch, whose own memory would be in the way.
+_CHILD = """
+import sys
+import numpy, onnxruntime
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+feed = dict(numpy.load(sys.argv[2]))
+before = peak()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(sys.argv[3])
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+for _ in range(3):
+    session.run(None, feed)
+print(peak() - before)
+"""
+
+
+def peak_memory(path: Path, feed: Feed, runtime: Runtime) -> int | None:
+    """Return the bytes by which a process grows at most while it loads and runs a file.
+
+    None where that cannot be told: on other providers than the CPU and other systems than Linux.
+    """
+    if runtime.provider != CPU:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = Path(folder) / "feed.npz"
+        np.savez(arrays, **feed)  # type: ignore[arg-type]
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(path), str(arrays), str(runtime.threads)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return int(done.stdout) * 1024 if done.returncode == 0 else None
