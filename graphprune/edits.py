@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.calibration import Layer
+from graphprune.calibration import Layer, held_by
 
 
 def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: Tensor) -> None:
@@ -24,7 +24,7 @@ def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
         put_parameter(graph_module, str(layer.bias.target), bias, like)
         return
     owner = str(layer.weight.target).rpartition(".")[0]
-    name = _new_name(graph_module, f"{owner}.bias" if owner else "bias")
+    name = new_name(graph_module, f"{owner}.bias" if owner else "bias")
     put_parameter(graph_module, name, bias, like)
     graph, node = graph_module.graph, layer.node
     with graph.inserting_before(node):
@@ -41,7 +41,59 @@ def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
-def _new_name(graph_module: fx.GraphModule, wanted: str) -> str:
+def rescale(
+    graph_module: fx.GraphModule, layer: Layer, factor: Tensor | float, shift: Tensor | float
+) -> None:
+    """Have a layer give `factor * output + shift`; in float64, then rounded once.
+
+    Args:
+        graph_module: that holds the layer.
+        layer: one of its layers.
+        factor: a number, or `[channels]` of the output.
+        shift: likewise.
+
+    """
+    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+    weight = held_by(graph_module, layer.weight)
+    matrix = _matrix(layer, weight)
+    factors = torch.as_tensor(factor, dtype=torch.float64, device=matrix.device)
+    factors = factors.expand(matrix[..., 0].numel())
+    _put_matrix(graph_module, layer, matrix * factors.reshape(*matrix.shape[:2], 1))
+    if layer.bias or bool(torch.as_tensor(shift).any()):
+        bias = torch.as_tensor(factor * own + shift, dtype=torch.float64)
+        put_bias(graph_module, layer, bias.expand(matrix[..., 0].numel()).clone())
+
+
+def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) -> None:
+    """Have a layer give what it gives for `factor * input`, the factors being `[channels]` of the input."""
+    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    factors = factor.double().reshape(layer.groups, -1)
+    window = matrix.shape[2] // factors.shape[1]
+    _put_matrix(graph_module, layer, matrix * factors.repeat_interleave(window, 1).unsqueeze(1))
+
+
+def shift_input(graph_module: fx.GraphModule, layer: Layer, shift: Tensor) -> None:
+    """Have a layer that pads nothing give what it gives for `input + shift`, `[channels]` of the input."""
+    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    shifts = shift.double().reshape(layer.groups, -1)
+    window = matrix.shape[2] // shifts.shape[1]
+    extra = matrix @ shifts.repeat_interleave(window, 1).unsqueeze(2)
+    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+    put_bias(graph_module, layer, own + extra.flatten())
+
+
+def _matrix(layer: Layer, weight: Tensor) -> Tensor:
+    return layer.matrix(weight, {"groups": layer.groups}).double()
+
+
+def _put_matrix(graph_module: fx.GraphModule, layer: Layer, matrix: Tensor) -> None:
+    name = str(layer.weight.target)
+    weight = graph_module.get_parameter(name)
+    value = layer.weight_like(weight, matrix, {"groups": layer.groups})
+    put_parameter(graph_module, name, value, weight)
+
+
+def new_name(graph_module: fx.GraphModule, wanted: str) -> str:
     """Return a dotted name that nothing has: the wanted one, or that with a number."""
     owner, _, leaf = wanted.rpartition(".")
     module, number, name = graph_module.get_submodule(owner), 0, leaf

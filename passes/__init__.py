@@ -1,5 +1,6 @@
 """Passes: each rewrites a graph into a smaller or faster one that computes what it promises."""
 
+from graphprune.passes.absorb_constants import AbsorbConstants
 from graphprune.passes.compensate import Compensate
 from graphprune.passes.eliminate_dead_channels import EliminateDeadChannels
 from graphprune.passes.fold_batch_norm import FoldBatchNorm
@@ -7,6 +8,7 @@ from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
 
 __all__ = [
+    "AbsorbConstants",
     "Compensate",
     "EliminateDeadChannels",
     "FoldBatchNorm",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.edits import drop_unread, put_bias, put_parameter
+from graphprune.edits import drop_unread, rescale
 from graphprune.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 
@@ -59,16 +59,7 @@ def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
 
     deviation = (held("running_var", 1.0) + given["eps"]) ** 0.5
     factor = torch.as_tensor(held("weight", 1.0) / deviation)
-    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
-    bias = held("bias", 0.0) + factor * (own - held("running_mean", 0.0))
-
-    name = str(layer.weight.target)
-    weight = graph_module.get_parameter(name)
-    grouped = {"groups": layer.groups}
-    matrix = layer.matrix(weight.detach(), grouped).double()
-    matrix = matrix * factor.reshape(*matrix.shape[:2], 1)
-    put_parameter(graph_module, name, layer.weight_like(weight, matrix, grouped), weight)
-    put_bias(graph_module, layer, bias)
+    rescale(graph_module, layer, factor, held("bias", 0.0) - factor * held("running_mean", 0.0))
     norm.replace_all_uses_with(norm.all_input_nodes[0])
 
     tensors = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphprune.passes import FoldBatchNorm, RemoveIdentities, SlimChannels
+from graphprune.passes import AbsorbConstants, FoldBatchNorm, RemoveIdentities, SlimChannels
 from torch import Tensor, fx, nn
 
 import graphprune as gp
@@ -199,3 +199,78 @@ def test_a_copy_that_a_view_needs_stays() -> None:
     model, x = Turned().eval(), torch.randn(4, 3, 6)
     bare, _ = RemoveIdentities()(model, x)
     torch.testing.assert_close(bare(x), model(x))
+
+
+class Arithmetic(nn.Module):
+    """Layers with constants before and behind them, some of which can go into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.grouped = nn.Conv2d(8, 6, 3, groups=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, stride=2)
+        self.last = nn.Linear(4, 5)
+        self.matrix = nn.Parameter(torch.randn(5, 3))
+        self.register_buffer("mean", torch.randn(1, 3, 1, 1))
+        self.register_buffer("scale", torch.rand(8, 1, 1) + 0.5)
+        self.register_buffer("offset", torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first((x - self.mean) / 0.25) * self.scale + 0.5
+        y = self.grouped(y * 2.0).sub(1.0).relu()
+        y = 3.0 - self.up(y).div(2.0)
+        y = self.last(y.mean((2, 3)) + 1.0) + self.offset
+        return 2.0 * (y @ self.matrix)
+
+
+def test_constants_beside_layers_become_part_of_them() -> None:
+    torch.manual_seed(0)
+    model, x = Arithmetic().double().eval(), torch.randn(2, 3, 9, 9).double()
+    absorbed, modified = AbsorbConstants()(model, x)
+    assert modified
+    assert not calls(absorbed, aten.add, aten.sub, aten.mul, aten.div, aten.rsub)
+    torch.testing.assert_close(absorbed(x), model(x), rtol=1e-11, atol=1e-11)
+    assert not {"mean", "scale", "offset"} & absorbed.state_dict().keys()
+    assert absorbed.state_dict()["first.bias"].shape == (8,)
+    again, modified = AbsorbConstants()(absorbed, x)
+    assert not modified
+    torch.testing.assert_close(again(x), absorbed(x), rtol=0, atol=0)
+
+
+class Kept(nn.Module):
+    """Constants that cannot go into the layers beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded = nn.Conv1d(3, 4, 3, padding=1)
+        self.shared = nn.Linear(4, 4)
+        self.register_buffer("places", torch.randn(7, 4))
+        self.register_buffer("counts", torch.arange(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.padded(x + 1.0).transpose(1, 2)
+        z = self.shared(y) * self.places
+        w = self.shared(z) * 2.0
+        return w + z.add_(3.0).float() * self.counts + 1.0 / self.shared(w)
+
+
+def test_constants_that_a_layer_cannot_take_up_stay() -> None:
+    torch.manual_seed(0)
+    model, x = Kept().eval(), torch.randn(2, 3, 7)
+    absorbed, modified = AbsorbConstants()(model, x)
+    assert not modified
+    torch.testing.assert_close(absorbed(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_weights_that_are_computed_are_computed_once(norm: str) -> None:
+    torch.manual_seed(0)
+    with_norm = getattr(nn.utils.parametrizations, norm)
+    model = nn.Sequential(with_norm(nn.Conv2d(3, 16, 3)), nn.ReLU(), nn.Conv2d(16, 4, 3))
+    model, x = model.double().eval(), torch.randn(2, 3, 9, 9).double()
+    absorbed, modified = AbsorbConstants()(model, x)
+    assert modified
+    assert {"0.weight", "0.bias", "2.weight", "2.bias"} == absorbed.state_dict().keys()
+    torch.testing.assert_close(absorbed(x), model(x), rtol=1e-12, atol=1e-12)
+    slim = gp.slim(absorbed, 0.5, x)
+    assert slim.state_dict()["0.weight"].shape == (8, 3, 3, 3)

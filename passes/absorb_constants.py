@@ -1,0 +1,267 @@
+"""Make constants, and arithmetic with them, part of the layers beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from graphprune.calibration import Layer, held_by, layers_of
+from graphprune.constants import pads
+from graphprune.edits import (
+    drop_unread,
+    new_name,
+    put_parameter,
+    rescale,
+    rescale_input,
+    shift_input,
+)
+from graphprune.pipeline import Pass, Program
+from graphprune.rules import arguments_of, writes
+from graphprune.state import evaluating
+
+aten = torch.ops.aten
+
+_SCALING = (aten.mul, aten.div)
+_SHIFTING = (aten.add, aten.sub, aten.rsub)
+
+
+@dataclass(frozen=True)
+class AbsorbConstants(Pass):
+    """What is computed from parameters and numbers alone is computed once, and goes into layers.
+
+    1. Values that are computed from parameters and buffers alone (a weight that is normalised, masked or
+       transposed) become parameters, where they take no more memory than what they are computed from.
+    2. A layer's output that is multiplied, divided, added to or subtracted from, by a number or by one
+       number a channel: the layer's weight and bias do it.
+    3. The same of its input; sums only where the layer pads nothing.
+
+    The graph is for inference. In float64, then rounded once.
+
+    Left alone: values and weights that something else reads too, in-place arithmetic, constants that vary
+    along other dimensions than the channels, and what would change the type of a result.
+    """
+
+    def rewrite(self, program: Program) -> bool:
+        """Compute constants, then let layers take up what stands beside them until nothing does."""
+        graph_module = program.graph_module
+        changed = _compute(graph_module)
+        while _absorb_one(graph_module):
+            changed = True
+        return changed
+
+
+# ------------------------------------------------------------------- values of parameters alone
+
+
+def _compute(graph_module: fx.GraphModule) -> bool:
+    """Put what is computed from held tensors alone in the place of its computation."""
+    graph = graph_module.graph
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            is_constant = isinstance(attrgetter(str(node.target))(graph_module), Tensor)
+        else:
+            sources = node.all_input_nodes
+            is_constant = bool(sources) and constant.issuperset(sources) and _is_plain(node)
+        if is_constant:
+            constant.add(node)
+    ends = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
+    ends = [node for node in ends if any(reader not in constant for reader in node.users)]
+    with evaluating(graph_module), torch.no_grad():
+        values = {node: _value(graph_module, node, {}) for node in ends}
+    found = {
+        n: v for n, v in values.items() if isinstance(v, Tensor) and _is_small(graph_module, n, v)
+    }
+    for node, value in found.items():
+        _hold(graph_module, node, value)
+    return bool(found)
+
+
+def _is_small(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
+    """Say whether a floating-point value takes no more memory than what it is computed from."""
+    held = [held_by(graph_module, source) for source in _sources(node)]
+    bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return value.is_floating_point() and value.numel() * value.element_size() <= bytes_held
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Say whether a call of an operator gives the same whenever it is made."""
+    if not isinstance(node.target, OpOverload) or writes(node):
+        return False
+    schema, tags = node.target._schema, node.target.tags
+    return not (schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Return the held tensors that a value is computed from."""
+    found: dict[fx.Node, None] = {}
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one.op == "get_attr":
+            found[one] = None
+        waiting += one.all_input_nodes
+    return list(found)
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    if node not in known:
+        if node.op == "get_attr":
+            known[node] = held_by(graph_module, node)
+        else:
+            for source in node.all_input_nodes:
+                _value(graph_module, source, known)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known[node]
+
+
+def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    """Hold a value as a parameter beside the first it was computed from, and read it instead."""
+    sources = _sources(node)
+    first = str(sources[0].target)
+    owner, is_parametrized, _ = first.partition(".parametrizations.")
+    if not is_parametrized:
+        owner = first.rpartition(".")[0]
+    wanted = f"{owner}.{_role(node)}" if owner else _role(node)
+    name = new_name(graph_module, wanted)
+    put_parameter(graph_module, name, value.clone().contiguous(), held_by(graph_module, sources[0]))
+    with graph_module.graph.inserting_before(node):
+        read = graph_module.graph.get_attr(name)
+    read.meta = dict(node.meta)
+    node.replace_all_uses_with(read)
+    graph_module.graph.eliminate_dead_code()
+    drop_unread(graph_module, [str(source.target) for source in sources])
+
+
+def _role(node: fx.Node) -> str:
+    """Return what the first operator that reads a value calls it."""
+    reader = next(iter(node.users))
+    if not isinstance(reader.target, OpOverload):
+        return "constant"
+    named = arguments_of(reader)
+    role = next((name for name, argument in named.items() if argument is node), "constant")
+    return role if role in ("weight", "bias") else "constant"
+
+
+# ------------------------------------------------------------- arithmetic before and after layers
+
+
+def _absorb_one(graph_module: fx.GraphModule) -> bool:
+    """Let one layer take up one operator beside it; say whether there was one."""
+    for layer in layers_of(graph_module).values():
+        behind = _behind(graph_module, layer)
+        if behind is not None:
+            rescale(graph_module, layer, behind.factor, behind.shift)
+            _bypass(graph_module, behind)
+            return True
+        before = _before(graph_module, layer)
+        if before is not None:
+            if before.shift.any():
+                shift_input(graph_module, layer, before.shift)
+            rescale_input(graph_module, layer, before.factor)
+            _bypass(graph_module, before)
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """An operator that gives `factor * value + shift`, both `[channels]`."""
+
+    node: fx.Node
+    value: fx.Node
+    factor: Tensor
+    shift: Tensor
+
+
+def _behind(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
+    """Return the arithmetic that alone reads a layer's output, where the layer can do it."""
+    readers = list(layer.node.users)
+    if len(readers) != 1:
+        return None
+    dim = 1 if layer.summed == 1 else -1
+    found = _arithmetic(graph_module, readers[0], layer.node, dim)
+    return found if found is not None and (_takes_bias(layer) or not found.shift.any()) else None
+
+
+def _before(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
+    """Return the arithmetic whose result a layer alone reads, where the layer can do it."""
+    if list(layer.data.users) != [layer.node]:
+        return None
+    for value in layer.data.all_input_nodes:
+        found = _arithmetic(graph_module, layer.data, value, layer.summed)
+        if found is not None and not found.shift.any():
+            return found
+        if found is not None and _takes_bias(layer) and not pads(arguments_of(layer.node)):
+            return found
+    return None
+
+
+def _takes_bias(layer: Layer) -> bool:
+    """Say whether a bias is part of the layer's own call."""
+    return layer.bias is not None or "bias" in arguments_of(layer.node)
+
+
+def _arithmetic(
+    graph_module: fx.GraphModule, node: fx.Node, value: fx.Node, dim: int
+) -> _Arithmetic | None:
+    """Return what a node does to a value, channel by channel, if that is all it does."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in (*_SCALING, *_SHIFTING) or writes(node):
+        return None
+    given = arguments_of(node)
+    is_left, is_right = (given[name] is value for name in ("self", "other"))
+    if is_left == is_right or given.get("rounding_mode") is not None:
+        return None
+    before, after = value.meta.get("val"), node.meta.get("val")
+    if before is None or after is None or not before.dtype.is_floating_point:
+        return None
+    if (before.shape, before.dtype) != (after.shape, after.dtype):
+        return None
+    other = _by_channel(graph_module, given["other" if is_left else "self"], before, dim)
+    if other is None or (packet is aten.div and is_right):
+        return None
+    one, none = torch.ones_like(other), torch.zeros_like(other)
+    if packet in _SCALING:
+        return _Arithmetic(node, value, other if packet is aten.mul else 1 / other, none)
+    alpha = float(given.get("alpha", 1))
+    scaled_by_alpha = (
+        is_left if packet is aten.rsub else is_right
+    )  # the operand that alpha multiplies
+    sign = 1 if packet is aten.add else -1
+    if scaled_by_alpha:
+        return _Arithmetic(node, value, sign * alpha * one, other)
+    return _Arithmetic(node, value, one, sign * alpha * other)
+
+
+def _by_channel(
+    graph_module: fx.GraphModule, constant: Any, value: Tensor, dim: int
+) -> Tensor | None:
+    """Return a constant as one number a channel, or None where it is no such thing."""
+    channels = int(value.shape[dim])
+    if isinstance(constant, (int, float)):
+        return torch.full((channels,), float(constant), dtype=torch.float64)
+    if not isinstance(constant, fx.Node) or constant.op != "get_attr":
+        return None
+    tensor = held_by(graph_module, constant).double()
+    if tensor.dim() > value.dim():
+        return None
+    tensor = tensor.reshape([1] * (value.dim() - tensor.dim()) + list(tensor.shape))
+    along = tensor.movedim(dim, 0)
+    if along.numel() not in (1, channels) or along.numel() != along.shape[0]:
+        return None
+    return along.flatten().expand(channels).clone()
+
+
+def _bypass(graph_module: fx.GraphModule, arithmetic: _Arithmetic) -> None:
+    node = arithmetic.node
+    held = [str(one.target) for one in node.all_input_nodes if one.op == "get_attr"]
+    node.replace_all_uses_with(arithmetic.value)
+    graph_module.graph.erase_node(node)
+    drop_unread(graph_module, held)
