@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import fx
@@ -94,6 +94,9 @@ class Pass:
         return PassResult(after, modified)
 
 
+Callback: TypeAlias = Callable[[Pass, PassResult], None]
+
+
 def program_of(model: Any, example_inputs: Any) -> Program:
     """Return a copy of the model as a program, traced where it is not a graph of ATen operators.
 
@@ -113,17 +116,16 @@ class Pipeline:
 
     Attributes:
         passes: in order.
-        callback: called after each pass with the pass and its result.
+        callback: called after each pass with the pass and its result; or several, called in order.
+            `graphprune.callbacks` has some.
 
     """
 
     passes: Sequence[Pass]
-    callback: Callable[[Pass, PassResult], None] | None = None
+    callback: Callback | Sequence[Callback] = ()
 
     @classmethod
-    def parse(
-        cls, text: str, callback: Callable[[Pass, PassResult], None] | None = None
-    ) -> Pipeline:
+    def parse(cls, text: str, callback: Callback | Sequence[Callback] = ()) -> Pipeline:
         """Return the pipeline that a text describes: `"slim-channels{ratio=0.3 of=macs}, fold-batch-norm"`.
 
         Passes stand in order, with commas between them and options in braces: numbers, words, texts
@@ -151,11 +153,12 @@ class Pipeline:
     def __call__(self, model: Any, example_inputs: Any = None) -> Any:
         """Return the model after all passes: a graph, or an ExportedProgram where one was given."""
         inputs = prepared(model, example_inputs)[1]
+        callbacks = [self.callback] if callable(self.callback) else self.callback
         result = model
         for each in self.passes:
             found = each(result, inputs)
-            if self.callback is not None:
-                self.callback(each, found)
+            for callback in callbacks:
+                callback(each, found)
             result = found.graph_module
         if not self.passes:
             result = program_of(model, inputs).graph_module

@@ -18,6 +18,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune import cli, runtimes, timing
+from graphprune.callbacks import Compared
 from graphprune.comparison import Comparison, Measured
 from tests.message_cases import Does, X, case, net, said
 from tests.models import example
@@ -150,6 +151,14 @@ said(
 def a_report_of_another_kind(folder: Path) -> None:
     nothing = Measured(0, 0, None, {})
     Comparison(nothing, nothing, "", 1, {}, {}).save(folder / "report.txt")
+
+
+@case(
+    r"after slim-channels, output differs from the original's by \S+ of its largest value; the tolerance "
+    "is 0.0001"
+)
+def a_pass_that_changes_results(folder: Path) -> None:
+    gp.Pipeline([SlimChannels(ratio=0.5)], Compared(net(), X))(net(), X)
 
 
 @case("no feeds for b; each model needs its own")

@@ -58,6 +58,7 @@ LAYERS = [
     "constants",
     "text",
     "pipeline",
+    "callbacks",
     "passes",
     "memory",
     "comparison",

@@ -8,13 +8,15 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 import torch
-from graphprune.passes import SlimChannels
+from graphprune.passes import FoldBatchNorm, RemoveIdentities, SlimChannels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphprune as gp
+from graphprune.callbacks import Compared, Dumped, Printed, Timed
+from graphprune.errors import VerificationError
 from graphprune.pipeline import Program
 from graphprune.runtimes import CPU
 
@@ -172,3 +174,36 @@ def test_a_pass_that_hides_its_change_is_caught(model: nn.Module, x: Tensor) -> 
 
 def test_an_empty_pipeline_gives_the_graph(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(gp.Pipeline([])(model, x)(x), model(x))
+
+
+def test_callbacks_between_passes_time_print_dump_and_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.Conv2d(8, 4, 3)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 9, 9)
+    timed, compared = Timed(), Compared(model, x)
+    callbacks = [timed, Dumped(tmp_path / "dump"), Printed(), compared]
+    passes = [FoldBatchNorm(), RemoveIdentities(), RemoveIdentities()]
+    gp.Pipeline(passes, callbacks)(model, x)
+    assert [name for name, _ in timed.seconds] == [each.name() for each in passes]
+    assert all(seconds > 0 for _, seconds in timed.seconds)
+    assert "fold-batch-norm" in str(timed)
+    files = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert files == ["01-fold-batch-norm.py", "02-remove-identities.py", "03-remove-identities.py"]
+    first, last = ((tmp_path / "dump" / name).read_text() for name in (files[0], files[-1]))
+    assert "dropout" in first
+    assert "dropout" not in last
+    assert "batch_norm" not in first
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fold-batch-norm: changed, ")
+    assert lines[2].startswith("remove-identities: left as it was, ")
+    assert len(compared.differences) == 3
+    assert max(compared.differences) < 1e-5
+
+
+def test_a_pass_that_changes_results_is_caught_between_passes() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(2, 6)
+    pipeline = gp.Pipeline([SlimChannels(ratio=0.5)], Compared(model, x))
+    with pytest.raises(VerificationError, match=r"^after slim-channels, output differs"):
+        pipeline(model, x)

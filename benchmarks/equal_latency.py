@@ -1,0 +1,101 @@
+"""Accuracy at equal measured latency: cut by latency, by MACs and by channels.
+
+    python benchmarks/equal_latency.py --data FOLDER_OF_FASHION_MNIST
+
+The MobileNet-style network of networks.py, eight images, one CPU thread. First `of="latency"` cuts to 0.7,
+0.5 and 0.3 of the original's time; then the ratios of the others are sought until their networks take as
+long, by timings in turns with the original. All are repaired on the same 512 images without labels, none is
+trained.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from tasks import Task, arguments, fashion
+
+import graphprune as gp
+from graphprune.demo.data import sample
+from graphprune.forms import Slimmed
+from graphprune.latency import Bench
+from graphprune.runtimes import Runtime, machine
+
+RESULTS = Path(__file__).parent / "results" / "equal_latency.md"
+SHARES = (0.7, 0.5, 0.3)
+CRITERIA = ("l2", "reconstruction")
+NEAR = 0.02
+SEARCHES = 10
+
+
+def cut(task: Task, inputs: Any, criterion: str, **options: Any) -> Slimmed:
+    return gp.slimmed(
+        task.model, example_inputs=inputs, importance=criterion, data=task.calibration, **options
+    )
+
+
+def as_long(
+    bench: Bench, task: Task, inputs: Any, criterion: str, of: str, share: float
+) -> tuple[Slimmed, float]:
+    """Return what is cut by another unit until it takes that share of the original's time."""
+    low, high = 0.0, 0.98
+    best: tuple[float, Slimmed, float] | None = None
+    for _ in range(SEARCHES):
+        ratio = (low + high) / 2
+        result = cut(task, inputs, criterion, ratio=ratio, of=of, verify=False)
+        found = bench.measured(result.model).seconds / bench.seconds
+        if best is None or abs(found - share) < best[0]:
+            best = abs(found - share), result, found
+        if abs(found / share - 1) <= NEAR:
+            break
+        low, high = (ratio, high) if found > share else (low, ratio)
+    assert best is not None
+    return best[1], best[2]
+
+
+def repaired(task: Task, inputs: Any, result: Slimmed) -> float:
+    slim = gp.slim(
+        task.model, example_inputs=inputs, plan=result.plan, data=task.calibration, compensate=True
+    )
+    return task.score(slim)
+
+
+def main() -> None:
+    options = arguments().parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    task = fashion("mobilenet", options)
+    inputs = (sample("test").images[:8],)
+    lines = [
+        "# Accuracy at equal measured latency",
+        "",
+        f"MobileNet-style network on Fashion-MNIST, {task.score(task.model):.2f} % whole; eight images, "
+        "one CPU thread; repaired on 512 images without labels, not trained. In brackets, the share of the "
+        "original's time that was measured.",
+        "",
+        f"{', '.join(machine(on_gpu=False).values())}, onnxruntime {onnxruntime.__version__}, torch "
+        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}",
+        "",
+        '| importance | time left | of="latency" | of="macs" | of="channels" |',
+        "| --- | --- | --- | --- | --- |",
+    ]
+    with Bench(task.model, gp.Inputs.of(inputs), Runtime(), seconds=1.5) as bench:
+        for criterion in CRITERIA:
+            for share in SHARES:
+                mine = cut(task, inputs, criterion, ratio=1 - share, of="latency")
+                left = bench.measured(mine.model).seconds / bench.seconds
+                cells = [f"{repaired(task, inputs, mine):.2f} ({left:.3f})"]
+                for of in ("macs", "channels"):
+                    other, found = as_long(bench, task, inputs, criterion, of, left)
+                    cells.append(f"{repaired(task, inputs, other):.2f} ({found:.3f})")
+                lines.append(f"| {criterion} | {share:.0%} | {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
