@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
@@ -307,6 +308,7 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
     flat, free = request.flat, len(cases) > 1
     traced, program = _translated(flat, cases[-1].tensors, request.opset, free)
     if free:
+        _free_lengths(program.model)
         _name_free(flat, program.model)
     origins = _origins(program)
     _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
@@ -389,6 +391,24 @@ def _without_assertions(program: torch.export.ExportedProgram) -> None:
 
 
 _ASSERTIONS = (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
+
+
+def _free_lengths(model: ir.Model) -> None:
+    """Let recurrent layers join their directions at any length: the exporter writes down the traced one."""
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
+        if source is None or source.op_type != "Transpose" or source.inputs[0] is None:
+            continue
+        layer = source.inputs[0].producer()
+        if layer is None or layer.op_type not in ("LSTM", "GRU", "RNN"):
+            continue
+        if source.inputs[0] is layer.outputs[0]:  # [time, direction, batch, unit], the two swapped
+            name = f"{node.outputs[0].name}_shape"
+            shape = ir.Value(name=name, const_value=ir.tensor([0, 0, -1], ir.DataType.INT64, name))
+            model.graph.register_initializer(shape)
+            node.replace_input_with(1, shape)
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # 0 is "as it is"
+    RemoveUnusedNodesPass()(model)
 
 
 def _name_free(flat: _Flat, model: ir.Model) -> None:

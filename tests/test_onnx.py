@@ -320,17 +320,20 @@ class Recurrent(nn.Module):
         return self.last(self.cells(x)[0])
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_the_length_of_a_sequence_can_be_free(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+def test_the_length_of_a_sequence_can_be_free(
+    kind: type[nn.RNNBase], batch_first: bool, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    model = gp.slim(Recurrent(kind, True).eval(), 0.5, torch.randn(3, 5, 6))
+    model = gp.slim(Recurrent(kind, batch_first).eval(), 0.5, torch.randn(3, 5, 6))
+    free = {"x": {1: "length"} if batch_first else {0: "length", 1: "batch"}}
     for _ in range(2):  # what was exported before makes no difference
-        exported = export(
-            model, torch.randn(3, 5, 6), tmp_path / "net.onnx", free={"x": {1: "length"}}
-        )
+        exported = export(model, torch.randn(3, 5, 6), tmp_path / "net.onnx", free=free)
     assert set(exported.free) == {"batch", "length"}
     session = open_session(exported.path)
-    assert session.get_inputs()[0].shape == ["batch", "length", 6]
+    names = ["batch", "length"] if batch_first else ["length", "batch"]
+    assert session.get_inputs()[0].shape == [*names, 6]
     for shape in ((1, 1, 6), (2, 9, 6), (4, 31, 6)):
         x = torch.randn(*shape)
         (found,) = session.run(None, exported.feed(x))
@@ -340,7 +343,7 @@ def test_the_length_of_a_sequence_can_be_free(kind: type[nn.RNNBase], tmp_path: 
 
 
 def test_a_length_that_cannot_be_free_is_fixed_and_the_batch_is_not(tmp_path: Path) -> None:
-    model, x = Recurrent(nn.LSTM, False).eval(), torch.randn(5, 3, 6)
+    model, x = Recurrent(nn.RNN, False).eval(), torch.randn(5, 3, 6)
     free = {"x": {0: "length", 1: "batch"}}
     with pytest.warns(GraphPruneWarning, match=r"^dimension 0 of x is fixed to 5 in net\.onnx"):
         exported = export(model, x, tmp_path / "net.onnx", free=free)
