@@ -24,6 +24,7 @@ from graphprune.runtimes import Runtime, in_precision, open_session
 LEAST_RUNS, MOST_RUNS = 10, 300
 
 _KERNEL = "_kernel_time"
+_LEAST = 1e-7  # seconds; less than a microsecond is recorded as nothing
 _WAITS = "CUDA_LAUNCH_BLOCKING"
 
 
@@ -117,7 +118,7 @@ def _durations(records: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
 def _middle(samples: Sequence[float]) -> float:
     """Return the mean of the middle half: finer than the microseconds that are recorded, and robust."""
     low, high = len(samples) // 4, len(samples) - len(samples) // 4
-    return float(np.mean(np.sort(samples)[low:high]))
+    return max(float(np.mean(np.sort(samples)[low:high])), _LEAST)
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:

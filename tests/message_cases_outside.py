@@ -147,6 +147,16 @@ said(
 )
 
 
+@case(
+    "nothing that ONNX Runtime runs could be traced back to the model's operators, so its latency cannot "
+    "be divided among its channels"
+)
+def a_profile_of_nothing(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules["graphprune.latency.measure"], "profiled", lambda *_: [])
+        gp.slim(net(), 0.5, X, of="latency")
+
+
 @case(r".*report\.txt must end in \.json or \.html")
 def a_report_of_another_kind(folder: Path) -> None:
     nothing = Measured(0, 0, None, {})

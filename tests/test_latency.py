@@ -107,9 +107,13 @@ def test_more_milliseconds_than_it_takes_leave_the_model_whole(
     machine: list[Path], tmp_path: Path
 ) -> None:
     model = resnet()
-    with pytest.warns(GraphPruneWarning, match="numbers of channels allowed are no finer"):
-        slim = gp.slim(model, example_inputs=X, latency_ms=2e3 * whole(model, tmp_path))
+    slim = gp.slim(model, example_inputs=X, latency_ms=2e3 * whole(model, tmp_path))
     assert gp.count_parameters(slim) == gp.count_parameters(model)
+
+
+def test_a_latency_between_two_widths_is_said(machine: list[Path]) -> None:
+    with pytest.warns(GraphPruneWarning, match="numbers of channels allowed are no finer"):
+        gp.slim(resnet(), 0.08, X, of="latency", align=32)
 
 
 def test_a_latency_that_cannot_be_reached_is_said(machine: list[Path]) -> None:

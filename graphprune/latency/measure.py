@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import nn
 
-from graphprune.errors import GraphPruneWarning
+from graphprune.errors import ExportError, GraphPruneWarning
 from graphprune.groups import DependencyGraph
 from graphprune.inputs import Inputs
 from graphprune.latency.cache import Cache
@@ -95,6 +95,11 @@ class Bench:
         self.part_of = self.program.parts(events)
         self.parts = tuple({part.name: part for part in self.part_of.values()}.values())
         self.by_part = self._by_part(events)
+        if not self.by_part:
+            raise ExportError(
+                "nothing that ONNX Runtime runs could be traced back to the model's operators, so its "
+                "latency cannot be divided among its channels"
+            )
         self.seconds = self._timed({"original": self.original})["original"]
         return self
 
