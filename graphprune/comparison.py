@@ -194,6 +194,9 @@ def notes(comparison: Comparison) -> Iterator[str]:
             yield f"{name} is not exported: {side.reason}"
         if side.file and not side.file.batch_free:
             yield f"{name} is exported for this batch size only"
+        if side.file:
+            batches = " and ".join(map(str, side.file.checked))
+            yield f"{name} is compared with PyTorch at batch {batches}"
     opsets = sorted({side.file.opset for side in sides.values() if side.file})
     if opsets:
         yield f"ONNX opset {', '.join(map(str, opsets))}"
