@@ -55,7 +55,8 @@ def compare(
         batches: times that the example inputs are repeated along the batch, for more latencies.
         in_torch: time both in PyTorch too, eager and compiled, on the CPU.
         seconds: time for the latency of each model on each of them.
-        path: a folder to keep original.onnx and slim.onnx in; by default they are thrown away.
+        path: a folder to keep original.onnx and slim.onnx in, and float16 versions where those are
+            timed; by default they are thrown away.
 
     Raises:
         InvalidRequestError: ONNX Runtime does not have one of the providers.
