@@ -71,7 +71,7 @@ class _Tainted(Run):
         self.of, self.plain = graph_module, plain
         self.layers = {layer.node: layer for layer in layers_of(graph_module).values()}
         self.varying: set[fx.Node] = set()  # nodes of whole numbers, which hold no NaN
-        self.written = {_origin(n).target for n in self.order if writes(n)}
+        self.written = written_by(graph_module)
         self.read: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -159,6 +159,11 @@ class _Tainted(Run):
         data = self.env[source]
         uneven = data.amax(space, keepdim=True) != data.amin(space, keepdim=True)
         return value.masked_fill(uneven, torch.nan)
+
+
+def written_by(graph_module: fx.GraphModule) -> set[Any]:
+    """Return the names of held tensors that a graph writes to, which are no constants."""
+    return {_origin(node).target for node in graph_module.graph.nodes if writes(node)}
 
 
 def _origin(n: fx.Node) -> fx.Node:

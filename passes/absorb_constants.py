@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.constants import pads
+from graphprune.constants import pads, written_by
 from graphprune.edits import (
     drop_unread,
     new_name,
@@ -42,8 +42,9 @@ class AbsorbConstants(Pass):
 
     The graph is for inference. In float64, then rounded once.
 
-    Left alone: values and weights that something else reads too, in-place arithmetic, constants that vary
-    along other dimensions than the channels, and what would change the type of a result.
+    Left alone: values and weights that something else reads too, in-place arithmetic, buffers that the
+    model writes to, constants that vary along other dimensions than the channels, and what would change
+    the type of a result.
     """
 
     def rewrite(self, program: Program) -> bool:
@@ -62,9 +63,11 @@ def _compute(graph_module: fx.GraphModule) -> bool:
     """Put what is computed from held tensors alone in the place of its computation."""
     graph = graph_module.graph
     constant: set[fx.Node] = set()
+    written = written_by(graph_module)
     for node in graph.nodes:
         if node.op == "get_attr":
-            is_constant = isinstance(attrgetter(str(node.target))(graph_module), Tensor)
+            is_tensor = isinstance(attrgetter(str(node.target))(graph_module), Tensor)
+            is_constant = is_tensor and node.target not in written
         else:
             sources = node.all_input_nodes
             is_constant = bool(sources) and constant.issuperset(sources) and _is_plain(node)
@@ -248,6 +251,8 @@ def _by_channel(
     if isinstance(constant, (int, float)):
         return torch.full((channels,), float(constant), dtype=torch.float64)
     if not isinstance(constant, fx.Node) or constant.op != "get_attr":
+        return None
+    if constant.target in written_by(graph_module):
         return None
     tensor = held_by(graph_module, constant).double()
     if tensor.dim() > value.dim():

@@ -274,3 +274,24 @@ def test_weights_that_are_computed_are_computed_once(norm: str) -> None:
     torch.testing.assert_close(absorbed(x), model(x), rtol=1e-12, atol=1e-12)
     slim = gp.slim(absorbed, 0.5, x)
     assert slim.state_dict()["0.weight"].shape == (8, 3, 3, 3)
+
+
+def test_buffers_that_the_model_writes_to_are_no_constants() -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.register_buffer("shift", torch.zeros(5))
+            self.register_buffer("scale", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shift.copy_(x.mean(0)[:5])
+            self.scale.copy_(x.amax(0)[:3])
+            return self.last(self.first(x) + self.shift) * (self.scale * 2.0)
+
+    torch.manual_seed(0)
+    model, x = Writing().eval(), torch.randn(4, 6)
+    absorbed, modified = AbsorbConstants()(model, x)
+    assert not modified
+    for other in (x, torch.randn(4, 6)):
+        torch.testing.assert_close(absorbed(other), model(other))
