@@ -94,7 +94,7 @@ def main() -> None:
         "one CPU thread; repaired on 512 images without labels, not trained. In brackets, the share of the "
         "original's time that was measured.",
         "",
-        f"{', '.join(machine(on_gpu=False).values())}, onnxruntime {onnxruntime.__version__}, torch "
+        f"{', '.join(machine().values())}, onnxruntime {onnxruntime.__version__}, torch "
         f"{torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "",
         '| importance | time left | of="latency" | of="macs" | of="channels" |',

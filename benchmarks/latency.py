@@ -56,9 +56,9 @@ def one_sample(name: str, quick: bool) -> tuple[nn.Module, Any]:
 
 
 def header(title: str, runtimes: Sequence[Any]) -> list[str]:
-    from graphprune.runtimes import CUDA, machine
+    from graphprune.runtimes import machine
 
-    about = machine(on_gpu=any(runtime.provider == CUDA for runtime in runtimes))
+    about = machine(*runtimes)
     numbers = [f"onnxruntime {onnxruntime.__version__}", f"torch {torch.__version__}"]
     where = ", ".join([*about.values(), *numbers, f"graphprune {version('graphprune')}"])
     return [f"# {title}", "", f"{where}, {time.strftime('%Y-%m-%d')}", ""]

@@ -16,7 +16,7 @@ from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, si
 
 Align: TypeAlias = int | Literal["auto"]
 
-CONVOLUTION_MULTIPLE = 4  # as far as the blocks of `cost.CONVOLUTION_BLOCK` can be left
+CONVOLUTION_MULTIPLE = 4  # channels that the fast kernels take where a block is too many
 
 # Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
 GROUPED_MULTIPLE = 8

@@ -21,7 +21,7 @@ from graphprune.state import evaluating, working_copy
 
 @dataclass
 class Timed:
-    """Notes the seconds that each pass takes, in `.seconds`, in order."""
+    """Notes the seconds that each pass takes, in `.seconds`, in order; the first from when this was made."""
 
     seconds: list[tuple[str, float]] = field(default_factory=list)
     last: float = field(default_factory=time.perf_counter, repr=False)
@@ -63,7 +63,7 @@ class Printed:
     def __call__(self, each: Pass, result: PassResult) -> None:
         """Print one line."""
         count = len(result.graph_module.graph.nodes)
-        print(f"{each.text}: {'changed' if result.modified else 'left as it was'}, {count} nodes")
+        print(f"{each.name()}: {'changed' if result.modified else 'left as it was'}, {count} nodes")
 
 
 class Compared:
@@ -93,7 +93,7 @@ class Compared:
         worst = 0.0
         for (name, wanted), (_, given) in zip(self.expected, found, strict=True):
             difference = (
-                relative_difference(wanted.cpu().numpy(), given.cpu().numpy())
+                relative_difference(wanted.double().cpu().numpy(), given.double().cpu().numpy())
                 if wanted.shape == given.shape
                 else math.inf
             )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
-import torch
 from torch import fx, nn
 
 from graphprune.caches import without_caches
@@ -23,7 +22,7 @@ from graphprune.inputs import Inputs
 from graphprune.memory import peak_memory
 from graphprune.onnx import PREFIX, Model, Traced, as_module, traced_export
 from graphprune.profiling import profiled
-from graphprune.runtimes import CUDA, Runtime, default_runtimes, machine
+from graphprune.runtimes import DEFAULT, Runtime, default_runtimes, machine
 from graphprune.state import evaluating
 from graphprune.timing import Latency, time_onnx, time_torch
 
@@ -74,7 +73,7 @@ def compare(
         files = {name: each for name, each in tried.items() if isinstance(each, Traced)}
         latency = dict(_latencies(files, inputs, runtimes, batches, seconds))
         sides = {
-            name: _measured(m, inputs, tried[name], runtimes[0], seconds)
+            name: _measured(m, inputs, tried[name], (*runtimes, DEFAULT)[0], seconds)
             for name, m in models.items()
         }
     notes: list[str] = []
@@ -88,9 +87,7 @@ def compare(
         threads=threads,
         versions={name: version(name) for name in ("graphprune", "torch", "onnx")}
         | {"onnxruntime": onnxruntime.__version__},
-        machine=machine(
-            on_gpu=torch.cuda.is_available() and any(r.provider == CUDA for r in runtimes)
-        ),
+        machine=machine(*runtimes),
         notes=tuple(notes),
     )
 
@@ -172,7 +169,7 @@ def _measured(
         batch_free=exported.batch_free,
         checked=exported.checked,
         difference=exported.difference,
-        memory=peak_memory(exported.path, feed, runtime),
+        memory=peak_memory(exported.path, feed, runtime.threads),
     )
     modules = {node.name: _module_of(node) for node in traced.program.graph.nodes}
     places = []

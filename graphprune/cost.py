@@ -82,13 +82,10 @@ def work_of(steps: Sequence[Step]) -> list[Cost]:
     That is their multiply-adds, channels of convolutions rounded up to the blocks that kernels take; where
     there are none, the numbers that they read and write.
     """
-    products = {step.func.overloadpacket: list[list[Layout]]() for step in steps}
-    for step in steps:
-        products[step.func.overloadpacket] += mac_terms(step)
-    if not any(products.values()):
-        return [Cost.of(v.layouts for step in steps for v in (*step.inputs, *step.outputs))]
     blocks = {aten.convolution: CONVOLUTION_BLOCK}
-    return [Cost.of(dims, blocks.get(packet, 1)) for packet, dims in products.items()]
+    products = [Cost.of(mac_terms(s), blocks.get(s.func.overloadpacket, 1)) for s in steps]
+    heavy = [cost for cost in products if cost.constant or cost.terms]
+    return heavy or [Cost.of(v.layouts for s in steps for v in (*s.inputs, *s.outputs))]
 
 
 def mac_terms(step: Step) -> Iterator[list[Layout]]:

@@ -53,21 +53,23 @@ def rescale(
         shift: likewise.
 
     """
-    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
-    weight = held_by(graph_module, layer.weight)
-    matrix = _matrix(layer, weight)
-    factors = torch.as_tensor(factor, dtype=torch.float64, device=matrix.device)
-    factors = factors.expand(matrix[..., 0].numel())
+    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    factors, shifts = (
+        torch.as_tensor(each, dtype=torch.float64, device=matrix.device).expand(
+            len(matrix[0]) * len(matrix)
+        )
+        for each in (factor, shift)
+    )
     _put_matrix(graph_module, layer, matrix * factors.reshape(*matrix.shape[:2], 1))
-    if layer.bias or bool(torch.as_tensor(shift).any()):
-        bias = torch.as_tensor(factor * own + shift, dtype=torch.float64)
-        put_bias(graph_module, layer, bias.expand(matrix[..., 0].numel()).clone())
+    if layer.bias or bool(shifts.any()):
+        own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+        put_bias(graph_module, layer, factors * own + shifts)
 
 
 def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) -> None:
     """Have a layer give what it gives for `factor * input`, the factors being `[channels]` of the input."""
     matrix = _matrix(layer, held_by(graph_module, layer.weight))
-    factors = factor.double().reshape(layer.groups, -1)
+    factors = factor.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // factors.shape[1]
     _put_matrix(graph_module, layer, matrix * factors.repeat_interleave(window, 1).unsqueeze(1))
 
@@ -75,7 +77,7 @@ def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) ->
 def shift_input(graph_module: fx.GraphModule, layer: Layer, shift: Tensor) -> None:
     """Have a layer that pads nothing give what it gives for `input + shift`, `[channels]` of the input."""
     matrix = _matrix(layer, held_by(graph_module, layer.weight))
-    shifts = shift.double().reshape(layer.groups, -1)
+    shifts = shift.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // shifts.shape[1]
     extra = matrix @ shifts.repeat_interleave(window, 1).unsqueeze(2)
     own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from graphprune.onnx import Feed
-from graphprune.runtimes import CPU, Runtime
 
 # Without graphprune or torch, whose own memory would be in the way.
 _CHILD = """
@@ -31,18 +30,16 @@ print(peak() - before)
 """
 
 
-def peak_memory(path: Path, feed: Feed, runtime: Runtime) -> int | None:
-    """Return the bytes by which a process grows at most while it loads and runs a file.
+def peak_memory(path: Path, feed: Feed, threads: int = 1) -> int | None:
+    """Return the bytes by which a process grows at most while it loads and runs a file on the CPU.
 
-    None where that cannot be told: on other providers than the CPU and other systems than Linux.
+    None where the process fails, as on other systems than Linux, which do not tell.
     """
-    if runtime.provider != CPU:
-        return None
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "feed.npz"
         np.savez(arrays, **feed)  # type: ignore[arg-type]
         done = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(path), str(arrays), str(runtime.threads)],
+            [sys.executable, "-c", _CHILD, str(path), str(arrays), str(threads)],
             capture_output=True,
             text=True,
             check=False,

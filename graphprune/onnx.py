@@ -35,6 +35,8 @@ aten = torch.ops.aten
 
 BATCH = "batch"
 
+TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime, relative to an output's largest value
+
 PREFIX = "model."  # the attribute of _Flat that holds the model
 
 _ORIGIN = "graphprune_origin"
@@ -96,7 +98,7 @@ def export(
     *,
     free: Free | None = None,
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
 ) -> Exported:
     """Write the model, as it evaluates, to an ONNX file, and compare the file with PyTorch.
 
@@ -123,27 +125,24 @@ def export(
         CaptureError: the model cannot be copied.
 
     """
-    return traced_export(
-        model, example_inputs, path, free=free, opset=opset, tolerance=tolerance
-    ).exported
+    inputs = Inputs.of(example_inputs)
+    return _traced(model, inputs, Path(path), free or {}, opset, tolerance).exported
 
 
-def traced_export(
-    model: Model,
-    example_inputs: Any,
-    path: str | Path,
-    *,
-    free: Free | None = None,
-    opset: int | None = None,
-    tolerance: float = 1e-4,
+def traced_export(model: Model, inputs: Inputs, path: Path) -> Traced:
+    """Return what `export` returns where nothing more is asked, with the graph that was translated."""
+    return _traced(model, inputs, path, {}, None, TOLERANCE)
+
+
+def _traced(
+    model: Model, inputs: Inputs, path: Path, free: Free, opset: int | None, tolerance: float
 ) -> Traced:
-    """Return what `export` returns, with the graph that was translated; takes the same arguments."""
     module = as_module(model)
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
     with without_caches(module), evaluating(module):
-        flat = _Flat(module, Inputs.of(example_inputs), free or {})
-        request = _Request(flat, Path(path), opset, tolerance)
+        flat = _Flat(module, inputs, free)
+        request = _Request(flat, path, opset, tolerance)
         return _export_free(request, _first_case(flat))
 
 

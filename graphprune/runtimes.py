@@ -154,10 +154,12 @@ def in_precision(path: Path, precision: Precision) -> Path:
     return beside
 
 
-def machine(on_gpu: bool) -> dict[str, str]:
-    """Return what was measured on."""
-    machine = {"cpu": _cpu_name(), "cores": f"{os.cpu_count()} cores", "system": platform.system()}
-    return {**machine, "gpu": torch.cuda.get_device_name()} if on_gpu else machine
+def machine(*runtimes: Runtime) -> dict[str, str]:
+    """Return what was measured on; the GPU too where one was, if PyTorch knows its name."""
+    found = {"cpu": _cpu_name(), "cores": f"{os.cpu_count()} cores", "system": platform.system()}
+    if torch.cuda.is_available() and any(runtime.device != "cpu" for runtime in runtimes):
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def _cpu_name() -> str:

@@ -76,7 +76,8 @@ def _compute(graph_module: fx.GraphModule) -> bool:
     ends = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
     ends = [node for node in ends if any(reader not in constant for reader in node.users)]
     with evaluating(graph_module), torch.no_grad():
-        values = {node: _value(graph_module, node, {}) for node in ends}
+        known: dict[fx.Node, Any] = {}
+        values = {node: _value(graph_module, node, known) for node in ends}
     found = {
         n: v for n, v in values.items() if isinstance(v, Tensor) and _is_small(graph_module, n, v)
     }
@@ -133,7 +134,9 @@ def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         owner = first.rpartition(".")[0]
     wanted = f"{owner}.{_role(node)}" if owner else _role(node)
     name = new_name(graph_module, wanted)
-    put_parameter(graph_module, name, value.clone().contiguous(), held_by(graph_module, sources[0]))
+    trained = any(attrgetter(str(s.target))(graph_module).requires_grad for s in sources)
+    like = torch.empty(0, dtype=value.dtype, requires_grad=trained)
+    put_parameter(graph_module, name, value.clone().contiguous(), like)
     with graph_module.graph.inserting_before(node):
         read = graph_module.graph.get_attr(name)
     read.meta = dict(node.meta)
@@ -234,11 +237,9 @@ def _arithmetic(
     if packet in _SCALING:
         return _Arithmetic(node, value, other if packet is aten.mul else 1 / other, none)
     alpha = float(given.get("alpha", 1))
-    scaled_by_alpha = (
-        is_left if packet is aten.rsub else is_right
-    )  # the operand that alpha multiplies
     sign = 1 if packet is aten.add else -1
-    if scaled_by_alpha:
+    # alpha multiplies the second operand, of rsub the first
+    if is_left if packet is aten.rsub else is_right:
         return _Arithmetic(node, value, sign * alpha * one, other)
     return _Arithmetic(node, value, one, sign * alpha * other)
 

@@ -295,3 +295,25 @@ def test_buffers_that_the_model_writes_to_are_no_constants() -> None:
     assert not modified
     for other in (x, torch.randn(4, 6)):
         torch.testing.assert_close(absorbed(other), model(other))
+
+
+class Numbered(nn.Module):
+    """A scale that is computed from whole numbers, and a weight from two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.arange(1, 6))
+        self.weight, self.gain = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.gain).relu() * (self.numbers.half() / 7)
+
+
+def test_what_is_computed_keeps_its_type_and_goes_on_being_trained() -> None:
+    torch.manual_seed(0)
+    model, x = Numbered().eval(), torch.randn(4, 6)
+    absorbed, modified = AbsorbConstants()(model, x)
+    assert modified
+    torch.testing.assert_close(absorbed(x), model(x))
+    types = {name: (p.dtype, p.requires_grad) for name, p in absorbed.named_parameters()}
+    assert sorted(types.values(), key=str) == [(torch.float16, False), (torch.float32, True)]

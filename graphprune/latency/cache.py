@@ -34,7 +34,7 @@ class Cache:
             "runtime": str(runtime),
             "threads": runtime.threads,
             "onnxruntime": onnxruntime.__version__,
-            **machine(on_gpu=runtime.device != "cpu"),
+            **machine(runtime),
         }
         self.about = {name: str(value) for name, value in key.items()}
         name = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.capture import unlifted
@@ -49,12 +48,14 @@ class Part:
                 [kept_size(dim, kept) for dim in value.layouts]
                 for value in (*step.inputs, *step.outputs)
             ]
-            leaves = pytree.tree_leaves(
-                step.arguments, is_leaf=lambda leaf: isinstance(leaf, Value)
-            )
-            options = [leaf for leaf in leaves if not isinstance(leaf, (Value, Tensor))]
+            given = pytree.tree_leaves(step.arguments, is_leaf=_is_value)
+            options = [argument for argument in given if not _is_value(argument)]
             lines.append(f"{step.func} {tensors} {options}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def _is_value(argument: object) -> bool:
+    return isinstance(argument, Value)
 
 
 class Program:
