@@ -21,7 +21,7 @@ from graphprune.state import evaluating, working_copy
 
 @dataclass
 class Timed:
-    """Notes the seconds that each pass takes, in `.seconds`, in order; the first from when this was made."""
+    """Notes the seconds that each pass takes, in `.seconds`, in order; the first since this was made."""
 
     seconds: list[tuple[str, float]] = field(default_factory=list)
     last: float = field(default_factory=time.perf_counter, repr=False)

@@ -32,10 +32,7 @@ def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyMod
     for width in track(_WIDTHS, "measuring the parts"):
         slim = at_width(width)
         left = bench.left_by(slim.plan, slim.graph)
-        by_part = bench.known(left)
-        if by_part is None:
-            by_part = bench.measured(slim.model).by_part
-            bench.remember(left, by_part)
+        by_part = bench.by_part_at(left, slim.model)
         whole = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
         latency = latency.learned(left, by_part, whole)
     return latency
@@ -65,7 +62,6 @@ def met(
             break
         tried.append(left)
         measured = bench.measured(slim.model)
-        bench.remember(left, measured.by_part)
         miss = abs(measured.seconds * 1e3 / target - 1)
         if best is None or miss < best[0]:
             best = miss, latency, measured.seconds

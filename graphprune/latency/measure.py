@@ -17,7 +17,7 @@ from graphprune.groups import DependencyGraph
 from graphprune.inputs import Inputs
 from graphprune.latency.cache import Cache
 from graphprune.latency.model import GroupLatency, LatencyModel, translated
-from graphprune.latency.parts import Part, Program
+from graphprune.latency.parts import Program
 from graphprune.layout import Axis, counts_of
 from graphprune.onnx import Feed, Traced, traced_export
 from graphprune.plan import Plan
@@ -114,7 +114,6 @@ class Bench:
 
     def model_of_original(self) -> LatencyModel:
         """Return the latency, known at full size alone."""
-        self.remember({}, self.by_part)
         return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
 
     def of_groups(self, latency: LatencyModel, graph: DependencyGraph) -> GroupLatency:
@@ -133,17 +132,21 @@ class Bench:
         exported.exported.path.unlink()
         return Measured(self.seconds * timed["slim"] / timed["original"], by_part)
 
-    def known(self, left: Mapping[Axis, int]) -> dict[str, float] | None:
-        """Return the seconds of all parts at these sizes where they were measured before."""
-        before = self.cache.seconds
-        signatures = {part.name: part.signature(left) for part in self.parts}
-        if not all(signature in before for signature in signatures.values()):
-            return None
-        return {name: before[signature] for name, signature in signatures.items()}
+    def by_part_at(self, left: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
+        """Return the seconds of the parts of a slim model, from the disk where they were measured before.
 
-    def remember(self, left: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
-        """Keep the seconds of the parts at these sizes."""
-        self.cache.add({part.signature(left): by_part.get(part.name, 0.0) for part in self.parts})
+        Args:
+            left: how many slots of each axis of the parts it has.
+            slim: the model.
+
+        """
+        signatures = {part.name: part.signature(left) for part in self.parts}
+        before = self.cache.seconds
+        if all(signature in before for signature in signatures.values()):
+            return {name: before[signature] for name, signature in signatures.items()}
+        found = self._by_part(self._by_node(self._exported(slim)))
+        self.cache.add({key: found.get(name, 0.0) for name, key in signatures.items()})
+        return found
 
     def _exported(self, model: nn.Module) -> Traced:
         self.files += 1
@@ -164,7 +167,7 @@ class Bench:
     def _by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
         for node, seconds in by_node.items():
-            part: Part | None = self.part_of.get(node)
+            part = self.part_of.get(node)
             if part is not None:
                 found[part.name] = found.get(part.name, 0.0) + seconds
         return found
