@@ -9,14 +9,17 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
-from graphprune.cost import CONVOLUTION_BLOCK, Amount
+from graphprune.cost import Amount
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
 from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
 
 Align: TypeAlias = int | Literal["auto"]
 
-CONVOLUTION_MULTIPLE = 4  # channels that the fast kernels take where a block is too many
+# From a group of so many slots on, the channels of convolutions of which a multiple is kept. ONNX Runtime's
+# kernels take them in blocks of 16 (AVX-512) or 8 (AVX2), and take none unless they are a multiple of 4;
+# narrow groups get a finer choice for it. The same on every machine, for a plan belongs to none.
+CONVOLUTION_MULTIPLES = ((64, 16), (16, 8), (0, 4))
 
 # Torch's product of groups of rows takes matrices whose rows are multiples of 16 bytes, no others.
 GROUPED_MULTIPLE = 8
@@ -25,7 +28,7 @@ GROUPED_MULTIPLE = 8
 def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[int]:
     """Return the numbers of slots that may be kept: multiples of the alignment, and all of them."""
     if align == "auto":
-        block = CONVOLUTION_BLOCK if group.size >= 2 * CONVOLUTION_BLOCK else CONVOLUTION_MULTIPLE
+        block = next(number for size, number in CONVOLUTION_MULTIPLES if group.size >= size)
     else:
         block = align
     block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))

@@ -38,7 +38,7 @@ class Request:
         steps: how many times the channels that are left are scored while the ratio is approached: 1
             for a single ranking, more for iterative re-ranking.
         align: keep a multiple of this many channels where they belong to convolutions; "auto" keeps
-            multiples of 8, or of 4 in groups under 16; 1 keeps any number.
+            multiples of 16, of 8 in groups under 64, of 4 under 16; 1 keeps any number.
         include: cut only groups with a name, or a member parameter's name, that fits one of these globs.
         exclude: never cut groups with such a name.
         renormalised: also cut groups that a norm, mean or softmax runs along.
@@ -261,15 +261,20 @@ def _warn_of_missed(
     """Warn where the numbers allowed do not let the target be met."""
     if not groups or request.of == "latency":  # of which the measurement will tell
         return
-    if request.of == "channels" and not request.is_global:
-        return
 
     def removed(counts: Mapping[str, int]) -> float:
         return 1 - cost.total({g.axis: counts[g.name] for g in groups}) / max(total, 1)
 
     counts = {name: len(kept) for name, kept in keep.items()}
     share = removed(counts)
-    if share < request.ratio - 1e-9:
+    if request.of == "channels" and not request.is_global:
+        if share > 0 or request.ratio == 0:
+            return
+        why = (
+            "and none go, since that is less than half a step between the numbers of channels allowed; "
+            "align=1 allows any"
+        )
+    elif share < request.ratio - 1e-9:
         why = (
             f"but with at least one channel left in each group that may be cut only {share:.0%} can go; "
             "renormalised=True or align=1 may free more"

@@ -22,9 +22,8 @@ from graphprune.rules.recurrent import GATES
 aten = torch.ops.aten
 
 
-# ONNX Runtime's blocked convolution kernels take channels in blocks of 8 (AVX2) or 16 (AVX-512), and
-# leave them for slow ones when a count is not a multiple of 4.
-CONVOLUTION_BLOCK = 8
+# ONNX Runtime's convolution kernels take channels in blocks of that many: a started one costs as a whole.
+CONVOLUTION_BLOCK = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 
 class Amount(Protocol):

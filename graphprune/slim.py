@@ -140,7 +140,7 @@ def slim(
         steps: 1 scores the channels once; more approach the ratio in so many steps and score what is
             left anew after each, without any training.
         align: numbers of convolution channels to keep: "auto" for what ONNX Runtime runs fast
-            (multiples of 8, of 4 in groups under 16), or a number; 1 for any.
+            (multiples of 16; of 8 in groups under 64, of 4 under 16), or a number; 1 for any.
         include: cut only groups whose name or a member parameter's name fits one of these globs.
         exclude: do not cut groups whose name or a member parameter's name fits one of these globs.
         renormalised: also cut channels along which a norm, mean or softmax runs; the slim model then

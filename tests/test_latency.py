@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from graphprune.passes import SlimChannels
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune import cost
 from graphprune.cost import mac_terms
 from graphprune.demo.network import ResNet8
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
@@ -29,6 +30,7 @@ from graphprune.timing import Latency, Spread
 from tests import models
 
 X = torch.randn(1, 1, 28, 28)
+BLOCK = 8
 
 
 def resnet() -> nn.Module:
@@ -37,7 +39,7 @@ def resnet() -> nn.Module:
 
 
 def blocks(size: int) -> int:
-    return math.ceil(size / 8) * 8
+    return math.ceil(size / BLOCK) * BLOCK
 
 
 def pretended(path: Path) -> list[Event]:
@@ -50,6 +52,14 @@ def pretended(path: Path) -> list[Event]:
         work = blocks(weight[0][0]) * math.prod(weight[0][1:]) if weight else 0
         events.append(Event(node.op_type, node.name, 1e-6 + 1e-8 * work))
     return events
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blocks_of_eight() -> Iterator[None]:
+    """Let no test depend on the vector instructions of this machine's processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "CONVOLUTION_BLOCK", BLOCK)
+        yield
 
 
 @pytest.fixture
@@ -99,7 +109,7 @@ def test_the_measured_latency_is_met(
 def test_milliseconds_are_met(machine: list[Path], tmp_path: Path) -> None:
     model = resnet()
     asked = whole(model, tmp_path) * 1e3 / 2
-    slim = gp.slim(model, example_inputs=X, latency_ms=asked)
+    slim = gp.slim(model, example_inputs=X, latency_ms=asked, align=BLOCK)
     assert whole(slim, tmp_path) * 1e3 == pytest.approx(asked, rel=0.05)
 
 
@@ -124,7 +134,7 @@ def test_a_latency_that_cannot_be_reached_is_said(machine: list[Path]) -> None:
 def test_a_pass_and_the_gradual_way_take_a_latency_too(machine: list[Path], tmp_path: Path) -> None:
     model = resnet()
     limit = whole(model, tmp_path) * 1e3 / 2
-    graph, _ = SlimChannels(latency_ms=limit)(model, X)
+    graph, _ = SlimChannels(latency_ms=limit, align=BLOCK)(model, X)
     assert whole(graph, tmp_path) * 1e3 == pytest.approx(limit, rel=0.05)
     steps = list(gp.slim_gradually(model, 0.6, X, of="latency", steps=2, align=4))
     shares = [whole(slim, tmp_path) / whole(model, tmp_path) for slim in steps]
@@ -134,9 +144,9 @@ def test_a_pass_and_the_gradual_way_take_a_latency_too(machine: list[Path], tmp_
 def test_parts_are_measured_once_and_then_known_from_the_disk(
     machine: list[Path], tmp_path: Path
 ) -> None:
-    gp.slim(resnet(), 0.3, X, of="latency")
+    gp.slim(resnet(), 0.3, X, of="latency", align=BLOCK)
     first = len(machine)
-    gp.slim(resnet(), 0.5, X, of="latency")
+    gp.slim(resnet(), 0.5, X, of="latency", align=BLOCK)
     assert len(machine) - first <= first - 2
     (file,) = tmp_path.glob("latency-*.json")
     content = json.loads(file.read_text())
@@ -189,7 +199,7 @@ def test_latency_is_a_staircase_in_channels_of_convolutions(bench: Bench) -> Non
     latency = bench.of_groups(bench.model_of_original(), graph)
     steps = [latency.total({group.axis: n}) for n in range(1, group.size + 1)]
     assert steps == sorted(steps)
-    assert len(set(steps)) == group.size // 8
+    assert len(set(steps)) == group.size // BLOCK
     assert steps[-1] == pytest.approx(bench.seconds * 1e9)
 
 
