@@ -2,6 +2,12 @@
 
 from graphprune.compare import compare
 from graphprune.comparison import Comparison
+from graphprune.connections import (
+    DropAndGrow,
+    IncrementalConnections,
+    connect_sparsely,
+    make_permanent,
+)
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import (
     CaptureError,
@@ -25,18 +31,21 @@ from graphprune.rules import pattern, rule
 from graphprune.saving import load, save
 from graphprune.slim import slim, slimmed
 from graphprune.training import Distillation, GroupLasso, carry_optimizer, finetune
+from graphprune.width import width_multiplier
 
 __all__ = [
     "CaptureError",
     "Comparison",
     "DependencyGraph",
     "Distillation",
+    "DropAndGrow",
     "ExportError",
     "Exported",
     "GraphPruneError",
     "GraphPruneWarning",
     "Group",
     "GroupLasso",
+    "IncrementalConnections",
     "Inputs",
     "InvalidRequestError",
     "Pass",
@@ -49,11 +58,13 @@ __all__ = [
     "analyze",
     "carry_optimizer",
     "compare",
+    "connect_sparsely",
     "count_macs",
     "count_parameters",
     "export",
     "finetune",
     "load",
+    "make_permanent",
     "pattern",
     "rule",
     "save",
@@ -62,4 +73,5 @@ __all__ = [
     "slim",
     "slim_gradually",
     "slimmed",
+    "width_multiplier",
 ]

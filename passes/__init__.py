@@ -4,14 +4,18 @@ from graphprune.passes.absorb_constants import AbsorbConstants
 from graphprune.passes.compensate import Compensate
 from graphprune.passes.eliminate_dead_channels import EliminateDeadChannels
 from graphprune.passes.fold_batch_norm import FoldBatchNorm
+from graphprune.passes.lower_sparse_connections import LowerSparseConnections
 from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
+from graphprune.passes.sparse_connections import SparseConnections
 
 __all__ = [
     "AbsorbConstants",
     "Compensate",
     "EliminateDeadChannels",
     "FoldBatchNorm",
+    "LowerSparseConnections",
     "RemoveIdentities",
     "SlimChannels",
+    "SparseConnections",
 ]

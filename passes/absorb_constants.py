@@ -50,7 +50,7 @@ class AbsorbConstants(Pass):
     def rewrite(self, program: Program) -> bool:
         """Compute constants, then let layers take up what stands beside them until nothing does."""
         graph_module = program.graph_module
-        changed = _compute(graph_module)
+        changed = compute_constants(graph_module)
         while _absorb_one(graph_module):
             changed = True
         return changed
@@ -59,8 +59,8 @@ class AbsorbConstants(Pass):
 # ------------------------------------------------------------------- values of parameters alone
 
 
-def _compute(graph_module: fx.GraphModule) -> bool:
-    """Put what is computed from held tensors alone in the place of its computation."""
+def compute_constants(graph_module: fx.GraphModule) -> bool:
+    """Put what is computed from held tensors alone in the place of its computation, if there is any."""
     graph = graph_module.graph
     constant: set[fx.Node] = set()
     written = written_by(graph_module)
@@ -134,6 +134,7 @@ def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
         owner = first.rpartition(".")[0]
     wanted = f"{owner}.{_role(node)}" if owner else _role(node)
     name = new_name(graph_module, wanted)
+    module = graph_module.get_submodule(owner)
     trained = any(attrgetter(str(s.target))(graph_module).requires_grad for s in sources)
     like = torch.empty(0, dtype=value.dtype, requires_grad=trained)
     put_parameter(graph_module, name, value.clone().contiguous(), like)
@@ -143,6 +144,12 @@ def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     node.replace_all_uses_with(read)
     graph_module.graph.eliminate_dead_code()
     drop_unread(graph_module, [str(source.target) for source in sources])
+    if name != wanted and not hasattr(
+        module, wanted.rpartition(".")[2]
+    ):  # what had the name is gone
+        put_parameter(graph_module, wanted, held_by(graph_module, read), like)
+        read.target = wanted
+        delattr(module, name.rpartition(".")[2])
 
 
 def _role(node: fx.Node) -> str:

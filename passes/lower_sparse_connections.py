@@ -1,0 +1,222 @@
+"""Turn connections that are off into time and memory that are saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from graphprune.passes.absorb_constants import compute_constants
+from torch import Tensor, fx
+
+from graphprune.calibration import Layer, held_by, layers_of
+from graphprune.connections.blocks import Blocks
+from graphprune.connections.race import Form, Shape, fastest
+from graphprune.edits import new_name, put_parameter
+from graphprune.errors import GraphPruneWarning
+from graphprune.inference import Inference, infer
+from graphprune.layout import Axis, Layout, resolve, size_of
+from graphprune.pipeline import Pass, Program
+from graphprune.reorder import Order, positions, reordered
+from graphprune.rules import arguments_of
+from graphprune.runtimes import Runtime
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+
+
+@dataclass(frozen=True)
+class LowerSparseConnections(Pass):
+    """Convolutions with connections that are off, whoever switched them off, compute the others alone.
+
+    1. Products of weights and masks become weights.
+    2. Filters that read the same channels are put together, and channels that one such block alone reads,
+       by another order of the channels of what stands before and behind: that costs nothing.
+    3. The convolution becomes a gather of channels, where they are in no such order, and a grouped
+       convolution; or, with a window of one, a product of matrices. The form that ONNX Runtime runs
+       fastest at the example inputs' shape is taken, by measurement.
+
+    Left alone, with a warning: convolutions that run no faster in any form, above all those whose filters
+    all read other channels. Without one: those that are dense, grouped or transposed.
+
+    The graph computes what it did, to rounding.
+
+    Attributes:
+        measured: take the fastest form; otherwise the grouped one wherever filters share their channels.
+        provider: where time is measured: "cpu", "cuda", "cuda-tf32", "cuda-float16", or an execution
+            provider of ONNX Runtime.
+        threads: threads inside an operator, on the CPU.
+
+    """
+
+    measured: bool = True
+    provider: str = "cpu"
+    threads: int = 1
+
+    def rewrite(self, program: Program) -> bool:
+        """Lower each sparse convolution that gains from it."""
+        computed = compute_constants(program.graph_module)
+        inference = infer(program.graph_module, program.inputs)
+        chosen, orders = self._chosen(program.graph_module, inference)
+        if not all(_is_in_order(order, axis.size) for axis, order in orders.items()):
+            program.graph_module = cast(
+                fx.GraphModule, reordered(program.graph_module, inference, orders)
+            )
+        layers = layers_of(program.graph_module)
+        for name, (form, blocks) in chosen.items():
+            filters, channels = (positions(x, orders) for x in inference.parameters[name][:2])
+            _lower(program.graph_module, layers[name], blocks.moved(filters, channels), form)
+        return computed or bool(chosen)
+
+    def _chosen(
+        self, graph_module: fx.GraphModule, inference: Inference
+    ) -> tuple[dict[str, tuple[Form, Blocks]], dict[Axis, Order]]:
+        """Return the forms of weights that gain, and orders that save gathers; warn of the others."""
+        runtime = Runtime.of(self.provider, self.threads)
+        known: dict[Shape, Form] = {}
+        chosen: dict[str, tuple[Form, Blocks]] = {}
+        orders: dict[Axis, Order] = {}
+        slow = []
+        for name, layer in layers_of(graph_module).items():
+            blocks = _blocks(graph_module, layer)
+            if blocks is None:
+                continue
+            weight = held_by(graph_module, layer.weight)
+            read, made = blocks.channels.flatten(), blocks.filters.flatten()
+            inputs = _to_be_ordered(read, inference.parameters[name][1], orders)
+            outputs = _to_be_ordered(made, inference.parameters[name][0], orders)
+            gathers = not (inputs is not None or _is_in_order(read, weight.shape[1]))
+            shape = _shape(layer, weight, inference.nodes[layer.data.name], blocks, gathers)
+            if shape not in known:
+                known[shape] = fastest(shape, runtime) if self.measured else "grouped"
+            form: Form = "dense" if blocks.size == 1 else known[shape]
+            if form == "dense":
+                slow.append(f"{name} ({len(blocks.filters)} blocks of {blocks.size})")
+                continue
+            chosen[name] = form, blocks
+            if inputs is not None:
+                orders[inputs] = read
+            if outputs is not None and outputs is not inputs:
+                orders[outputs] = made
+        if slow:
+            _warn(slow, runtime)
+        return chosen, orders
+
+
+def _to_be_ordered(order: Order, layout: Layout, orders: Mapping[Axis, Order]) -> Axis | None:
+    """Return the axis that a dimension is, if its slots can be put in that order and in no other yet."""
+    axis = resolve(layout)
+    if not isinstance(axis, Axis) or axis.fixed is not None or axis in orders:
+        return None
+    return axis if np.array_equal(np.sort(order), np.arange(axis.size)) else None
+
+
+def _is_in_order(order: Order, size: int) -> bool:
+    return np.array_equal(order, np.arange(size))
+
+
+def _blocks(graph_module: fx.GraphModule, layer: Layer) -> Blocks | None:
+    """Return the blocks of a convolution that is sparse, and None of any other layer."""
+    packet = layer.node.target.overloadpacket  # type: ignore[union-attr]
+    weight = held_by(graph_module, layer.weight)
+    if packet not in _CONVOLUTIONS or layer.groups > 1:
+        return None
+    on = (weight != 0).flatten(2).any(2).cpu().numpy()
+    return None if on.all() else Blocks.of(on)
+
+
+def _shape(
+    layer: Layer, weight: Tensor, data: Sequence[Layout], blocks: Blocks, gathers: bool
+) -> Shape:
+    """Return what the time of a layer depends on."""
+    given = arguments_of(layer.node)
+    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
+    window = tuple(weight.shape[2:])
+    if isinstance(padding, str):
+        is_same = padding == "same"
+        padding = [
+            d * (n - 1) // 2 if is_same else 0 for d, n in zip(dilation, window, strict=True)
+        ]
+
+    def each(value: Any) -> tuple[int, ...]:
+        return tuple(value) * (1 if len(value) == len(window) else len(window))
+
+    return Shape(
+        tuple(map(size_of, data)), tuple(weight.shape), len(blocks.channels),
+        blocks.channels.shape[1], gathers, each(stride), each(padding), each(dilation),
+    )  # fmt: skip
+
+
+def _lower(graph_module: fx.GraphModule, layer: Layer, blocks: Blocks, form: Form) -> None:
+    """Put another form in the place of a convolution."""
+    graph, node = graph_module.graph, layer.node
+    read, made = blocks.channels.flatten(), blocks.filters.flatten()
+    name = str(layer.weight.target)
+    weight = graph_module.get_parameter(name)
+    rows = (
+        torch.from_numpy(blocks.filters).unsqueeze(2),
+        torch.from_numpy(blocks.channels).unsqueeze(1),
+    )
+    put_parameter(graph_module, name, weight.detach()[rows].flatten(0, 1), weight)
+    if layer.bias is not None:
+        bias = graph_module.get_parameter(str(layer.bias.target))
+        put_parameter(graph_module, str(layer.bias.target), bias.detach()[made], bias)
+    with graph.inserting_before(node):
+        value = layer.data
+        if not _is_in_order(read, weight.shape[1]):
+            value = _select(graph_module, value, name, "channels", read)
+        if form == "grouped":
+            given = {**arguments_of(node), "input": value, "groups": len(blocks.filters)}
+            value = graph.create_node("call_function", node.target, tuple(given.values()))
+        else:
+            value = _product(graph, value, layer, blocks)
+        value.meta = {key: what for key, what in node.meta.items() if key != "val"}
+        if not _is_in_order(made, len(made)):
+            value = _select(graph_module, value, name, "filters", np.argsort(made))
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def _select(
+    graph_module: fx.GraphModule, value: fx.Node, weight: str, what: str, order: Order
+) -> fx.Node:
+    """Read channels in another order, which a buffer beside the weight holds."""
+    owner = weight.rpartition(".")[0]
+    name = new_name(graph_module, f"{owner}.{what}" if owner else what)
+    device = graph_module.get_parameter(weight).device
+    index = torch.from_numpy(order).to(device)
+    graph_module.get_submodule(owner).register_buffer(name.rpartition(".")[2], index)
+    held = graph_module.graph.get_attr(name)
+    return graph_module.graph.call_function(aten.index_select.default, (value, 1, held))
+
+
+def _product(graph: fx.Graph, value: fx.Node, layer: Layer, blocks: Blocks) -> fx.Node:
+    """Compute a convolution with a window of one as a product of matrices, block by block."""
+    dims = len(arguments_of(layer.node)["stride"])
+    by_block = graph.call_function(aten.unflatten.int, (value, 1, [len(blocks.filters), -1]))
+    flat = graph.call_function(aten.flatten.using_ints, (by_block, 3))
+    matrix = graph.call_function(
+        aten.view.default, (layer.weight, [len(blocks.filters), blocks.size, -1])
+    )
+    product = graph.call_function(aten.matmul.default, (matrix, flat))
+    together = graph.call_function(aten.flatten.using_ints, (product, 1, 2))
+    space = [graph.call_function(aten.sym_size.int, (value, dim)) for dim in range(2, 2 + dims)]
+    result = graph.call_function(aten.unflatten.int, (together, 2, space))
+    if layer.bias is None:
+        return result
+    bias = graph.call_function(aten.view.default, (layer.bias, [-1, *[1] * dims]))
+    return graph.call_function(aten.add.Tensor, (result, bias))
+
+
+def _warn(slow: Sequence[str], runtime: Runtime) -> None:
+    shown = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
+    warnings.warn(
+        f"sparse convolutions that run no faster on {runtime} stay dense: {shown}; filters have to share "
+        "their channels with enough others, as with share=32",
+        GraphPruneWarning,
+        stacklevel=5,
+    )
