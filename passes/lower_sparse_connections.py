@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,9 +13,8 @@ from torch import Tensor, fx
 
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.connections.blocks import Blocks
-from graphprune.connections.race import Form, Shape, fastest
+from graphprune.connections.race import Form, Shape, fastest, warn_of_slow
 from graphprune.edits import new_name, put_parameter
-from graphprune.errors import GraphPruneWarning
 from graphprune.inference import Inference, infer
 from graphprune.layout import Axis, Layout, resolve, size_of
 from graphprune.pipeline import Pass, Program
@@ -103,7 +101,7 @@ class LowerSparseConnections(Pass):
             if outputs is not None and outputs is not inputs:
                 orders[outputs] = made
         if slow:
-            _warn(slow, runtime)
+            warn_of_slow(slow, runtime)
         return chosen, orders
 
 
@@ -210,13 +208,3 @@ def _product(graph: fx.Graph, value: fx.Node, layer: Layer, blocks: Blocks) -> f
         return result
     bias = graph.call_function(aten.view.default, (layer.bias, [-1, *[1] * dims]))
     return graph.call_function(aten.add.Tensor, (result, bias))
-
-
-def _warn(slow: Sequence[str], runtime: Runtime) -> None:
-    shown = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
-    warnings.warn(
-        f"sparse convolutions that run no faster on {runtime} stay dense: {shown}; filters have to share "
-        "their channels with enough others, as with share=32",
-        GraphPruneWarning,
-        stacklevel=5,
-    )

@@ -1,4 +1,4 @@
-"""What is said of ONNX files, of timing and on the command line; see message_cases.py."""
+"""What is said of ONNX files, timing, sparse connections and on the command line; see message_cases.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from graphprune.passes import SlimChannels
+from graphprune.passes import LowerSparseConnections, SlimChannels, SparseConnections
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import cli, runtimes, timing
@@ -351,3 +351,83 @@ def a_model_without_a_config(folder: Path) -> None:
 def a_config_that_cannot_say_the_sizes(folder: Path) -> None:
     given = example("bert")
     gp.save_pretrained(gp.slimmed(given.model, 0.5, given.inputs), folder)
+
+
+# ------------------------------------------------------------------------- sparse connections
+
+IMAGE = torch.ones(1, 3, 6, 6)
+
+
+def convolutions(**options: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, **options))
+
+
+for fraction in (0, -0.5, 1.5):
+    said(
+        rf"fraction={fraction} of the connections must be above 0 and at most 1; it is what stays",
+        lambda fraction=fraction: gp.connect_sparsely(convolutions(), fraction, IMAGE),
+    )
+said(
+    "pattern='best' is none of random, expander, magnitude, taylor",
+    lambda: SparseConnections(pattern="best")(convolutions(), IMAGE),
+)
+said(
+    "share=0 must be a number of filters, 1 or more",
+    lambda: gp.connect_sparsely(convolutions(), 0.5, IMAGE, share=0),
+)
+said(
+    "pattern='taylor' asks what the loss does; pass loss=, a function of output and target",
+    lambda: gp.connect_sparsely(convolutions(), 0.5, IMAGE, pattern="taylor", data=[IMAGE]),
+)
+said(
+    "none of the model's 2 convolutions has connections to spare, so it stays as it was: they must "
+    "be ungrouped, not transposed, read and make 8 channels or more, and have a weight that nothing else "
+    "reads",
+    lambda: gp.connect_sparsely(convolutions(groups=2), 0.5, IMAGE),
+)
+said(
+    r"sparse convolutions that run no faster on cpu stay dense: 2\.weight \(16 blocks of 1\); filters "
+    "have to share their channels with enough others, as with share=32",
+    lambda: gp.Pipeline([SparseConnections(share=1), LowerSparseConnections()])(
+        convolutions(), IMAGE
+    ),
+)
+said(
+    "start=0.5, end=0.25, factor=2.0 and every=5 must let the connections grow: start no larger than end, "
+    "factor above 1, every 1 or more",
+    lambda: gp.IncrementalConnections(convolutions(), IMAGE, every=5, start=0.5, end=0.25),
+)
+said(
+    "new_weights='random' is neither 'initial' nor 'zero'",
+    lambda: gp.IncrementalConnections(convolutions(), IMAGE, every=5, new_weights="random"),
+)
+said(
+    "Sequential has no sparse connections to exchange; make it by graphprune.connect_sparsely",
+    lambda: gp.DropAndGrow(convolutions(), until=100),
+)
+said(
+    "fraction=1 must be above 0 and below 1, every=100 and until=100 numbers of steps",
+    lambda: gp.DropAndGrow(gp.connect_sparsely(convolutions(), 0.5, IMAGE), until=100, fraction=1),
+)
+said(
+    "multiplier=2 must be above 0 and at most 1; it is what stays of the channels",
+    lambda: gp.width_multiplier(convolutions(), 2, IMAGE),
+)
+
+
+@case(
+    r"Sequential, 0 hold parameters and have no reset_parameters\(\) that gives fresh ones; write one, as "
+    r"torch\.nn's layers have"
+)
+def a_narrower_network_that_cannot_start_anew(folder: Path) -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * x
+
+    model = nn.Sequential(Scale(), nn.Linear(6, 8), nn.Linear(8, 3))
+    model.extra = nn.Parameter(torch.ones(2))
+    gp.width_multiplier(model, 0.5, X)

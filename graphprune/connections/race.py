@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from graphprune.errors import GraphPruneWarning
 from graphprune.runtimes import Runtime
 from graphprune.timing import time_onnx
 
@@ -67,6 +69,17 @@ def fastest(shape: Shape, runtime: Runtime) -> Form:
             str(runtime)
         ]
     return min(shape.forms, key=lambda form: times[form].steadiest.median)
+
+
+def warn_of_slow(slow: Sequence[str], runtime: Runtime) -> None:
+    """Warn of sparse convolutions, in words, that are fastest as they are."""
+    shown = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
+    warnings.warn(
+        f"sparse convolutions that run no faster on {runtime} stay dense: {shown}; filters have to share "
+        "their channels with enough others, as with share=32",
+        GraphPruneWarning,
+        stacklevel=5,
+    )
 
 
 class _Nodes:
