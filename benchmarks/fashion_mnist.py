@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,8 +56,12 @@ def train(
     seed: int,
     peak: float = 0.2,
     augment: bool = True,
+    after_step: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train by SGD with one cycle of the learning rate, on images that `augment` shifts and mirrors."""
+    """Train by SGD with one cycle of the learning rate, on images that `augment` shifts and mirrors.
+
+    `after_step` is called after each step of the optimiser.
+    """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(data.labels) // BATCH)
     optimiser = torch.optim.SGD(
@@ -78,6 +83,7 @@ def train(
             torch.autograd.backward(loss)
             optimiser.step()
             schedule.step()
+            after_step()
             total += loss.item() * len(batch.labels)
         seconds = time.perf_counter() - started
         print(f"epoch {epoch}: loss {total / len(data.labels):.4f}, {seconds:.0f} s", flush=True)
