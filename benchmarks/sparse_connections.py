@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from fashion_mnist import BATCH, normalised_part, train
-from graphprune.passes import EliminateDeadChannels, FoldBatchNorm, LowerSparseConnections
 from latency import header, timed
 from torch import nn
 
@@ -215,8 +214,8 @@ def deployed(net: str, method: str, fraction: float) -> nn.Module:
     else:
         pattern: Any = "magnitude" if name == "cut" else "random"
         model = gp.connect_sparsely(model, fraction, X, pattern=pattern, share=int(share))
-    passes = [EliminateDeadChannels(), FoldBatchNorm(), LowerSparseConnections()]
-    lowered: nn.Module = gp.Pipeline(passes)(model, X)
+    text = "absorb-constants, eliminate-dead-channels, fold-batch-norm, lower-sparse-connections"
+    lowered: nn.Module = gp.Pipeline.parse(text)(model, X)
     return lowered
 
 
@@ -255,7 +254,8 @@ def report(options: argparse.Namespace) -> None:
         spread = scores.std(ddof=1) if len(scores) > 1 else 0.0
         lines.append(
             f"| {method} | {fraction:g} | {parameters:,.0f} | {parameters / dense:.1%} | "
-            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {scores.mean():.2f} ± {spread:.2f} | {len(scores)} |"
+            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {scores.mean():.2f} ± {spread:.2f} | "
+            f"{len(scores)} |"
         )
         point = parameters, macs, times[method, fraction], scores.mean(), spread
         points.setdefault(method, []).append(point)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from graphprune.allocation import Align, allowed_sizes, competing, nearest, per_cost, quantiles
 from graphprune.cost import Amount, Cost, mac_cost, parameter_cost
-from graphprune.errors import GraphPruneWarning, InvalidRequestError
+from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
 from graphprune.plan import Plan
@@ -139,7 +138,7 @@ def choose(
     """
     groups = eligible(graph, request)
     if not groups and request.ratio > 0:
-        warnings.warn(_nothing_to_cut(graph, request), GraphPruneWarning, stacklevel=3)
+        warn(_nothing_to_cut(graph, request))
     cost = cost or _cost(graph, groups, request.of)
     now = Whole.of(graph, request, cost.total())
     whole = now if whole is None else whole
@@ -164,7 +163,7 @@ def choose(
         keep = {group.name: highest(scores[group.name], counts[group.name]) for group in groups}
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
-        warnings.warn(_inexact(graph, inexact), GraphPruneWarning, stacklevel=3)
+        warn(_inexact(graph, inexact))
     _warn_of_missed(groups, options, keep, cost, whole.total, request)
     asked = {name: getattr(request, name) for name in ("ratio", "of", "ranking", "steps", "align")}
     return Plan(keep, sizes, asked)
@@ -293,8 +292,4 @@ def _warn_of_missed(
         )
     else:
         return
-    warnings.warn(
-        f"asked to remove {request.ratio:.0%} of {request.of}, {why}",
-        GraphPruneWarning,
-        stacklevel=4,
-    )
+    warn(f"asked to remove {request.ratio:.0%} of {request.of}, {why}")

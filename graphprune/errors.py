@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
+import warnings
+from types import FrameType
 
 
 class GraphPruneError(Exception):
@@ -35,6 +38,20 @@ class ExportError(GraphPruneError):
 
 class GraphPruneWarning(UserWarning):
     """Something was done differently from what a reader of the call would expect."""
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called the library: the innermost that is not its own, nor torch's."""
+    level = 2
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _root(frame) in ("graphprune", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, GraphPruneWarning, stacklevel=level)
+
+
+def _root(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]
 
 
 def in_a_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
@@ -15,10 +14,10 @@ from graphprune.compensation import Compensation
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
-    GraphPruneWarning,
     OtherOperatorsError,
     PlanError,
     VerificationError,
+    warn,
 )
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
@@ -155,11 +154,9 @@ def as_module_with_sizes(
         result = as_module(job, graph, rest)
     except VerificationError:
         raise untraceable from None
-    warnings.warn(
+    warn(
         f"{_listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
-        "cannot be rewritten, since torch.export cannot trace it",
-        GraphPruneWarning,
-        stacklevel=3,
+        "cannot be rewritten, since torch.export cannot trace it"
     )
     return result
 
@@ -192,11 +189,9 @@ def as_graph(job: Job, why: str) -> Slimmed:
 def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     names = [name for name in graph.inference.unused if name in graph.inference.trainable]
     if names:
-        warnings.warn(
+        warn(
             f"the example inputs reach no operator that reads {_listed(names)}: {consequence}; "
-            "pass example_inputs that reach them if you need them",
-            GraphPruneWarning,
-            stacklevel=4,
+            "pass example_inputs that reach them if you need them"
         )
 
 
@@ -241,10 +236,8 @@ def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> l
         if all(member.parameter in unused for member in graph.by_name[name].members)
     ]
     if names:
-        warnings.warn(
+        warn(
             f"{_listed(names)} are cut but not compared: with the values of the example inputs the model "
-            "does not use them (experts that no token goes to, say); pass example_inputs that do",
-            GraphPruneWarning,
-            stacklevel=4,
+            "does not use them (experts that no token goes to, say); pass example_inputs that do"
         )
     return names

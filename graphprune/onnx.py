@@ -26,7 +26,7 @@ from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
 from graphprune.caches import without_caches
-from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError, in_a_line
+from graphprune.errors import ExportError, InvalidRequestError, in_a_line, warn
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.runtimes import open_session
 from graphprune.state import evaluating, working_copy
@@ -273,7 +273,7 @@ def _export_free(request: _Request, first: _Case) -> Traced:
         traced = _export_fixed(request, first)
     if obstacle:
         said = _fixed(flat, asked, request.path.name, obstacle)
-        warnings.warn(said, GraphPruneWarning, stacklevel=4)
+        warn(said)
     return traced
 
 

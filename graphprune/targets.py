@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
-from graphprune.errors import GraphPruneWarning
+from graphprune.errors import warn
 from graphprune.forms import Slimmed
 from graphprune.latency import Bench, LatencyModel, Reached
 from graphprune.progress import track
@@ -82,4 +81,4 @@ def warn_of_missed(reached: Reached) -> None:
         if reached.slim < reached.target
         else "no more can be cut as asked; renormalised=True or other patterns may free more"
     )
-    warnings.warn(f"the slim model takes {reached}: {why}", GraphPruneWarning, stacklevel=6)
+    warn(f"the slim model takes {reached}: {why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -75,7 +76,7 @@ class LowerSparseConnections(Pass):
     ) -> tuple[dict[str, tuple[Form, Blocks]], dict[Axis, Order]]:
         """Return the forms of weights that gain, and orders that save gathers; warn of the others."""
         runtime = Runtime.of(self.provider, self.threads)
-        known: dict[Shape, Form] = {}
+        race = functools.cache(lambda shape: fastest(shape, runtime))
         chosen: dict[str, tuple[Form, Blocks]] = {}
         orders: dict[Axis, Order] = {}
         slow = []
@@ -83,23 +84,26 @@ class LowerSparseConnections(Pass):
             blocks = _blocks(graph_module, layer)
             if blocks is None:
                 continue
-            weight = held_by(graph_module, layer.weight)
+            outer, inner = inference.parameters[name][:2]
             read, made = blocks.channels.flatten(), blocks.filters.flatten()
-            inputs = _to_be_ordered(read, inference.parameters[name][1], orders)
-            outputs = _to_be_ordered(made, inference.parameters[name][0], orders)
-            gathers = not (inputs is not None or _is_in_order(read, weight.shape[1]))
-            shape = _shape(layer, weight, inference.nodes[layer.data.name], blocks, gathers)
-            if shape not in known:
-                known[shape] = fastest(shape, runtime) if self.measured else "grouped"
-            form: Form = "dense" if blocks.size == 1 else known[shape]
+            inputs = _to_be_ordered(read, inner, orders)
+            outputs = _to_be_ordered(made, outer, orders)
+            outputs = None if outputs is inputs else outputs
+            form: Form = "dense" if blocks.size == 1 else "grouped"
+            if self.measured and form == "grouped":
+                moves = {
+                    "gathers": inputs is None and not _is_in_order(read, size_of(inner)),
+                    "sorts": outputs is None and not _is_in_order(made, size_of(outer)),
+                }
+                weight = held_by(graph_module, layer.weight)
+                data = inference.nodes[layer.data.name]
+                form = race(_shape(layer, weight, data, blocks, **moves))
             if form == "dense":
                 slow.append(f"{name} ({len(blocks.filters)} blocks of {blocks.size})")
                 continue
             chosen[name] = form, blocks
-            if inputs is not None:
-                orders[inputs] = read
-            if outputs is not None and outputs is not inputs:
-                orders[outputs] = made
+            orders.update({inputs: read} if inputs is not None else {})
+            orders.update({outputs: made} if outputs is not None else {})
         if slow:
             warn_of_slow(slow, runtime)
         return chosen, orders
@@ -128,9 +132,9 @@ def _blocks(graph_module: fx.GraphModule, layer: Layer) -> Blocks | None:
 
 
 def _shape(
-    layer: Layer, weight: Tensor, data: Sequence[Layout], blocks: Blocks, gathers: bool
+    layer: Layer, weight: Tensor, data: Sequence[Layout], blocks: Blocks, **moves: bool
 ) -> Shape:
-    """Return what the time of a layer depends on."""
+    """Return what the time of a layer depends on; `moves` are the gathers before and behind it."""
     given = arguments_of(layer.node)
     stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
     window = tuple(weight.shape[2:])
@@ -144,8 +148,8 @@ def _shape(
         return tuple(value) * (1 if len(value) == len(window) else len(window))
 
     return Shape(
-        tuple(map(size_of, data)), tuple(weight.shape), len(blocks.channels),
-        blocks.channels.shape[1], gathers, each(stride), each(padding), each(dilation),
+        tuple(map(size_of, data)), tuple(weight.shape), len(blocks.filters), blocks.size,
+        blocks.channels.shape[1], each(stride), each(padding), each(dilation), **moves,
     )  # fmt: skip
 
 
@@ -159,7 +163,9 @@ def _lower(graph_module: fx.GraphModule, layer: Layer, blocks: Blocks, form: For
         torch.from_numpy(blocks.filters).unsqueeze(2),
         torch.from_numpy(blocks.channels).unsqueeze(1),
     )
-    put_parameter(graph_module, name, weight.detach()[rows].flatten(0, 1), weight)
+    packed = weight.detach()[rows].flatten(0, 1)
+    packed[made < 0] = 0.0
+    put_parameter(graph_module, name, packed, weight)
     if layer.bias is not None:
         bias = graph_module.get_parameter(str(layer.bias.target))
         put_parameter(graph_module, str(layer.bias.target), bias.detach()[made], bias)
@@ -173,8 +179,9 @@ def _lower(graph_module: fx.GraphModule, layer: Layer, blocks: Blocks, form: For
         else:
             value = _product(graph, value, layer, blocks)
         value.meta = {key: what for key, what in node.meta.items() if key != "val"}
-        if not _is_in_order(made, len(made)):
-            value = _select(graph_module, value, name, "filters", np.argsort(made))
+        if not _is_in_order(made, weight.shape[0]):
+            places = np.argsort(made)[np.count_nonzero(made < 0) :]
+            value = _select(graph_module, value, name, "filters", places)
     node.replace_all_uses_with(value)
     graph.erase_node(node)
 

@@ -57,9 +57,10 @@ def test_fan_in_is_exact_and_every_channel_is_read_where_there_are_connections_e
 ) -> None:
     count = fan_in(fraction, inputs)
     assert count == max(1, math.ceil(fraction * inputs - 1e-9))
-    blocks = blocks_of(outputs, inputs, count, share)
-    assert outputs % blocks == 0
-    assert outputs // blocks <= share or blocks == outputs
+    sizes = np.bincount(blocks_of(outputs, inputs, count, share))
+    blocks = len(sizes)
+    assert sizes.sum() == outputs
+    assert 1 <= sizes.max() <= min(share, sizes.min() + 1)
     read = np.ones(blocks, dtype=bool)
     order = PATTERNS[pattern](blocks, inputs, count, read, np.random.default_rng(seed))
     assert (np.sort(order, axis=1) == np.arange(inputs)).all()
@@ -158,7 +159,7 @@ def test_filters_that_want_the_same_channels_come_together() -> None:
     saliency = chance.random((32, 32)) * 0.1
     for row, block in enumerate(block_of):
         saliency[row, wanted[block]] += 1
-    found, order = clustered(saliency, 4, 8, chance)
+    found, order = clustered(saliency, np.repeat(np.arange(4), 8), 8, chance)
     for block in range(4):
         (mine,) = set(block_of[found == block])
         assert set(order[block, :8]) == set(wanted[mine])
@@ -167,8 +168,10 @@ def test_filters_that_want_the_same_channels_come_together() -> None:
 def test_clustering_keeps_more_than_consecutive_blocks_and_no_more_than_single_filters() -> None:
     saliency = np.random.default_rng(1).random((32, 64)) ** 4
     kept = []
-    for blocks in (4, 32):
-        block_of, order = clustered(saliency, blocks, 16, np.random.default_rng(0))
+    for size in (8, 1):
+        start = np.arange(32) // size
+        block_of, order = clustered(saliency, start, 16, np.random.default_rng(0))
+        assert (np.bincount(block_of) == size).all()
         kept.append(np.take_along_axis(saliency, order[block_of][:, :16], 1).sum())
     consecutive = saliency.reshape(4, 8, 64).sum(1)
     assert np.sort(consecutive, axis=1)[:, -16:].sum() < kept[0] < kept[1]
@@ -353,6 +356,19 @@ def test_weak_connections_are_exchanged_for_promising_ones(share: int) -> None:
     assert exchanged == [False, True, False, True, False, True, False, False]
     assert changes[1] > changes[3] > changes[5] > 0
     assert changes[0] == changes[2] == changes[6] == changes[7] == 0
+
+
+def test_an_exchange_goes_on_where_it_was() -> None:
+    whole, half = (gp.connect_sparsely(resnet(), 0.25, X, share=8).train() for _ in range(2))
+    first = gp.DropAndGrow(whole, every=2, until=20)
+    trained(whole, 3, first.step)
+    half.load_state_dict(whole.state_dict())
+    second = gp.DropAndGrow(half, every=2, until=20)
+    second.load_state_dict(first.state_dict())
+    trained(whole, 3, first.step)
+    trained(half, 3, second.step)
+    for one, other in zip(masks_of(whole).values(), masks_of(half).values(), strict=True):
+        assert np.array_equal(one.connections, other.connections)
 
 
 # -------------------------------------------------------------------------------------- width

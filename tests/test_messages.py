@@ -45,7 +45,7 @@ def places() -> Iterator[tuple[str, int, int]]:
         for node in ast.walk(ast.parse(path.read_text())):
             said_by = node.exc if isinstance(node, ast.Raise) else node
             if isinstance(said_by, ast.Call):
-                kinds = KINDS if isinstance(node, ast.Raise) else {"warnings.warn"}
+                kinds = KINDS if isinstance(node, ast.Raise) else {"warn"}
                 if ast.unparse(said_by.func) in kinds:
                     yield str(path), node.lineno, node.end_lineno
 
@@ -73,7 +73,7 @@ def heard(case: Case, folder: Path) -> list[Heard]:
     found: list[Heard] = []
 
     def warn(message: Any, *rest: Any, **options: Any) -> None:
-        frame: FrameType = sys._getframe(1)
+        frame: FrameType = sys._getframe(2)  # behind errors.warn
         if frame.f_code.co_filename.startswith(str(ROOT)):
             found.append(Heard(str(message), (frame.f_code.co_filename, frame.f_lineno)))
 

@@ -9,7 +9,6 @@ layers before it could not.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
@@ -23,7 +22,7 @@ from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.mixing import Mixing
 from graphprune.compensation.recurrent import Side, recurrent_nodes, repaired_cells
 from graphprune.compensation.sites import Site, followed, sites_of
-from graphprune.errors import GraphPruneWarning, InvalidRequestError
+from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
@@ -130,11 +129,9 @@ def compensated(
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
         repaired = tuple(repair.layers(method))
     if not repaired:
-        warnings.warn(
+        warn(
             "nothing is repaired: no convolution, linear or recurrent layer of this model reads weights "
-            "of its own",
-            GraphPruneWarning,
-            stacklevel=3,
+            "of its own"
         )
     if given is not slimmer:
         _carry_over(given, slimmer)

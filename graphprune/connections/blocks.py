@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +11,15 @@ import numpy.typing as npt
 from graphprune.connections.sites import Connections
 from graphprune.reorder import Order
 
+_SPARE = 1.15  # places of blocks for each filter, at most
+
 
 @dataclass(frozen=True)
 class Blocks:
     """A division of filters into equal blocks, each with the channels that it reads.
 
     Attributes:
-        filters: by block, `[blocks, filters]`.
+        filters: by block, `[blocks, filters]`; -1 for none, where blocks would not be equal otherwise.
         channels: by block, `[blocks, channels]`; some that a block does not read where it reads fewer
             than another.
 
@@ -42,15 +44,16 @@ class Blocks:
         for row in np.argsort(fits.sum(1), kind="stable"):  # those without a choice first
             smallest = min(np.flatnonzero(fits[row]), key=lambda at: len(members[at]))
             members[smallest].append(int(row))
-        size = math.gcd(*map(len, members))
+        size = _block_size([len(its) for its in members])
         width = max(int(s.sum()) for s in largest)
         found = [
-            (sorted(its)[start : start + size], _padded(s, width))
-            for s, its in zip(largest, members, strict=True)
+            (its[start : start + size], _padded(s, width))
+            for s, its in zip(largest, map(sorted, members), strict=True)
             for start in range(0, len(its), size)
         ]
         found.sort(key=lambda block: block[0])
-        return cls(np.array([f for f, _ in found]), np.array([c for _, c in found]))
+        filters = [its + [-1] * (size - len(its)) for its, _ in found]
+        return cls(np.array(filters), np.array([channels for _, channels in found]))
 
     @property
     def size(self) -> int:
@@ -59,10 +62,17 @@ class Blocks:
 
     def moved(self, filters: Order, channels: Order) -> Blocks:
         """Return the same blocks once filters and channels stand in other orders, of old positions."""
+        place = np.append(np.argsort(filters), -1)  # of each filter, and of none
         return Blocks(
-            np.sort(np.argsort(filters)[self.filters], axis=1),
+            np.sort(place[self.filters], axis=1),
             np.sort(np.argsort(channels)[self.channels], axis=1),
         )
+
+
+def _block_size(counts: Sequence[int]) -> int:
+    """Return the largest size of blocks that leaves few places of theirs without a filter."""
+    sizes = range(max(counts), 0, -1)
+    return next(s for s in sizes if sum(-(-n // s) * s for n in counts) <= _SPARE * sum(counts))
 
 
 def _inside(these: Connections, those: Connections) -> Connections:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from torch.nn.utils import parametrize
 from graphprune.capture import prepared
 from graphprune.connections.sites import MANY_CHANNELS, Connections
 from graphprune.connections.wiring import PatternName, wired
-from graphprune.errors import GraphPruneWarning
+from graphprune.errors import warn
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Loss
 from graphprune.inference import infer
@@ -135,9 +134,9 @@ def connect_sparsely(
         example_inputs: as everywhere; None where they can be guessed.
         pattern: which connections: "random" and "expander" (each channel read about as often) before
             training; "magnitude" and "taylor" (by loss on data) of a trained model.
-        share: filters that read the same channels, at most: blocks are equally large, and there are
-            enough of them to reach all channels. In a trained model filters that want the same channels
-            come together.
+        share: filters that read the same channels, at most: blocks are equally large but for one
+            filter, and there are enough of them to reach all channels. In a trained model filters that
+            want the same channels come together.
         seed: for chance.
         first: also the convolutions that read the model's input.
         data: batches with targets, for "taylor".
@@ -165,10 +164,8 @@ def warn_of_no_sites(graph: DependencyGraph) -> None:
     count = sum(
         step.func.overloadpacket is torch.ops.aten.convolution for step in graph.inference.steps
     )
-    warnings.warn(
+    warn(
         f"none of the model's {count} convolutions has connections to spare, so it stays as it was: they "
         f"must be ungrouped, not transposed, read and make {MANY_CHANNELS} channels or more, and have a "
-        "weight that nothing else reads",
-        GraphPruneWarning,
-        stacklevel=3,
+        "weight that nothing else reads"
     )

@@ -28,14 +28,14 @@ def fan_in(fraction: float, inputs: int) -> int:
     return max(1, math.ceil(fraction * inputs - 1e-9))
 
 
-def blocks_of(outputs: int, inputs: int, count: int, share: int) -> int:
-    """Return into how many equal blocks to divide the filters.
+def blocks_of(outputs: int, inputs: int, count: int, share: int) -> npt.NDArray[np.int64]:
+    """Return the block of each filter, `[outputs]`: consecutive ones, as many in each, or one fewer.
 
     Blocks have `share` filters at most, and fewer where the blocks would otherwise be too few to reach
     all channels, each of them reading `count`.
     """
-    wanted = min(outputs, max(-(-outputs // share), -(-inputs // count)))
-    return next(n for n in range(wanted, outputs + 1) if outputs % n == 0)
+    blocks = min(outputs, max(-(-outputs // share), -(-inputs // count)))
+    return np.arange(outputs) * blocks // outputs
 
 
 def random(blocks: int, inputs: int, count: int, read: Flags, chance: np.random.Generator) -> Order:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from graphprune.errors import GraphPruneWarning
+from graphprune.errors import warn
 from graphprune.runtimes import Runtime
 from graphprune.timing import time_onnx
 
@@ -33,22 +32,26 @@ class Shape:
         data: of its input, `[batch, channels, *space]`.
         weight: of its dense weight, `[filters, channels, *window]`.
         blocks: of filters that share their channels.
+        filters: of a block.
         channels: that a block reads.
-        gathers: whether the channels have to be put in the blocks' order.
         stride: by dimension of space.
         padding: likewise, on each side.
         dilation: likewise.
+        gathers: whether the channels have to be put in the blocks' order.
+        sorts: whether the filters have to be put in their own order afterwards.
 
     """
 
     data: tuple[int, ...]
     weight: tuple[int, ...]
     blocks: int
+    filters: int
     channels: int
-    gathers: bool
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    gathers: bool
+    sorts: bool
 
     @property
     def forms(self) -> list[Form]:
@@ -74,11 +77,9 @@ def fastest(shape: Shape, runtime: Runtime) -> Form:
 def warn_of_slow(slow: Sequence[str], runtime: Runtime) -> None:
     """Warn of sparse convolutions, in words, that are fastest as they are."""
     shown = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
-    warnings.warn(
+    warn(
         f"sparse convolutions that run no faster on {runtime} stay dense: {shown}; filters have to share "
-        "their channels with enough others, as with share=32",
-        GraphPruneWarning,
-        stacklevel=5,
+        "their channels with enough others, as with share=32"
     )
 
 
@@ -127,17 +128,20 @@ def _convolution(nodes: _Nodes, shape: Shape, form: Form) -> None:
     if form == "dense":
         _conv(nodes, shape, (outputs, inputs, *window), 1)
         return
-    count = shape.blocks * shape.channels
+    places = shape.blocks * shape.filters
     if shape.gathers:
-        nodes.add("Gather", np.arange(count, dtype=np.int64) * 7 % inputs, axis=1)
+        order = np.arange(shape.blocks * shape.channels, dtype=np.int64)
+        nodes.add("Gather", order * 7 % inputs, axis=1)
     if form == "grouped":
-        _conv(nodes, shape, (outputs, shape.channels, *window), shape.blocks)
-        return
-    batch, space = shape.data[0], shape.data[2:]
-    nodes.add("Reshape", np.array([batch, shape.blocks, shape.channels, math.prod(space)]))
-    weight = _weights((1, shape.blocks, outputs // shape.blocks, shape.channels))
-    nodes.add("MatMul", weight, weight_first=True)
-    nodes.add("Reshape", np.array([batch, outputs, *space]))
+        _conv(nodes, shape, (places, shape.channels, *window), shape.blocks)
+    else:
+        batch, space = shape.data[0], shape.data[2:]
+        nodes.add("Reshape", np.array([batch, shape.blocks, shape.channels, math.prod(space)]))
+        weight = _weights((1, shape.blocks, shape.filters, shape.channels))
+        nodes.add("MatMul", weight, weight_first=True)
+        nodes.add("Reshape", np.array([batch, places, *space]))
+    if shape.sorts:
+        nodes.add("Gather", np.arange(outputs, dtype=np.int64) * 7 % places, axis=1)
 
 
 def _conv(nodes: _Nodes, shape: Shape, weight: Sequence[int], groups: int) -> None:

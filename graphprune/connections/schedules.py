@@ -192,6 +192,15 @@ class DropAndGrow:
         self._watch()
         return is_due
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` of a schedule made with the same arguments goes on from."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the model's own state is loaded first, then the schedule made."""
+        self.steps = int(state["steps"])
+        self._watch()
+
     def _is_due(self, step: int) -> bool:
         return step % self.every == 0 and step < self.until
 

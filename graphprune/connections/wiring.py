@@ -90,14 +90,13 @@ def wired(
     def choose(site: Site, live: Flags) -> Connections:
         chance = np.random.default_rng([seed, crc32(site.weight.encode())])
         count = fan_in(fraction, site.inputs)
-        blocks = blocks_of(site.outputs, site.inputs, count, share)
+        block_of = blocks_of(site.outputs, site.inputs, count, share)
         if pattern in PATTERNS:
-            read = np.asarray(live.reshape(blocks, -1).any(1))
-            order = PATTERNS[pattern](blocks, site.inputs, count, read, chance)
-            block_of = np.repeat(np.arange(blocks), site.outputs // blocks)
+            read = np.bincount(block_of, live) > 0
+            order = PATTERNS[pattern](len(read), site.inputs, count, read, chance)
         else:
             saliency = saliencies[site.weight] * live[:, None]
-            block_of, order = clustered(saliency, blocks, count, chance)
+            block_of, order = clustered(saliency, block_of, count, chance)
         turns[site.weight] = turns_of(order, block_of)
         return first_of(turns[site.weight], fraction, live)
 
