@@ -30,7 +30,7 @@ from graphprune.pretrained import save_pretrained
 from graphprune.rules import pattern, rule
 from graphprune.saving import load, save
 from graphprune.slim import slim, slimmed
-from graphprune.training import Distillation, GroupLasso, carry_optimizer, finetune
+from graphprune.training import Distillation, GradualSparsity, GroupLasso, carry_optimizer, finetune
 from graphprune.width import width_multiplier
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "DropAndGrow",
     "ExportError",
     "Exported",
+    "GradualSparsity",
     "GraphPruneError",
     "GraphPruneWarning",
     "Group",

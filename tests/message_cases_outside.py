@@ -431,3 +431,54 @@ def a_narrower_network_that_cannot_start_anew(folder: Path) -> None:
     model = nn.Sequential(Scale(), nn.Linear(6, 8), nn.Linear(8, 3))
     model.extra = nn.Parameter(torch.ones(2))
     gp.width_multiplier(model, 0.5, X)
+
+
+# ---------------------------------------------------------------------------- gradual sparsity
+
+said(
+    "start=5, ramp=3, end=9 and every=100 must be steps with 0 <= start < ramp <= end and every from 1",
+    lambda: gp.GradualSparsity(net(), start=5, ramp=3, end=9),
+)
+said(
+    "start=1, ramp=5, end=9 and every=0 must be steps with 0 <= start < ramp <= end and every from 1",
+    lambda: gp.GradualSparsity(net(), start=1, end=9, every=0),
+)
+said(
+    "schedule='linear' must be 'threshold', 'cubic' or 'hard'",
+    lambda: gp.GradualSparsity(net(), start=1, end=9, schedule="linear"),
+)
+said(
+    r"sparsity=1\.5 and most=0\.99 must be between 0 and 1, slope_ratio=1\.5 above 0, and block=\(1, 1\) "
+    "rows and columns, 1 or more",
+    lambda: gp.GradualSparsity(net(), start=1, end=9, sparsity=1.5),
+)
+said(
+    r"Conv2d has no weight of a recurrent or linear layer to prune that include=\('\*',\) and exclude=\(\) "
+    "choose",
+    lambda: gp.GradualSparsity(nn.Conv2d(3, 3, 1), start=1, end=9),
+)
+said(
+    r"the reference has no 0\.weight, 2\.weight, whose size the threshold would follow; it must be a model "
+    "of the same names",
+    lambda: gp.GradualSparsity(net(), start=1, end=9, reference=nn.Linear(2, 2)),
+)
+
+
+@case(
+    "nine tenths of the linear weights of the reference are zero, so they say no threshold; pass "
+    "reference=, a dense model"
+)
+def a_threshold_of_zeros(folder: Path) -> None:
+    model = nn.Linear(8, 8)
+    nn.init.zeros_(model.weight)
+    gp.GradualSparsity(model, start=1, end=9)
+
+
+@case(
+    r"the state is of other weights or blocks: it has \{'weight': \(1, 8, 8\)\}, and this schedule "
+    r"\{'weight': \(1, 4, 4\)\}"
+)
+def a_state_of_other_blocks(folder: Path) -> None:
+    model = nn.Linear(8, 8)
+    state = gp.GradualSparsity(model, start=1, end=9).state_dict()
+    gp.GradualSparsity(model, start=1, end=9, block=(2, 2)).load_state_dict(state)
