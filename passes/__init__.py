@@ -8,6 +8,7 @@ from graphprune.passes.lower_sparse_connections import LowerSparseConnections
 from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
 from graphprune.passes.sparse_connections import SparseConnections
+from graphprune.passes.sparse_recurrent import SparseRecurrent
 
 __all__ = [
     "AbsorbConstants",
@@ -18,4 +19,5 @@ __all__ = [
     "RemoveIdentities",
     "SlimChannels",
     "SparseConnections",
+    "SparseRecurrent",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import SparseRecurrent
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -204,3 +205,27 @@ def test_an_interrupted_training_goes_on_with_the_same_masks(schedule_name: Any)
     assert again.sparsities == schedule.sparsities
     assert all(torch.equal(mask, again.masks[name]) for name, mask in schedule.masks.items())
     assert all(map(torch.equal, whole.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_trained_network_is_cut_at_once_by_the_same_scores(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, tokens = Tagger(kind), torch.randint(20, (4, 6))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph, changed = SparseRecurrent(sparsity=0.75, block=(4, 4))(model, tokens)
+    assert changed
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    schedule = gp.GradualSparsity(
+        model, start=0, end=2, every=1, schedule="hard", sparsity=0.75, block=(4, 4),
+        include=["recurrent.*"],
+    )  # fmt: skip
+    for _ in range(2):
+        schedule.step()
+    torch.testing.assert_close(graph(tokens), model(tokens))
+    for name, value in model.state_dict().items():
+        assert torch.equal(graph.state_dict()[name], value)
+    longer = torch.randint(20, (3, 9))
+    torch.testing.assert_close(graph(longer), model(longer))
+    with pytest.raises(gp.InvalidRequestError, match="sparsity=1 must be above 0 and below 1"):
+        SparseRecurrent(sparsity=1)(model, tokens)
+    assert not SparseRecurrent()(nn.Linear(4, 4), torch.ones(1, 4)).modified

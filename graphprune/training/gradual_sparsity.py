@@ -20,6 +20,7 @@ from graphprune.errors import InvalidRequestError
 from graphprune.state import parameter_names
 
 Schedule: TypeAlias = Literal["threshold", "cubic", "hard"]
+Kind: TypeAlias = Literal["recurrent", "linear"]
 
 QUANTILE = 0.9  # of the absolute weights of a dense model, which the threshold grows to
 
@@ -29,12 +30,12 @@ _GATES = {
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Matrix:
     """A weight that is pruned, in blocks; gates stand one above the other, no block is in two of them."""
 
     name: str
     weight: nn.Parameter
-    kind: str
+    kind: Kind
     gates: int
     block: tuple[int, int]
 
@@ -48,6 +49,13 @@ class _Matrix:
         height, width = len(self.weight) // self.gates, self.weight.shape[1]
         down = blocks.repeat_interleave(self.block[0], 1)[:, :height]
         return down.repeat_interleave(self.block[1], 2)[:, :, :width].flatten(0, 1)
+
+
+def without_lowest(scores: Tensor, count: int) -> Tensor:
+    """Return the mask of all scores but that many of the lowest; of equal ones the first go."""
+    left = torch.ones_like(scores, dtype=torch.bool).flatten()
+    left[scores.flatten().argsort(stable=True)[:count]] = False
+    return left.view_as(scores)
 
 
 class GradualSparsity:
@@ -183,7 +191,7 @@ class GradualSparsity:
             return True
         return self.start < self.steps < self.end and self.steps % self.every == 0
 
-    def _prune(self, matrix: _Matrix) -> None:
+    def _prune(self, matrix: Matrix) -> None:
         mask, scores = self.masks[matrix.name], matrix.scores()
         if self.schedule == "threshold":
             going = int((mask & (scores < self.threshold(matrix.name))).sum() + (~mask).sum())
@@ -192,10 +200,7 @@ class GradualSparsity:
             share = 1.0 if self.schedule == "hard" else 1 - (1 - done) ** 3
             going = round(self.sparsity * share * mask.numel())
         going = min(max(going, int((~mask).sum())), int(self.most * mask.numel()))
-        lowest = scores.masked_fill(~mask, -1.0).flatten().argsort(stable=True)[:going]
-        left = torch.ones_like(mask).flatten()
-        left[lowest] = False
-        self.masks[matrix.name] = mask & left.view_as(mask)
+        self.masks[matrix.name] = without_lowest(scores.masked_fill(~mask, -1.0), going)
 
     @property
     def sparsities(self) -> dict[str, float]:
@@ -234,22 +239,22 @@ class GradualSparsity:
             matrix.weight.mul_(matrix.spread(self.masks[matrix.name]))
 
 
-def _matrices(model: nn.Module, block: tuple[int, int]) -> Iterator[_Matrix]:
+def _matrices(model: nn.Module, block: tuple[int, int]) -> Iterator[Matrix]:
     """Yield the weights of recurrent and linear layers, those with several names once."""
     names = {id(parameter): name for name, parameter in parameter_names(model).items()}
     seen: set[int] = set()
     for module in model.modules():
         gates = next((count for kind, count in _GATES.items() if isinstance(module, kind)), 0)
-        kind = "linear" if isinstance(module, nn.Linear) else "recurrent"
+        kind: Kind = "linear" if isinstance(module, nn.Linear) else "recurrent"
         for leaf, weight in module.named_parameters(recurse=False):
             if gates and leaf.startswith("weight") and id(weight) not in seen:
                 seen.add(id(weight))
                 projects = leaf.startswith("weight_hr")  # from the cell to what it passes on
-                yield _Matrix(names[id(weight)], weight, kind, 1 if projects else gates, block)
+                yield Matrix(names[id(weight)], weight, kind, 1 if projects else gates, block)
 
 
 def _quantiles(
-    matrices: Sequence[_Matrix], reference: Mapping[str, nn.Parameter], by_layer: bool
+    matrices: Sequence[Matrix], reference: Mapping[str, nn.Parameter], by_layer: bool
 ) -> dict[str, float]:
     """Return where the threshold of each weight ends.
 

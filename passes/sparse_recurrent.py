@@ -1,0 +1,62 @@
+"""Make most of the weights of recurrent layers zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from graphprune.edits import put_parameter
+from graphprune.errors import InvalidRequestError
+from graphprune.pipeline import Pass, Program
+from graphprune.rules import arguments_of
+from graphprune.rules.recurrent import GATES
+from graphprune.training.gradual_sparsity import Matrix, without_lowest
+
+
+@dataclass(frozen=True)
+class SparseRecurrent(Pass):
+    """The blocks of a trained recurrent layer's weights whose largest weight is smallest become zero.
+
+    1. Each matrix, of each layer and direction, loses the same fraction of its blocks. Gates stand one
+       above the other in it; no block is in two of them.
+
+    It is the scores and the blocks of `graphprune.GradualSparsity`, which loses less, being part of the
+    training. Biases and all other layers are left alone.
+
+    Attributes:
+        sparsity: fraction of the blocks of each matrix that become zero, 0 < sparsity < 1.
+        block: rows and columns of what goes together.
+
+    """
+
+    sparsity: float = 0.9
+    block: tuple[int, int] = (32, 32)
+
+    def rewrite(self, program: Program) -> bool:
+        """Put a sparse matrix in the place of each dense one."""
+        if not 0 < self.sparsity < 1 or min(self.block) < 1:
+            raise InvalidRequestError(
+                f"sparsity={self.sparsity} must be above 0 and below 1, and block={self.block} rows and "
+                "columns, 1 or more"
+            )
+        changed = False
+        for node in program.graph_module.graph.nodes:
+            packet = getattr(node.target, "overloadpacket", None)
+            if packet in GATES:
+                for read in arguments_of(node)["params"]:
+                    changed |= self._cut(program.graph_module, read, GATES[packet])
+        return changed
+
+    def _cut(self, graph_module: fx.GraphModule, read: fx.Node, gates: int) -> bool:
+        """Cut one parameter if it is a matrix; say whether it lost anything."""
+        weight = graph_module.get_parameter(str(read.target))
+        if weight.dim() < 2:
+            return False
+        projects = str(read.target).rpartition(".")[2].startswith("weight_hr")
+        name, count = str(read.target), 1 if projects else gates
+        matrix = Matrix(name, nn.Parameter(weight.detach()), "recurrent", count, self.block)
+        scores = matrix.scores()
+        mask = without_lowest(scores, round(self.sparsity * scores.numel()))
+        put_parameter(graph_module, name, weight.detach() * matrix.spread(mask), weight)
+        return not bool(mask.all())
