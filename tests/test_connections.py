@@ -123,6 +123,45 @@ def test_a_channel_of_a_residual_stream_is_read_by_what_comes_later_alone() -> N
     assert on["b.weight"].sum(1).tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
 
 
+def neutral(model: nn.Module) -> nn.Module:
+    """Return a model in which everything that is read has a positive derivative."""
+    model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.abs_().div_(parameter[0].numel() ** 0.5)
+            else:
+                parameter.fill_(1)
+        for name, tensor in model.named_parameters():
+            if name.endswith("bias"):
+                tensor.zero_()
+        for name, tensor in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                tensor.fill_(float(name.endswith("var")))
+    return model
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "unet", "mobilenet_v2"])
+@pytest.mark.parametrize("fraction", [0.02, 0.3])
+def test_filters_have_connections_where_a_derivative_reaches_them(
+    name: str, fraction: float
+) -> None:
+    example = models.ALL[name](small=True)
+    model = neutral(gp.connect_sparsely(example.model.eval(), fraction, example.inputs, share=1))
+    outputs: dict[str, Tensor] = {}
+    for weight in masks_of(model):
+
+        def note(_: Any, __: Any, output: Tensor, weight: str = weight) -> None:
+            output.retain_grad()
+            outputs[weight] = output
+
+        model.get_submodule(weight.rpartition(".")[0]).register_forward_hook(note)
+    model(*gp.Inputs.of(example.inputs).map(lambda t: t.double().abs()).args).sum().backward()
+    for weight, mask in masks_of(model).items():
+        reached = outputs[weight].grad.abs().flatten(2).sum((0, 2)) > 0
+        assert reached.tolist() == mask.connections.any(1).tolist()
+
+
 @pytest.mark.parametrize("share", [1, 8, 32])
 def test_more_connections_leave_on_what_was_on(share: int) -> None:
     model = resnet()

@@ -81,7 +81,8 @@ def connected(
 ) -> dict[str, Connections]:
     """Return the connections that are chosen for each site, by the name of its weight.
 
-    Sites are asked last to first, so that of each it is known which of its filters are read.
+    Sites are asked last to first, so that of each it is known which of its filters are read. Channels
+    that have to stand or go together (the halves of a channel shuffle, say) count as read together.
 
     Args:
         graph: of the model.
