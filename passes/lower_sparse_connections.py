@@ -122,13 +122,17 @@ def _is_in_order(order: Order, size: int) -> bool:
 
 
 def _blocks(graph_module: fx.GraphModule, layer: Layer) -> Blocks | None:
-    """Return the blocks of a convolution that is sparse, and None of any other layer."""
+    """Return the blocks of a convolution that is sparse, and None of any other layer.
+
+    One that has a few zeros, but a filter that reads everything, is not: one block would read it all.
+    """
     packet = layer.node.target.overloadpacket  # type: ignore[union-attr]
     weight = held_by(graph_module, layer.weight)
     if packet not in _CONVOLUTIONS or layer.groups > 1:
         return None
-    on = (weight != 0).flatten(2).any(2).cpu().numpy()
-    return None if on.all() else Blocks.of(on)
+    blocks = Blocks.of((weight != 0).flatten(2).any(2).cpu().numpy())
+    reads_all = blocks is not None and blocks.channels.shape == (1, weight.shape[1])
+    return None if reads_all else blocks
 
 
 def _shape(

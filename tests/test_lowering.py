@@ -200,6 +200,16 @@ def test_a_dense_network_is_left_as_it_was() -> None:
     assert not calls(graph, "index_select")
 
 
+def test_a_few_zeros_do_not_make_a_convolution_sparse() -> None:
+    model = wide(padding=1)
+    with torch.no_grad():
+        model[3].weight[5, 7] = 0
+        model[3].weight[9] = 0
+    graph, changed = LowerSparseConnections()(model, X)
+    assert not changed
+    assert torch.equal(graph.get_parameter("3.weight"), model[3].weight)
+
+
 def test_the_model_that_was_given_stays() -> None:
     model = wide(padding=1)
     masked, _ = SparseConnections(0.25, pattern="magnitude", share=16)(model, X)
