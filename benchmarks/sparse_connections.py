@@ -252,9 +252,10 @@ def report(options: argparse.Namespace) -> None:
         parameters = float(np.mean([row["parameters"] for row in its]))
         macs = float(np.mean([row["macs"] for row in its]))
         spread = scores.std(ddof=1) if len(scores) > 1 else 0.0
+        score = f"{scores.mean():.2f}" + (f" ± {spread:.2f}" if len(scores) > 1 else "")
         lines.append(
             f"| {method} | {fraction:g} | {parameters:,.0f} | {parameters / dense:.1%} | "
-            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {scores.mean():.2f} ± {spread:.2f} | "
+            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {score} | "
             f"{len(scores)} |"
         )
         point = parameters, macs, times[method, fraction], scores.mean(), spread
@@ -268,15 +269,17 @@ def plot(points: dict[str, list[tuple[float, ...]]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
+    colours = mpl.colormaps["tab20"](np.linspace(0, 1, len(points)))
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharey=True)
     words = ("parameters", "multiply-adds", "time over the dense network's")
     for at, (panel, word) in enumerate(zip(panels, words, strict=True)):
-        for method, its in points.items():
+        for (method, its), colour in zip(points.items(), colours, strict=True):
             x, y, error = ([point[i] for point in sorted(its)] for i in (at, 3, 4))
-            panel.errorbar(x, y, yerr=error, marker="o", capsize=2, label=method)
+            panel.errorbar(x, y, yerr=error, marker="o", capsize=2, label=method, color=colour)
         panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xlabel(word)
         panel.grid(visible=True, alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
