@@ -44,17 +44,21 @@ class SparseRecurrent(Pass):
         for node in program.graph_module.graph.nodes:
             packet = getattr(node.target, "overloadpacket", None)
             if packet in GATES:
-                for read in arguments_of(node)["params"]:
-                    changed |= self._cut(program.graph_module, read, GATES[packet])
+                reads = arguments_of(node)["params"]
+                height = len(program.graph_module.get_parameter(str(reads[0].target)))
+                for read in reads:
+                    changed |= self._cut(program.graph_module, read, height, GATES[packet])
         return changed
 
-    def _cut(self, graph_module: fx.GraphModule, read: fx.Node, gates: int) -> bool:
-        """Cut one parameter if it is a matrix; say whether it lost anything."""
+    def _cut(self, graph_module: fx.GraphModule, read: fx.Node, height: int, gates: int) -> bool:
+        """Cut one parameter if it is a matrix; say whether it lost anything.
+
+        Gates stand one above the other in the matrices of that height, and not in those of projections.
+        """
         weight = graph_module.get_parameter(str(read.target))
         if weight.dim() < 2:
             return False
-        projects = str(read.target).rpartition(".")[2].startswith("weight_hr")
-        name, count = str(read.target), 1 if projects else gates
+        name, count = str(read.target), gates if len(weight) == height else 1
         matrix = Matrix(name, nn.Parameter(weight.detach()), "recurrent", count, self.block)
         scores = matrix.scores()
         mask = without_lowest(scores, round(self.sparsity * scores.numel()))
