@@ -17,14 +17,20 @@ def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: 
     graph_module.get_submodule(owner).register_parameter(leaf, parameter)
 
 
+def read_buffer(graph_module: fx.GraphModule, weight: str, leaf: str, value: Tensor) -> fx.Node:
+    """Hold a value as a buffer beside a weight, and read it where nodes are being inserted."""
+    owner, _, name = name_beside(graph_module, weight, leaf).rpartition(".")
+    graph_module.get_submodule(owner).register_buffer(name, value)
+    return graph_module.graph.get_attr(f"{owner}.{name}" if owner else name)
+
+
 def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
     """Give a layer that bias, in place of its own if it has one."""
     like = graph_module.get_parameter(str(layer.weight.target))
     if layer.bias is not None:
         put_parameter(graph_module, str(layer.bias.target), bias, like)
         return
-    owner = str(layer.weight.target).rpartition(".")[0]
-    name = new_name(graph_module, f"{owner}.bias" if owner else "bias")
+    name = name_beside(graph_module, str(layer.weight.target), "bias")
     put_parameter(graph_module, name, bias, like)
     graph, node = graph_module.graph, layer.node
     with graph.inserting_before(node):
@@ -93,6 +99,12 @@ def _put_matrix(graph_module: fx.GraphModule, layer: Layer, matrix: Tensor) -> N
     weight = graph_module.get_parameter(name)
     value = layer.weight_like(weight, matrix, {"groups": layer.groups})
     put_parameter(graph_module, name, value, weight)
+
+
+def name_beside(graph_module: fx.GraphModule, tensor: str, leaf: str) -> str:
+    """Return a dotted name that nothing has, in the module that holds a tensor."""
+    owner = tensor.rpartition(".")[0]
+    return new_name(graph_module, f"{owner}.{leaf}" if owner else leaf)
 
 
 def new_name(graph_module: fx.GraphModule, wanted: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.connections.blocks import Blocks
 from graphprune.connections.race import Form, Shape, fastest, warn_of_slow
-from graphprune.edits import new_name, put_parameter
+from graphprune.edits import put_parameter, read_buffer
 from graphprune.inference import Inference, infer
 from graphprune.layout import Axis, Layout, resolve, size_of
 from graphprune.pipeline import Pass, Program
@@ -194,12 +194,8 @@ def _select(
     graph_module: fx.GraphModule, value: fx.Node, weight: str, what: str, order: Order
 ) -> fx.Node:
     """Read channels in another order, which a buffer beside the weight holds."""
-    owner = weight.rpartition(".")[0]
-    name = new_name(graph_module, f"{owner}.{what}" if owner else what)
-    device = graph_module.get_parameter(weight).device
-    index = torch.from_numpy(order).to(device)
-    graph_module.get_submodule(owner).register_buffer(name.rpartition(".")[2], index)
-    held = graph_module.graph.get_attr(name)
+    index = torch.from_numpy(order).to(graph_module.get_parameter(weight).device)
+    held = read_buffer(graph_module, weight, what, index)
     return graph_module.graph.call_function(aten.index_select.default, (value, 1, held))
 
 
