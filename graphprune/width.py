@@ -25,7 +25,7 @@ def width_multiplier(
     the square of it. Weights are what each module's `reset_parameters` gives.
 
     Source: the depth multiplier that The Power of Sparsity in Convolutional Neural Networks compares with
-    (arXiv 1702.06257, section 3.1).
+    (arXiv 1702.06257).
 
     Args:
         model: an nn.Module; it is not changed.

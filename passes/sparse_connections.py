@@ -9,13 +9,12 @@ import torch
 from torch import fx
 
 from graphprune.connections import PatternName, wired
-from graphprune.connections.masks import mask_like, warn_of_no_sites
-from graphprune.edits import new_name
+from graphprune.connections.masks import mask_like
+from graphprune.edits import read_buffer
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Loss
 from graphprune.inference import infer
 from graphprune.pipeline import Pass, Program
-from graphprune.state import named_tensors
 
 
 @dataclass(frozen=True)
@@ -56,28 +55,20 @@ class SparseConnections(Pass):
         graph_module = program.graph_module
         graph = DependencyGraph(infer(graph_module, program.inputs))
         wiring = wired(graph_module, graph, **vars(self))
-        if not wiring.sites:
-            warn_of_no_sites(graph)
         connections = wiring.connections(self.fraction)
         for read in graph_module.graph.find_nodes(op="get_attr"):
             name = str(read.target)
             if name in connections:
-                _mask(
-                    graph_module,
-                    read,
-                    mask_like(named_tensors(graph_module)[name], connections[name]),
-                )
+                mask = mask_like(graph_module.get_parameter(name), connections[name])
+                _mask(graph_module, read, mask)
         return bool(connections)
 
 
 def _mask(graph_module: fx.GraphModule, read: fx.Node, mask: torch.Tensor) -> None:
     """Have what reads a weight read its product with a mask."""
-    owner, _, leaf = str(read.target).rpartition(".")
-    name = new_name(graph_module, f"{owner}.{leaf}_mask" if owner else f"{leaf}_mask")
-    graph_module.get_submodule(owner).register_buffer(name.rpartition(".")[2], mask)
-    graph = graph_module.graph
+    graph, name = graph_module.graph, str(read.target)
     with graph.inserting_after(read):
-        held = graph.get_attr(name)
+        held = read_buffer(graph_module, name, f"{name.rpartition('.')[2]}_mask", mask)
     with graph.inserting_after(held):
         product = graph.call_function(torch.ops.aten.mul.Tensor, (read, held))
     product.meta = dict(read.meta)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from graphprune.capture import prepared
-from graphprune.connections.sites import MANY_CHANNELS, Connections
+from graphprune.connections.sites import Connections
 from graphprune.connections.wiring import PatternName, wired
-from graphprune.errors import warn
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Loss
 from graphprune.inference import infer
@@ -125,8 +124,8 @@ def connect_sparsely(
     Filters that no output depends on have no connections at all. There are none unless the fraction is so
     small that all filters together cannot reach all channels.
 
-    Source: The Power of Sparsity in Convolutional Neural Networks, section 3.2 (arXiv 1702.06257), with
-    share=1; runtimes gain from blocks of 32 filters and more that read the same channels.
+    Source: The Power of Sparsity in Convolutional Neural Networks (arXiv 1702.06257), with share=1;
+    runtimes gain from blocks of 32 filters and more that read the same channels.
 
     Args:
         model: an nn.Module or fx.GraphModule; it is not changed.
@@ -153,19 +152,5 @@ def connect_sparsely(
         result, graph, fraction,
         pattern=pattern, share=share, seed=seed, first=first, data=data, loss=loss,
     )  # fmt: skip
-    if not wiring.sites:
-        warn_of_no_sites(graph)
     mask(result, wiring.connections(fraction))
     return result
-
-
-def warn_of_no_sites(graph: DependencyGraph) -> None:
-    """Warn that a model has no convolution with connections to spare."""
-    count = sum(
-        step.func.overloadpacket is torch.ops.aten.convolution for step in graph.inference.steps
-    )
-    warn(
-        f"none of the model's {count} convolutions has connections to spare, so it stays as it was: they "
-        f"must be ungrouped, not transposed, read and make {MANY_CHANNELS} channels or more, and have a "
-        "weight that nothing else reads"
-    )

@@ -1,7 +1,7 @@
 """In which turn the connections of a convolution come: as many are on as are asked for, the first of them.
 
 Filters stand in blocks that read the same channels. With a block of one filter this is the wiring of
-The Power of Sparsity in Convolutional Neural Networks (arXiv 1702.06257, section 3.2): each filter reads a
+The Power of Sparsity in Convolutional Neural Networks (arXiv 1702.06257): each filter reads a
 fixed number of channels, the same at every position of its window.
 """
 
@@ -41,7 +41,7 @@ def blocks_of(outputs: int, inputs: int, count: int, share: int) -> npt.NDArray[
 def random(blocks: int, inputs: int, count: int, read: Flags, chance: np.random.Generator) -> Order:
     """Let chance order the channels of each block; then exchange some, so that none is left without reader.
 
-    Source: arXiv 1702.06257, section 3.2, with its rule that no connection leads to or from a dead filter.
+    Source: arXiv 1702.06257, with its rule that no connection leads to or from a dead filter.
     """
     order = np.argsort(chance.random((blocks, inputs)), axis=1)
     used = np.bincount(order[read, :count].flatten(), minlength=inputs)
@@ -67,7 +67,7 @@ def expander(
 ) -> Order:
     """Deal the channels like cards: each block gets as many, and each channel is read about as often.
 
-    Source: Prabhu et al., Deep Expander Networks, section 3.1 (arXiv 1711.08757), regular on both sides.
+    Source: Prabhu et al., Deep Expander Networks (arXiv 1711.08757), regular on both sides.
     """
     order = np.argsort(chance.random((blocks, inputs)), axis=1)
     deck: list[int] = []

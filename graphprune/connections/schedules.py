@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.capture import prepared
-from graphprune.connections.masks import ConnectionMask, mask, masks_of, unmasked, warn_of_no_sites
+from graphprune.connections.masks import ConnectionMask, mask, masks_of, unmasked
 from graphprune.connections.sites import Connections
 from graphprune.connections.wiring import PatternName, check_fraction, wired
 from graphprune.errors import InvalidRequestError
@@ -27,7 +27,7 @@ class IncrementalConnections:
     What is on stays on. Train `model`, and call `step` after each step of the optimiser.
 
     Source: The Power of Sparsity in Convolutional Neural Networks, incremental training (arXiv
-    1702.06257, section 4.4): from 1 % or 0.1 % of the connections, doubled every 10,000, 25,000 or
+    1702.06257): from 1 % or 0.1 % of the connections, doubled every 10,000, 25,000 or
     50,000 steps, until all are on. How new weights start is not said there.
 
     Attributes:
@@ -89,8 +89,6 @@ class IncrementalConnections:
         self._wiring = wired(
             self.model, graph, start, pattern=pattern, share=share, seed=seed, first=first
         )
-        if not self._wiring.sites:
-            warn_of_no_sites(graph)
         self.every, self.start, self.end, self.factor = every, start, end, factor
         self.steps = 0
         on = self._wiring.connections(start)
@@ -141,7 +139,7 @@ class DropAndGrow:
     The fraction falls along a cosine to zero at `until`. Call `step` after each step of the optimiser; the
     derivative is that of the last backward pass before it.
 
-    Source: Evci et al., Rigging the Lottery, section 3 (arXiv 1911.11134), here for whole connections.
+    Source: Evci et al., Rigging the Lottery (arXiv 1911.11134), here for whole connections.
 
     Attributes:
         steps: how many were taken.

@@ -15,8 +15,15 @@ from torch import nn
 from graphprune.calibration import batches_of
 from graphprune.connections.clusters import Saliency, clustered
 from graphprune.connections.patterns import PATTERNS, blocks_of, fan_in, first_of, turns_of
-from graphprune.connections.sites import Connections, Flags, Site, connected, sites_of
-from graphprune.errors import InvalidRequestError
+from graphprune.connections.sites import (
+    MANY_CHANNELS,
+    Connections,
+    Flags,
+    Site,
+    connected,
+    sites_of,
+)
+from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Loss
 from graphprune.importance.subject import Subject, values_of
@@ -69,6 +76,8 @@ def wired(
 ) -> Wiring:
     """Return a wiring of the model's convolutions that suits that fraction, and holds at larger ones.
 
+    Warns where there are none with connections to spare.
+
     The arguments are those of `connect_sparsely`.
 
     Raises:
@@ -82,6 +91,8 @@ def wired(
     if share < 1:
         raise InvalidRequestError(f"share={share} must be a number of filters, 1 or more")
     sites = sites_of(graph, first)
+    if not sites:
+        _warn_of_no_sites(graph)
     turns: dict[str, npt.NDArray[np.int64]] = {}
     saliencies = (
         {} if pattern in PATTERNS else _saliencies(model, graph, sites, pattern, data, loss)
@@ -102,6 +113,18 @@ def wired(
 
     connected(graph, sites, choose)
     return Wiring(graph, sites, turns)
+
+
+def _warn_of_no_sites(graph: DependencyGraph) -> None:
+    """Warn that a model has no convolution with connections to spare."""
+    count = sum(
+        step.func.overloadpacket is torch.ops.aten.convolution for step in graph.inference.steps
+    )
+    warn(
+        f"none of the model's {count} convolutions has connections to spare, so it stays as it was: they "
+        f"must be ungrouped, not transposed, read and make {MANY_CHANNELS} channels or more, and have a "
+        "weight that nothing else reads"
+    )
 
 
 def check_fraction(fraction: float) -> None:
@@ -146,7 +169,7 @@ def _taylor(subject: Subject, sites: Sequence[Site]) -> dict[str, Saliency]:
     """Return the squared first-order change in loss when a connection goes, averaged over batches.
 
     That is the square of the sum over the window of weight times derivative.
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, eq. 8 (arXiv 1906.10771),
+    Source: Molchanov et al., Importance Estimation for Neural Network Pruning (arXiv 1906.10771),
     here for connections.
 
     Raises:

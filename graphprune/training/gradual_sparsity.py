@@ -1,8 +1,8 @@
 """Weights of recurrent and linear layers that become zero for good while a model trains.
 
-Sources: Narang et al., Exploring Sparsity in Recurrent Neural Networks, section 3 (arXiv 1704.05119); for
-blocks, Narang et al., Block-Sparse Recurrent Neural Networks, section 3.1 (arXiv 1711.02782); for the
-cubic schedule, Zhu and Gupta, To Prune, or Not to Prune, section 3 (arXiv 1710.01878).
+Sources: Narang et al., Exploring Sparsity in Recurrent Neural Networks (arXiv 1704.05119); for
+blocks, Narang et al., Block-Sparse Recurrent Neural Networks (arXiv 1711.02782); for the
+cubic schedule, Zhu and Gupta, To Prune, or Not to Prune (arXiv 1710.01878).
 """
 
 from __future__ import annotations
