@@ -53,6 +53,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def convolutions(last: int = 16, **options: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, last, 3, **options))
+
+
 class Does(nn.Module):
     """A hidden layer, a function of it, a last layer."""
 
@@ -301,7 +305,7 @@ said(
     r"asked to remove 10% of channels, and none go, since that is less than half a step between the "
     r"numbers of channels allowed; align=1 allows any",
     lambda: gp.slim(
-        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)),
+        convolutions(4),
         0.1,
         torch.ones(1, 3, 8, 8),
     ),
@@ -310,7 +314,7 @@ said(
     r"asked to remove 30% of parameters, and 49\.8% go, since the numbers of channels allowed are no finer "
     r"\(the next step, 8 more of '0\.weight:0', leaves too many\); align=1 comes nearer",
     lambda: gp.slim(
-        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)),
+        convolutions(4),
         0.3,
         torch.ones(1, 3, 8, 8),
         of="parameters",

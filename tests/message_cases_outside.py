@@ -20,7 +20,7 @@ import graphprune as gp
 from graphprune import cli, runtimes, timing
 from graphprune.callbacks import Compared
 from graphprune.comparison import Comparison, Measured
-from tests.message_cases import Does, X, case, net, said
+from tests.message_cases import Does, X, case, convolutions, net, said
 from tests.models import example
 
 # ------------------------------------------------------------------------------------------- ONNX
@@ -356,10 +356,6 @@ def a_config_that_cannot_say_the_sizes(folder: Path) -> None:
 # ------------------------------------------------------------------------- sparse connections
 
 IMAGE = torch.ones(1, 3, 6, 6)
-
-
-def convolutions(**options: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, **options))
 
 
 for fraction in (0, -0.5, 1.5):
