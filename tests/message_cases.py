@@ -304,21 +304,12 @@ said(
 said(
     r"asked to remove 10% of channels, and none go, since that is less than half a step between the "
     r"numbers of channels allowed; align=1 allows any",
-    lambda: gp.slim(
-        convolutions(4),
-        0.1,
-        torch.ones(1, 3, 8, 8),
-    ),
+    lambda: gp.slim(convolutions(4), 0.1, torch.ones(1, 3, 8, 8)),
 )
 said(
     r"asked to remove 30% of parameters, and 49\.8% go, since the numbers of channels allowed are no finer "
     r"\(the next step, 8 more of '0\.weight:0', leaves too many\); align=1 comes nearer",
-    lambda: gp.slim(
-        convolutions(4),
-        0.3,
-        torch.ones(1, 3, 8, 8),
-        of="parameters",
-    ),
+    lambda: gp.slim(convolutions(4), 0.3, torch.ones(1, 3, 8, 8), of="parameters"),
 )
 
 
