@@ -14,11 +14,12 @@ from torch import Tensor, fx
 
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.connections.blocks import Blocks
-from graphprune.connections.race import Form, Shape, fastest, warn_of_slow
 from graphprune.edits import put_parameter, read_buffer
 from graphprune.inference import Inference, infer
 from graphprune.layout import Axis, Layout, resolve, size_of
 from graphprune.pipeline import Pass, Program
+from graphprune.races import warn_of_slow
+from graphprune.races.convolution import Form, Shape, fastest
 from graphprune.reorder import Order, positions, reordered
 from graphprune.rules import arguments_of
 from graphprune.runtimes import Runtime
@@ -26,6 +27,8 @@ from graphprune.runtimes import Runtime
 aten = torch.ops.aten
 
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+
+_ADVICE = "; filters have to share their channels with enough others, as with share=32"
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class LowerSparseConnections(Pass):
             chosen[name] = form, blocks
             orders.update({inputs: read} if inputs is not None else {})
             orders.update({outputs: made} if outputs is not None else {})
-        if slow:
-            warn_of_slow(slow, runtime)
+        warn_of_slow("convolutions", slow, runtime, _ADVICE)
         return chosen, orders
 
 

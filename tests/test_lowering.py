@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 import graphprune as gp
 from graphprune.connections.blocks import Blocks
-from graphprune.connections.race import Shape, fastest
 from graphprune.demo.network import ResNet8
+from graphprune.races.convolution import Shape, fastest
 from graphprune.runtimes import Runtime
 from tests import models
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from graphprune.errors import warn
+from graphprune.races import IR_VERSION, OPSET, raced
 from graphprune.runtimes import Runtime
-from graphprune.timing import time_onnx
 
 Form: TypeAlias = Literal["dense", "grouped", "product"]
-
-_SECONDS = 0.4
-_OPSET = 18
-_IR_VERSION = 9
 
 
 @dataclass(frozen=True)
@@ -63,24 +56,9 @@ class Shape:
 
 def fastest(shape: Shape, runtime: Runtime) -> Form:
     """Return the form that takes the least time, measured in turns."""
-    with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, Path] = {form: Path(folder) / f"{form}.onnx" for form in shape.forms}
-        for form in shape.forms:
-            onnx.save(_model(shape, form), files[form])
-        feed = {"x": np.random.default_rng(0).standard_normal(shape.data).astype(np.float32)}
-        times = time_onnx(files, dict.fromkeys(files, feed), runtimes=[runtime], seconds=_SECONDS)[
-            str(runtime)
-        ]
-    return min(shape.forms, key=lambda form: times[form].steadiest.median)
-
-
-def warn_of_slow(slow: Sequence[str], runtime: Runtime) -> None:
-    """Warn of sparse convolutions, in words, that are fastest as they are."""
-    shown = ", ".join(slow[:5]) + (f" and {len(slow) - 5} more" if len(slow) > 5 else "")
-    warn(
-        f"sparse convolutions that run no faster on {runtime} stay dense: {shown}; filters have to share "
-        "their channels with enough others, as with share=32"
-    )
+    feed = {"x": np.random.default_rng(0).standard_normal(shape.data).astype(np.float32)}
+    times = raced({form: _model(shape, form) for form in shape.forms}, feed, runtime)
+    return min(shape.forms, key=times.__getitem__)
 
 
 class _Nodes:
@@ -115,8 +93,8 @@ def _model(shape: Shape, form: Form) -> onnx.ModelProto:
         for name, dims in (("x", shape.data), (nodes.last, [None] * len(shape.data)))
     ]
     graph = helper.make_graph(nodes.nodes, form, info[:1], info[1:], nodes.tensors)
-    opset = [helper.make_opsetid("", _OPSET)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=_IR_VERSION)
+    opset = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
 
 
 def _depthwise(nodes: _Nodes, channels: int, dims: int) -> None:
