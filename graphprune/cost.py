@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from graphprune.block_sparse.recurrent import OPERATOR
 from graphprune.inference import Inference, Step, infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
@@ -102,6 +103,10 @@ def mac_terms(step: Step) -> Iterator[list[Layout]]:
         positions = step.inputs[0].layouts[:-1]
         matrices = (value.layouts for value in step.inputs[1:] if len(value.layouts) == 2)
         yield from ([*positions, *matrix] for matrix in matrices)
+    elif packet is OPERATOR:
+        time, _, batch = step.inputs[0].layouts
+        others = step.inputs[1 + len(step.arguments["states"]) :]
+        yield from ([time, batch, *v.layouts] for v in others if len(v.layouts) > 1)
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:

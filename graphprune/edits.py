@@ -24,6 +24,21 @@ def read_buffer(graph_module: fx.GraphModule, weight: str, leaf: str, value: Ten
     return graph_module.graph.get_attr(f"{owner}.{name}" if owner else name)
 
 
+def read_packed(
+    graph_module: fx.GraphModule, read: fx.Node, blocks: Tensor, places: Tensor
+) -> tuple[fx.Node, fx.Node]:
+    """Hold a packed matrix beside the parameter that a node reads, once for all readers, and read it."""
+    weight = str(read.target)
+    names = f"{weight}_blocks", f"{weight}_places"
+    like, held = graph_module.get_parameter(weight), dict(graph_module.named_buffers())
+    if names[1] not in held:
+        owner, _, leaf = names[1].rpartition(".")
+        put_parameter(graph_module, names[0], blocks, like)
+        graph_module.get_submodule(owner).register_buffer(leaf, places)
+    one, other = (graph_module.graph.get_attr(name) for name in names)
+    return one, other
+
+
 def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
     """Give a layer that bias, in place of its own if it has one."""
     like = graph_module.get_parameter(str(layer.weight.target))

@@ -5,6 +5,8 @@ from graphprune.passes.compensate import Compensate
 from graphprune.passes.eliminate_dead_channels import EliminateDeadChannels
 from graphprune.passes.fold_batch_norm import FoldBatchNorm
 from graphprune.passes.lower_sparse_connections import LowerSparseConnections
+from graphprune.passes.lower_sparse_linear import LowerSparseLinear
+from graphprune.passes.lower_sparse_recurrent import LowerSparseRecurrent
 from graphprune.passes.remove_identities import RemoveIdentities
 from graphprune.passes.slim_channels import SlimChannels
 from graphprune.passes.sparse_connections import SparseConnections
@@ -16,6 +18,8 @@ __all__ = [
     "EliminateDeadChannels",
     "FoldBatchNorm",
     "LowerSparseConnections",
+    "LowerSparseLinear",
+    "LowerSparseRecurrent",
     "RemoveIdentities",
     "SlimChannels",
     "SparseConnections",

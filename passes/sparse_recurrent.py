@@ -18,8 +18,9 @@ from graphprune.training.gradual_sparsity import Matrix, without_lowest
 class SparseRecurrent(Pass):
     """The blocks of a trained recurrent layer's weights whose largest weight is smallest become zero.
 
-    1. Each matrix, of each layer and direction, loses the same fraction of its blocks. Gates stand one
-       above the other in it; no block is in two of them.
+    1. Each matrix, of each layer and direction, loses the same fraction of its blocks, and each row of
+       blocks as many, which is what `LowerSparseRecurrent` makes fast. Gates stand one above the other in
+       a matrix; no block is in two of them.
 
     It is the scores and the blocks of `graphprune.GradualSparsity`, which loses less, being part of the
     training. Biases and all other layers are left alone.
@@ -27,11 +28,13 @@ class SparseRecurrent(Pass):
     Attributes:
         sparsity: fraction of the blocks of each matrix that become zero, 0 < sparsity < 1.
         block: rows and columns of what goes together.
+        balanced: rows of blocks lose as many, and keep one at least; otherwise the lowest of the matrix go.
 
     """
 
     sparsity: float = 0.9
     block: tuple[int, int] = (32, 32)
+    balanced: bool = True
 
     def rewrite(self, program: Program) -> bool:
         """Put a sparse matrix in the place of each dense one."""
@@ -61,6 +64,6 @@ class SparseRecurrent(Pass):
         name, count = str(read.target), gates if len(weight) == height else 1
         matrix = Matrix(name, nn.Parameter(weight.detach()), "recurrent", count, self.block)
         scores = matrix.scores()
-        mask = without_lowest(scores, round(self.sparsity * scores.numel()))
+        mask = without_lowest(scores, round(self.sparsity * scores.numel()), self.balanced)
         put_parameter(graph_module, name, weight.detach() * matrix.spread(mask), weight)
         return not bool(mask.all())

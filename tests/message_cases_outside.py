@@ -11,7 +11,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from graphprune.passes import LowerSparseConnections, SlimChannels, SparseConnections
+from graphprune.passes import (
+    LowerSparseConnections,
+    LowerSparseLinear,
+    SlimChannels,
+    SparseConnections,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -388,6 +393,19 @@ said(
         convolutions(), IMAGE
     ),
 )
+
+
+@case(
+    "the zeros of linear layers stand alone, in no blocks of several rows, so they gain no time: weight; "
+    r"export\(..., sparse_weights=True\) makes the file smaller, and blocks, as of SparseRecurrent or "
+    r"GradualSparsity\(block=\(32, 32\), balanced=True\), the time"
+)
+def zeros_in_no_blocks(folder: Path) -> None:
+    model = nn.Linear(64, 64)
+    model.weight.data *= torch.rand(64, 64) < 0.2
+    LowerSparseLinear()(model, torch.zeros(1, 64))
+
+
 said(
     "start=0.5, end=0.25, factor=2.0 and every=5 must let the connections grow: start no larger than end, "
     "factor above 1, every 1 or more",

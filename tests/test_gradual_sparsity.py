@@ -207,6 +207,27 @@ def test_an_interrupted_training_goes_on_with_the_same_masks(schedule_name: Any)
     assert all(map(torch.equal, whole.parameters(), second.parameters()))
 
 
+@pytest.mark.parametrize("schedule_name", ["threshold", "cubic", "hard"])
+def test_balanced_rows_of_blocks_keep_as_many_and_one_at_least(schedule_name: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.GRU(12, 16)
+    with torch.no_grad():
+        layer.weight_hh_l0[:16] *= 10  # one gate far above the others
+    schedule = gp.GradualSparsity(
+        layer, start=0, end=8, every=1, schedule=schedule_name, sparsity=0.95, block=(4, 4),
+        slope_ratio=9, balanced=True,
+    )  # fmt: skip
+    before = {name: mask.clone() for name, mask in schedule.masks.items()}
+    for _ in range(8):
+        schedule.step()
+        for name, mask in schedule.masks.items():
+            counts = mask.sum(2).flatten()
+            assert counts.min() == counts.max() >= 1
+            assert not (mask & ~before[name]).any()
+        before = {name: mask.clone() for name, mask in schedule.masks.items()}
+    assert all(mask.sum(2).max() == 1 for mask in schedule.masks.values())
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_a_trained_network_is_cut_at_once_by_the_same_scores(kind: Any) -> None:
     torch.manual_seed(0)
@@ -217,7 +238,7 @@ def test_a_trained_network_is_cut_at_once_by_the_same_scores(kind: Any) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     schedule = gp.GradualSparsity(
         model, start=0, end=2, every=1, schedule="hard", sparsity=0.75, block=(4, 4),
-        include=["recurrent.*"],
+        include=["recurrent.*"], balanced=True,
     )  # fmt: skip
     for _ in range(2):
         schedule.step()

@@ -51,10 +51,21 @@ class Matrix:
         return down.repeat_interleave(self.block[1], 2)[:, :, :width].flatten(0, 1)
 
 
-def without_lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the mask of all scores but that many of the lowest; of equal ones the first go."""
-    left = torch.ones_like(scores, dtype=torch.bool).flatten()
-    left[scores.flatten().argsort(stable=True)[:count]] = False
+def without_lowest(scores: Tensor, count: int, balanced: bool = False) -> Tensor:
+    """Return the mask of all scores but that many of the lowest; of equal ones the first go.
+
+    Args:
+        scores: of blocks, the last dimension being the blocks of a row.
+        count: how many go.
+        balanced: as many go of each row, and one stays in each at least; up to one more a row than asked.
+
+    """
+    rows = scores.flatten(0, -2) if balanced else scores.view(1, -1)
+    going = -(-count // len(rows))
+    lowest = rows.argsort(dim=1, stable=True)[
+        :, : min(going, rows.shape[1] - 1) if balanced else going
+    ]
+    left = torch.ones_like(rows, dtype=torch.bool).scatter(1, lowest, False)
     return left.view_as(scores)
 
 
@@ -90,6 +101,7 @@ class GradualSparsity:
         sparsity: float = 0.9,
         slope_ratio: float = 1.5,
         block: tuple[int, int] = (1, 1),
+        balanced: bool = False,
         reference: nn.Module | None = None,
         by_layer: bool = False,
         most: float = 0.99,
@@ -108,6 +120,8 @@ class GradualSparsity:
             sparsity: the fraction that is gone in the end; not for "threshold".
             slope_ratio: of the second slope of the threshold to the first; the paper takes 1.5 to 2.
             block: rows and columns of what goes together.
+            balanced: as many blocks are left in each row of blocks, which runs fastest; with the
+                threshold, that many of all blocks as are below it go, the lowest of each row.
             reference: a dense model of the same names whose weights the threshold grows to, trained
                 at best; the model as it is by default.
             by_layer: take that measure of each weight by itself, not of all recurrent and of all linear
@@ -140,6 +154,7 @@ class GradualSparsity:
         self.schedule, self.sparsity, self.slope_ratio, self.most = (
             schedule, sparsity, slope_ratio, most,
         )  # fmt: skip
+        self.balanced = balanced
         self.steps = 0
         self._matrices = [
             matrix
@@ -200,7 +215,9 @@ class GradualSparsity:
             share = 1.0 if self.schedule == "hard" else 1 - (1 - done) ** 3
             going = round(self.sparsity * share * mask.numel())
         going = min(max(going, int((~mask).sum())), int(self.most * mask.numel()))
-        self.masks[matrix.name] = without_lowest(scores.masked_fill(~mask, -1.0), going)
+        self.masks[matrix.name] = without_lowest(
+            scores.masked_fill(~mask, -1.0), going, self.balanced
+        )
 
     @property
     def sparsities(self) -> dict[str, float]:

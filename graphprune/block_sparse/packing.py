@@ -1,0 +1,96 @@
+"""Matrices that are zero but for some blocks, held and multiplied without the rest.
+
+Source: Narang et al., Block-Sparse Recurrent Neural Networks (arXiv 1711.02782), for blocks as what
+runs fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Block = tuple[int, int]
+"""Rows and columns of what is zero or not together."""
+
+LEAST_ROWS = 8  # of a block: fewer keep a processor's lanes idle
+MOST = 0.75  # of a matrix, packed: more is not worth the way
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The blocks of a matrix that are not zero, as many in each row of blocks.
+
+    Gates stand one above the other in the matrix. Where a gate's last block is short, rows of zeros make
+    it whole; rows of blocks that have fewer than another keep some zeros.
+
+    Attributes:
+        blocks: by row of blocks, those of it side by side, `[rows of blocks, rows, columns]`.
+        places: which run of columns each stands for, `[rows of blocks * blocks in each]`, int64.
+
+    """
+
+    blocks: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, gates: int, block: Block) -> Packed:
+        """Pack a matrix, `[gates * height, width]`; a block of a width that does not fit is cut up."""
+        rows, columns = block[0], gcd(block[1], matrix.shape[1])
+        by_gate = matrix.unflatten(0, (gates, -1))
+        by_gate = F.pad(by_gate, (0, 0, 0, -by_gate.shape[1] % rows))
+        by_block = by_gate.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).flatten(0, 1)
+        on = (by_block != 0).any(3).any(1)  # [rows of blocks, blocks across]
+        most = max(1, int(on.sum(1).max()))
+        places = (~on).byte().argsort(dim=1, stable=True)[:, :most].sort(dim=1).values
+        kept = by_block.transpose(1, 2).take_along_dim(places[:, :, None, None], 1)
+        return cls(kept.transpose(1, 2).flatten(2).contiguous(), places.flatten())
+
+
+def block_of(matrix: Tensor, gates: int) -> Block:
+    """Return the largest block, rows and columns, whose edges are where the zeros of a matrix change.
+
+    Rows count within their gate. The block is one by one where zeros stand alone.
+    """
+    on = (matrix != 0).unflatten(0, (gates, -1))
+    rows = (on[:, 1:] != on[:, :-1]).any(2).any(0)
+    columns = (on[:, :, 1:] != on[:, :, :-1]).any(1).any(0)
+    edges = (0, on.shape[1]) if not rows.any() else (rows.nonzero().flatten() + 1).tolist()
+    across = (columns.nonzero().flatten() + 1).tolist()
+    return gcd(*edges), gcd(*across, on.shape[2])
+
+
+def product(blocks: Tensor, places: Tensor | None, data: Tensor) -> Tensor:
+    """Multiply a packed matrix, on the left, with a matrix.
+
+    Args:
+        blocks: of `Packed`, or a matrix whole, `[rows, width]`.
+        places: of `Packed`; None with a matrix that is whole.
+        data: `[width, count]`.
+
+    Returns:
+        `[rows of blocks * rows, count]`, a gate's rows of padding included.
+
+    """
+    if places is None:
+        return blocks @ data
+    runs = data.unflatten(0, (-1, run_of(blocks, places)))
+    read = runs.index_select(0, places).reshape(len(blocks), -1, data.shape[1])
+    return torch.bmm(blocks, read).flatten(0, 1)
+
+
+def run_of(blocks: Tensor, places: Tensor) -> int:
+    """Return how many columns each block has."""
+    return blocks.shape[2] * len(blocks) // len(places)
+
+
+def packed_well(matrix: Tensor, gates: int, block: Block | None) -> Packed | None:
+    """Return a matrix packed in those blocks or the ones found; None where that saves little or is slow."""
+    rows, columns = block or block_of(matrix, gates)
+    if rows < LEAST_ROWS:
+        return None
+    packed = Packed.of(matrix, gates, (rows, columns))
+    return packed if packed.blocks.numel() <= MOST * matrix.numel() else None

@@ -1,0 +1,110 @@
+"""Turn blocks of zeros in linear layers into time and memory that are saved."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from graphprune.passes.lower_sparse_recurrent import has_zeros
+from torch import fx
+
+from graphprune.block_sparse.packing import Packed, packed_well, run_of
+from graphprune.calibration import Layer, held_by, layers_of
+from graphprune.edits import drop_unread, read_packed
+from graphprune.inference import infer
+from graphprune.layout import size_of
+from graphprune.pipeline import Pass, Program
+from graphprune.races import warn_of_alone, warn_of_slow
+from graphprune.races.packed import LinearShape, MatrixShape
+from graphprune.runtimes import Runtime
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class LowerSparseLinear(Pass):
+    """Linear layers whose matrix is zero but for some blocks compute those blocks alone.
+
+    1. Blocks are packed, as many for each row of blocks: `graphprune.GradualSparsity(block=,
+       balanced=True)` leaves them so.
+    2. The layer becomes a gather of features and a batched product of matrices, blocks on the left, in
+       ATen operators.
+
+    Left alone, with a warning: layers that run no faster in ONNX Runtime at the example inputs' shape, by
+    measurement, and layers whose zeros stand alone. Without one: layers that are dense, or whose
+    parameters something else reads.
+
+    The graph computes what it did, to rounding.
+
+    Attributes:
+        block: rows and columns of the blocks, rows being outputs; found from the zeros by default.
+        measured: lower what is faster for it; otherwise whatever has such blocks.
+        provider: where time is measured: "cpu", "cuda", "cuda-tf32", "cuda-float16", or an execution
+            provider of ONNX Runtime.
+        threads: threads inside an operator, on the CPU.
+
+    """
+
+    block: tuple[int, int] | None = None
+    measured: bool = True
+    provider: str = "cpu"
+    threads: int = 1
+
+    def rewrite(self, program: Program) -> bool:
+        """Lower each linear layer that gains from it."""
+        graph_module = program.graph_module
+        inference = infer(graph_module, program.inputs)
+        runtime = Runtime.of(self.provider, self.threads)
+        race = functools.cache(lambda shape: shape.times(runtime))
+        slow, alone, lowered = [], [], []
+        for name, layer in layers_of(graph_module).items():
+            sizes = [size_of(layout) for layout in inference.nodes[layer.data.name]]
+            if layer.summed != -1 or len(sizes) < 2:
+                continue
+            matrix = layer.matrix(held_by(graph_module, layer.weight), {}).squeeze(0)
+            packed = packed_well(matrix, 1, self.block)
+            if packed is None:
+                alone += [name] if has_zeros(matrix) else []
+                continue
+            if self.measured:
+                shape = LinearShape(prod(sizes[:-1]), MatrixShape.of(matrix, packed))
+                times = race(shape)
+                if times["packed"] >= times["dense"]:
+                    slow.append(name)
+                    continue
+            _lower(graph_module, layer, packed, (len(matrix), len(sizes)))
+            lowered.append(name)
+        drop_unread(graph_module, lowered)
+        warn_of_slow("linear layers", slow, runtime)
+        warn_of_alone("linear layers", alone)
+        return bool(lowered)
+
+
+def _lower(
+    graph_module: fx.GraphModule, layer: Layer, packed: Packed, height_and_dims: tuple[int, int]
+) -> None:
+    """Put the product of a packed matrix in the place of a layer of so many outputs on such data."""
+    graph, call = graph_module.graph, graph_module.graph.call_function
+    node, data, (height, dims) = layer.node, layer.data, height_and_dims
+    rows, _, across = packed.blocks.shape
+    run = run_of(packed.blocks, packed.places)
+    with graph.inserting_before(node):
+        blocks, places = read_packed(graph_module, layer.weight, packed.blocks, packed.places)
+        flat = data if dims == 2 else call(aten.flatten.using_ints, (data, 0, -2))
+        by_run = call(aten.unflatten.int, (call(aten.t.default, (flat,)), 0, [-1, run]))
+        gathered = call(aten.index_select.default, (by_run, 0, places))
+        read = call(aten.reshape.default, (gathered, [rows, across, -1]))
+        made = call(aten.flatten.using_ints, (call(aten.bmm.default, (blocks, read)), 0, 1))
+        if packed.blocks.shape[:2].numel() != height:
+            made = call(aten.slice.Tensor, (made, 0, 0, height))
+        result = call(aten.t.default, (made,))
+        if dims != 2:
+            sizes = [call(aten.sym_size.int, (data, dim)) for dim in range(dims - 1)]
+            result = call(aten.unflatten.int, (result, 0, sizes))
+        if layer.bias is not None:
+            result = call(aten.add.Tensor, (result, layer.bias))
+    result.meta = {key: what for key, what in node.meta.items() if key != "val"}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)

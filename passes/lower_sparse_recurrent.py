@@ -1,0 +1,234 @@
+"""Turn blocks of zeros in recurrent layers into time and memory that are saved."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.block_sparse.packing import Block, Packed, packed_well
+from graphprune.block_sparse.recurrent import OPERATOR
+from graphprune.calibration import held_by
+from graphprune.edits import drop_unread, read_packed
+from graphprune.inference import infer
+from graphprune.layout import size_of
+from graphprune.pipeline import Pass, Program
+from graphprune.races import warn_of_alone, warn_of_slow
+from graphprune.races.packed import MatrixShape, RecurrentShape
+from graphprune.rules import arguments_of
+from graphprune.rules.recurrent import GATES
+from graphprune.runtimes import Runtime
+
+aten = torch.ops.aten
+
+MANY_ZEROS = 0.5  # of a matrix: fewer are chance
+
+
+@dataclass(frozen=True)
+class LowerSparseRecurrent(Pass):
+    """Recurrent layers whose matrices are zero but for some blocks compute those blocks alone.
+
+    1. Blocks are packed, as many for each row of blocks: `SparseRecurrent`, or
+       `graphprune.GradualSparsity(block=, balanced=True)`, leaves them so. Their products are batched
+       products of matrices.
+    2. In PyTorch a layer becomes one operator for each direction, which torch.compile takes as it is; in
+       the file of `graphprune.export` a Scan of standard operators, with the length and the batch as free
+       as they were.
+
+    Left alone, with a warning: layers that run no faster in ONNX Runtime at the example inputs' shape, by
+    measurement, and layers whose zeros stand alone. Without one: layers that are dense, cells, and layers
+    with projections.
+
+    The graph computes what it did, to rounding.
+
+    Attributes:
+        block: rows and columns of the blocks; found from the zeros by default.
+        measured: lower what is faster for it; otherwise whatever has such blocks.
+        provider: where time is measured: "cpu", "cuda", "cuda-tf32", "cuda-float16", or an execution
+            provider of ONNX Runtime.
+        threads: threads inside an operator, on the CPU.
+
+    """
+
+    block: tuple[int, int] | None = None
+    measured: bool = True
+    provider: str = "cpu"
+    threads: int = 1
+
+    def rewrite(self, program: Program) -> bool:
+        """Lower each recurrent layer that gains from it."""
+        graph_module = program.graph_module
+        inference = infer(graph_module, program.inputs)
+        runtime = Runtime.of(self.provider, self.threads)
+        race = functools.cache(lambda shape: shape.times(runtime))
+        slow, alone, lowered = [], [], []
+        for node in graph_module.graph.nodes:
+            stack = _Stack.of(graph_module, node, self.block)
+            if stack is None:
+                continue
+            if not any(cell.is_packed for cell in stack.cells):
+                alone += [stack.name] if stack.has_zeros else []
+                continue
+            if self.measured:
+                sizes = [size_of(layout) for layout in inference.nodes[stack.data.name]]
+                times = [race(shape) for shape in stack.shapes(sizes)]
+                if sum(t["packed"] for t in times) >= sum(t["dense"] for t in times):
+                    slow.append(stack.name)
+                    continue
+            lowered.append(stack)
+        for stack in lowered:
+            stack.lower()
+        drop_unread(graph_module, {name for stack in lowered for name in stack.weights})
+        warn_of_slow("recurrent layers", slow, runtime)
+        warn_of_alone("recurrent layers", alone)
+        return bool(lowered)
+
+
+def has_zeros(matrix: Tensor) -> bool:
+    """Say whether so many weights are zero that it is no chance."""
+    return float((matrix == 0).float().mean()) >= MANY_ZEROS
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One layer in one direction: its matrices, packed or None where they stay whole, and its biases."""
+
+    matrices: Sequence[fx.Node]
+    packed: Sequence[Packed | None]
+    biases: Sequence[fx.Node | None]
+    reverse: bool
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a matrix of it is."""
+        return any(packed is not None for packed in self.packed)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A call of a recurrent operator: layers one on the other, in one direction or both."""
+
+    graph_module: fx.GraphModule
+    node: fx.Node
+    given: dict[str, Any]
+    cells: Sequence[_Cell]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, node: fx.Node, block: Block | None) -> _Stack | None:
+        """Return the call that a node is; None of other nodes, packed sequences and projections."""
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet not in GATES or node.target is not packet.input:
+            return None
+        given = arguments_of(node)
+        directions = 2 if given["bidirectional"] else 1
+        count = 4 if given["has_biases"] else 2
+        reads = given["params"]
+        if len(reads) != directions * given["num_layers"] * count:
+            return None
+        cells = []
+        for at in range(0, len(reads), count):
+            weights, biases = reads[at : at + 2], [*reads[at + 2 : at + count], None, None]
+            packed = [packed_well(held_by(graph_module, w), GATES[packet], block) for w in weights]
+            is_reverse = bool(at // count % directions)
+            cells.append(_Cell(weights, packed, biases[:2], is_reverse))
+        return cls(graph_module, node, given, cells)
+
+    @property
+    def name(self) -> str:
+        """The name of the first matrix."""
+        return str(self.cells[0].matrices[0].target)
+
+    @property
+    def data(self) -> fx.Node:
+        """What it is called on."""
+        node: fx.Node = self.given["input"]
+        return node
+
+    @property
+    def kind(self) -> str:
+        """Which operator."""
+        name: str = self.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        return name
+
+    @property
+    def weights(self) -> set[str]:
+        """The names of the matrices that are packed."""
+        return {
+            str(read.target)
+            for cell in self.cells
+            for read, packed in zip(cell.matrices, cell.packed, strict=True)
+            if packed is not None
+        }
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether most of a matrix is zero."""
+        reads = (read for cell in self.cells for read in cell.matrices)
+        return any(has_zeros(held_by(self.graph_module, read)) for read in reads)
+
+    def shapes(self, sizes: Sequence[int]) -> Iterator[RecurrentShape]:
+        """Yield what the time of each cell depends on, for data of those sizes."""
+        batch, time = sizes[:2] if self.given["batch_first"] else (sizes[1], sizes[0])
+        for cell in self.cells:
+            its_input, hidden = (
+                MatrixShape.of(held_by(self.graph_module, read), packed)
+                for read, packed in zip(cell.matrices, cell.packed, strict=True)
+            )
+            biased = self.given["has_biases"]
+            yield RecurrentShape(self.kind, time, batch, its_input, hidden, biased)
+
+    def lower(self) -> None:
+        """Put an operator for each cell in its place; time first, then features, then the batch."""
+        graph, call = self.graph_module.graph, self.graph_module.graph.call_function
+        states = self.given["hx"] if self.kind == "lstm" else [self.given["hx"]]
+        batch_first = self.given["batch_first"]
+        directions = 2 if self.given["bidirectional"] else 1
+        users = list(self.node.users)
+        last: dict[Any, list[fx.Node]] = {
+            user.args[1]: [] for user in users if user.users and user.args[1]
+        }
+        with graph.inserting_before(self.node):
+            order = [1, 2, 0] if batch_first else [0, 2, 1]
+            value = call(aten.permute.default, (self.data, order))
+            for layer in range(self.given["num_layers"]):
+                if layer and self.given["dropout"]:
+                    dropped = (value, self.given["dropout"], self.given["train"])
+                    value = call(aten.dropout.default, dropped)
+                outputs = []
+                for at in range(layer * directions, (layer + 1) * directions):
+                    first = [
+                        call(aten.t.default, (call(aten.select.int, (state, 0, at)),))
+                        for state in states
+                    ]
+                    results = call(OPERATOR.default, self._arguments(at, value, first))
+                    results.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
+                    outputs.append(call(operator.getitem, (results, 0)))
+                    for place, its in last.items():
+                        its.append(
+                            call(aten.t.default, (call(operator.getitem, (results, place)),))
+                        )
+                value = outputs[0] if len(outputs) == 1 else call(aten.cat.default, (outputs, 1))
+            order = [2, 0, 1] if batch_first else [0, 2, 1]
+            made = {0: call(aten.permute.default, (value, order))}
+            made |= {place: call(aten.stack.default, (its,)) for place, its in last.items()}
+        for user in users:
+            if user.users:
+                user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(self.node)
+
+    def _arguments(self, at: int, data: fx.Node, states: list[fx.Node]) -> tuple[Any, ...]:
+        """Return the operator's arguments for one cell."""
+        cell = self.cells[at]
+        matrices: list[fx.Node | None] = []
+        for read, packed in zip(cell.matrices, cell.packed, strict=True):
+            if packed is None:
+                matrices += read, None
+            else:
+                matrices += read_packed(self.graph_module, read, packed.blocks, packed.places)
+        return data, states, *matrices, *cell.biases, self.kind, cell.reverse
