@@ -1,11 +1,11 @@
 """The Power of Sparsity in CNNs (arXiv 1702.06257) on Fashion-MNIST, with time that is measured.
 
-    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST [--net resnet] [--seeds 5]
-    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST --quick   # a few minutes
-    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST --report  # table and plot alone
+    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST --net vgg|resnet
+    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST --net vgg --quick  # minutes
+    python benchmarks/sparse_connections.py --data FOLDER_OF_FASHION_MNIST --net vgg --report # table
 
 The paper's ImageNet networks are out of reach; here are a VGG-style network of 48, 96 and 192 channels and
-a ResNet-8 of 32, 64 and 128, on the first 10,000 training images for three epochs. Accuracy on all 10,000
+a ResNet-8 of 32, 64 and 128, on all 60,000 training images for three epochs. Accuracy on all 10,000
 test images beside parameters, multiply-adds and latency in ONNX Runtime, for: the paper's baseline (a width
 multiplier of the square root of the fraction), its random connections, the same shared by 8 and 32 filters,
 expander graphs, grouped convolutions, connections cut from a trained network and trained on (for as long
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
-import json
 import math
 import tempfile
 import time
@@ -32,6 +32,7 @@ import torch
 from fashion_mnist import BATCH, normalised_part, train
 from latency import header, timed
 from torch import nn
+from trainings import Job, Kept, Row, add_options, all_jobs, mean_and_spread, plot, with_spread
 
 import graphprune as gp
 from graphprune.connections import masks_of
@@ -44,7 +45,7 @@ from graphprune.runtimes import Runtime
 
 RESULTS = Path(__file__).parent / "results"
 X = torch.zeros(1, 1, 28, 28)
-IMAGES, EPOCHS, PEAK = 10_000, 3, 0.1
+IMAGES, EPOCHS, PEAK = 60_000, 3, 0.1
 FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)
 EXCHANGES, GROWTHS = 20, 8  # in one training
 
@@ -62,7 +63,6 @@ JOBS = {
     "incremental": (0.02,),
 }
 QUICK = {"dense": (1.0,), "width": (0.05,), "random, share 1": (0.05,), "random, share 32": (0.25,)}
-RESNET = {"dense": (1.0,), "width": FRACTIONS, "random, share 1": FRACTIONS}
 
 
 def vgg(widths: tuple[int, ...] = (48, 96, 192)) -> nn.Module:
@@ -104,8 +104,9 @@ def grouped(model: nn.Module, fraction: float) -> nn.Module:
     return model
 
 
-def run(net: str, method: str, fraction: float, seed: int, data: Sample, epochs: int) -> nn.Module:
+def trained(job: Job, data: Sample, epochs: int) -> nn.Module:
     """Return a network, trained."""
+    net, method, fraction, seed = job
     model = fresh(net, seed)
     name, _, share = method.partition(", share ")
     options: dict[str, Any] = {"share": int(share or 1), "seed": seed}
@@ -140,8 +141,11 @@ def learn(
     seed: int,
     after_step: Callable[[], object] = bool,
 ) -> None:
+    """Train where the data is, and come back to the processor."""
+    model.to(data.images.device)
     with contextlib.redirect_stdout(io.StringIO()):
         train(model, data, epochs, seed, peak=PEAK, augment=False, after_step=after_step)
+    model.cpu()
 
 
 def counted(model: nn.Module) -> tuple[int, int]:
@@ -164,38 +168,25 @@ def counted(model: nn.Module) -> tuple[int, int]:
     return parameters, macs
 
 
-def train_all(options: argparse.Namespace, jobs: dict[str, tuple[float, ...]]) -> None:
-    images = 2_000 if options.quick else IMAGES
-    epochs = 1 if options.quick else EPOCHS
-    whole, test = (normalised_part(options.data, part) for part in ("train", "test"))
-    data = Sample(whole.images[:images], whole.labels[:images])
-    known = {key(row) for row in rows(options)}
-    for seed in range(1 if options.quick else options.seeds):
-        for method, fractions in jobs.items():
-            for fraction in fractions:
-                row = {"net": options.net, "method": method, "fraction": fraction, "seed": seed}
-                if key(row) in known:
-                    continue
-                start = time.perf_counter()
-                model = run(options.net, method, fraction, seed, data, epochs)
-                parameters, macs = counted(model)
-                row |= {"accuracy": 100 * accuracy(model, test)}
-                row |= {"parameters": parameters, "macs": macs}
-                row |= {"seconds": round(time.perf_counter() - start)}
-                with options.log.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(row, flush=True)
+@functools.cache
+def data_on(folder: Path, device: str, images: int) -> tuple[Sample, Sample]:
+    """Return the first training images and all test images."""
+    whole, test = (normalised_part(folder, part) for part in ("train", "test"))
+    some = Sample(whole.images[:images], whole.labels[:images])
+    return Sample(*(t.to(device) for t in some)), Sample(*(t.to(device) for t in test))
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["net"], row["method"], row["fraction"], row["seed"]
-
-
-def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    if not options.log.exists():
-        return []
-    found = [json.loads(line) for line in options.log.read_text().splitlines()]
-    return [row for row in found if row["net"] == options.net]
+def work(folder: Path, device: str, quick: bool, job: Job) -> Row:
+    """Train a network; return its accuracy in percent, its size and the seconds that it took."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    data, test = data_on(folder, device, 2_000 if quick else IMAGES)
+    start = time.perf_counter()
+    model = trained(job, data, 1 if quick else EPOCHS)
+    parameters, macs = counted(model)
+    score = 100 * accuracy(model.to(device), test)
+    seconds = round(time.perf_counter() - start)
+    return {"accuracy": score, "parameters": parameters, "macs": macs, "seconds": seconds}
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -232,14 +223,12 @@ def latencies(net: str, found: list[tuple[str, float]]) -> dict[tuple[str, float
     return {job: times[f"{job[0]} {job[1]}"].steadiest.median / dense for job in found}
 
 
-def report(options: argparse.Namespace) -> None:
-    by_job: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in rows(options):
-        by_job.setdefault((row["method"], row["fraction"]), []).append(row)
-    times = latencies(options.net, list(by_job))
+def report(net: str, kept: Kept) -> None:
+    by_job = kept.by_method(net)
+    times = latencies(net, list(by_job))
     (dense,) = {row["parameters"] for row in by_job["dense", 1.0]}
     lines = [
-        *header(f"Sparse connections, {options.net}, Fashion-MNIST", [Runtime()]),
+        *header(f"Sparse connections, {net}, Fashion-MNIST", [Runtime()]),
         f"{IMAGES:,} images, {EPOCHS} epochs: means over the seeds and standard deviations. Time in "
         "ONNX Runtime, one image, one CPU thread, over the dense network's.",
         "",
@@ -247,65 +236,39 @@ def report(options: argparse.Namespace) -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     points: dict[str, list[tuple[float, float, float, float, float]]] = {}
-    for (method, fraction), its in sorted(by_job.items()):
-        scores = np.array([row["accuracy"] for row in its])
-        parameters = float(np.mean([row["parameters"] for row in its]))
-        macs = float(np.mean([row["macs"] for row in its]))
-        spread = scores.std(ddof=1) if len(scores) > 1 else 0.0
-        score = f"{scores.mean():.2f}" + (f" ± {spread:.2f}" if len(scores) > 1 else "")
+    for (method, fraction), its in by_job.items():
+        parameters, _ = mean_and_spread(its, "parameters")
+        macs, _ = mean_and_spread(its, "macs")
+        score, spread = mean_and_spread(its, "accuracy")
         lines.append(
             f"| {method} | {fraction:g} | {parameters:,.0f} | {parameters / dense:.1%} | "
-            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {score} | "
-            f"{len(scores)} |"
+            f"{macs / 1e6:.2f} M | {times[method, fraction]:.3f} | {with_spread(score, spread)} | "
+            f"{len(its)} |"
         )
-        point = parameters, macs, times[method, fraction], scores.mean(), spread
+        point = parameters, macs, times[method, fraction], score, spread
         points.setdefault(method, []).append(point)
-    (RESULTS / f"sparse_connections_{options.net}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"sparse_connections_{net}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(points, RESULTS / f"sparse_connections_{options.net}.png")
-
-
-def plot(points: dict[str, list[tuple[float, ...]]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    colours = mpl.colormaps["tab20"](np.linspace(0, 1, len(points)))
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharey=True)
     words = ("parameters", "multiply-adds", "time over the dense network's")
-    for at, (panel, word) in enumerate(zip(panels, words, strict=True)):
-        for (method, its), colour in zip(points.items(), colours, strict=True):
-            x, y, error = ([point[i] for point in sorted(its)] for i in (at, 3, 4))
-            panel.errorbar(x, y, yerr=error, marker="o", capsize=2, label=method, color=colour)
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-        panel.set_xlabel(word)
-        panel.grid(visible=True, alpha=0.3)
-    panels[0].set_ylabel("accuracy, %")
-    panels[2].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    plot(points, words, "accuracy, %", RESULTS / f"sparse_connections_{net}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the *-ubyte.gz files")
-    parser.add_argument("--cache", type=Path, default=Path("benchmarks/cache"))
-    parser.add_argument("--net", choices=list(NETS), default="vgg")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a few short trainings and no report")
-    parser.add_argument("--report", action="store_true", help="no training")
+    add_options(parser, NETS, seeds=5)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    options.cache.mkdir(parents=True, exist_ok=True)
-    name = "sparse_connections_quick.jsonl" if options.quick else "sparse_connections.jsonl"
-    options.log = options.cache / name
+    kept = Kept(options.cache / f"sparse_connections{'_quick' if options.quick else ''}.jsonl")
     if not options.report:
-        train_all(options, QUICK if options.quick else JOBS if options.net == "vgg" else RESNET)
-    if not options.quick:
-        report(options)
+        jobs = all_jobs(
+            options.net, QUICK if options.quick else JOBS, 1 if options.quick else options.seeds
+        )
+        job = functools.partial(work, options.data, options.device, options.quick)
+        kept.run(job, jobs, options.workers)
+    if not (options.quick or options.train):
+        report(options.net, kept)
 
 
 if __name__ == "__main__":

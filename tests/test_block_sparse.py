@@ -380,6 +380,27 @@ def test_it_compiles_and_trains_on() -> None:
     assert graph(tokens())[0].square().mean() < 0.9 * before
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_it_runs_and_trains_on_a_gpu(kind: Any) -> None:
+    model = cut(Reader(kind, num_layers=2, bidirectional=True))
+    graph, _ = LowerSparseRecurrent(measured=False)(model, tokens())
+    wanted = model(tokens())[0]
+    graph.cuda()
+    found = graph(tokens().cuda())[0]
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    found.square().mean().backward()
+    blocks = [weight for name, weight in graph.named_parameters() if name.endswith("_blocks")]
+    assert len(blocks) == 8
+    assert all(weight.grad is not None and bool(weight.grad.any()) for weight in blocks)
+    on_gpu = cut(Reader(kind).cuda())
+    lowered, changed = LowerSparseRecurrent(measured=False)(on_gpu, tokens().cuda())
+    assert changed
+    torch.testing.assert_close(
+        lowered(tokens().cuda())[0], on_gpu(tokens().cuda())[0], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_the_dependency_graph_says_what_a_packed_layer_holds() -> None:
     graph, _ = LowerSparseRecurrent(measured=False)(cut(Reader()), tokens())
     found = gp.analyze(graph, tokens())
