@@ -95,7 +95,8 @@ def competing(
     """Return how many slots each group keeps when all slots compete by score.
 
     The lowest go until the cost is no more than the target; where rounding to the numbers allowed
-    removed too many, the best of them come back.
+    removed too many, the best of them come back. Where no number meets the target, those that cost nothing
+    do.
     """
     thresholds = np.unique(np.concatenate([[-np.inf], *(scores[g.name] for g in groups)]))
 
@@ -117,7 +118,8 @@ def competing(
             high = middle
         else:
             low = middle + 1
-    return _give_back(kept_above(thresholds[low]), options, scores, total, target)
+    kept = kept_above(thresholds[low])
+    return _give_back(kept, options, scores, total, max(target, total(kept)))
 
 
 def _give_back(
@@ -127,7 +129,7 @@ def _give_back(
     total: Callable[[Mapping[str, int]], float],
     target: float,
 ) -> dict[str, int]:
-    """Return the best-scored slots that still fit under the target: rounding removed a few too many."""
+    """Return the slots kept, with the best-scored others that still fit under the target."""
     best = {name: np.sort(scores[name])[::-1] for name in kept}
     waiting = {name for name in kept if kept[name] < options[name][-1]}
     while waiting:

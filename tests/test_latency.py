@@ -131,6 +131,14 @@ def test_a_latency_that_cannot_be_reached_is_said(machine: list[Path]) -> None:
         gp.slim(resnet(), 0.99, X, of="latency", include=["stem*"])
 
 
+def test_channels_that_would_save_nothing_stay_where_a_latency_cannot_be_reached(
+    machine: list[Path],
+) -> None:
+    with pytest.warns(GraphPruneWarning, match="no more can be cut as asked"):
+        result = gp.slimmed(resnet(), 0.99, X, of="latency", align=BLOCK // 2)
+    assert BLOCK in {len(kept) for kept in result.plan.keep.values()}  # half would do as well
+
+
 def test_a_pass_and_the_gradual_way_take_a_latency_too(machine: list[Path], tmp_path: Path) -> None:
     model = resnet()
     limit = whole(model, tmp_path) * 1e3 / 2
