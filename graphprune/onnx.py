@@ -374,7 +374,7 @@ def _translated(
             }  # which later stages of the exporter carry along
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=opset, verbose=False,
-            custom_translation_table=dict(TRANSLATIONS),
+            custom_translation_table=TRANSLATIONS,
         )  # fmt: skip
     given = cast(ONNXProgram, exported)
     version = given.model.opset_imports[""]

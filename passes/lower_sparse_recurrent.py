@@ -38,7 +38,8 @@ class LowerSparseRecurrent(Pass):
        products of matrices.
     2. In PyTorch a layer becomes one operator for each direction, which torch.compile takes as it is; in
        the file of `graphprune.export` a Scan of standard operators, with the length and the batch as free
-       as they were.
+       as they were. (torch.onnx.export writes it with `custom_translation_table=TRANSLATIONS` of
+       graphprune.block_sparse.scan.)
 
     Left alone, with a warning: layers that run no faster in ONNX Runtime at the example inputs' shape, by
     measurement, and layers whose zeros stand alone. Without one: layers that are dense, cells, and layers

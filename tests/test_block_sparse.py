@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import graphprune as gp
 from graphprune.block_sparse.packing import Packed, block_of, product
 from graphprune.block_sparse.recurrent import GATES, OPERATOR, block_sparse_recurrent
+from graphprune.block_sparse.scan import TRANSLATIONS
 from graphprune.races.packed import LinearShape, MatrixShape, RecurrentShape
 from graphprune.runtimes import Runtime, open_session
 
@@ -321,6 +322,19 @@ def test_the_file_has_standard_operators_and_any_length_and_batch(
         found = session.run(None, exported.feed(tokens(batch, length)))
         wanted = torch.utils._pytree.tree_leaves(model(tokens(batch, length)))
         torch.testing.assert_close([torch.from_numpy(a) for a in found], wanted)
+
+
+def test_an_exported_program_stays_one_that_torch_exports(tmp_path: Path) -> None:
+    model = cut(Reader())
+    program = torch.export.export(model, (tokens(),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    lowered = gp.Pipeline([LowerSparseRecurrent(measured=False)])(program)
+    assert isinstance(lowered, torch.export.ExportedProgram)
+    torch.testing.assert_close(lowered.module()(tokens(4)), model(tokens(4)))
+    written = torch.onnx.export(lowered, dynamo=True, custom_translation_table=TRANSLATIONS)
+    written.save(tmp_path / "net.onnx")
+    session = open_session(tmp_path / "net.onnx")
+    (found, _) = session.run(None, {session.get_inputs()[0].name: tokens(4).numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(tokens(4))[0])
 
 
 def test_names_that_a_scan_uses_are_the_users_to_use(tmp_path: Path) -> None:

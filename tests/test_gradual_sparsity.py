@@ -153,6 +153,28 @@ def test_no_block_is_in_two_gates_and_blocks_at_the_ends_are_smaller() -> None:
         )
 
 
+def test_the_lasso_of_blocks_is_the_sum_of_their_norms_and_empties_them() -> None:
+    torch.manual_seed(0)
+    layer = nn.GRU(5, 6).double()
+    schedule = gp.GradualSparsity(layer, start=0, end=9, block=(4, 4))
+    expected = 0.0
+    for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
+        for gate in weight.chunk(3):
+            parts = (part for rows in gate.split(4) for part in rows.split(4, 1))
+            expected += sum(4 * float(part.square().sum().sqrt()) for part in parts)
+    assert schedule.lasso().item() == pytest.approx(expected)
+    before = float(schedule.lasso())
+    nn.init.zeros_(layer.weight_hh_l0)
+    schedule.lasso().backward()
+    assert all(bool(w.grad.isfinite().all()) for w in layer.parameters() if w.grad is not None)
+    optimiser = torch.optim.SGD([layer.weight_ih_l0], lr=0.01)
+    for _ in range(20):
+        optimiser.zero_grad()
+        schedule.lasso().backward()
+        optimiser.step()
+    assert schedule.lasso() < 0.2 * before
+
+
 def test_a_threshold_above_all_weights_leaves_some() -> None:
     model = nn.Linear(100, 100)
     schedule = gp.GradualSparsity(model, start=0, ramp=2, end=100, every=1, slope_ratio=50)

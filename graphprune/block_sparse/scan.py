@@ -6,7 +6,7 @@ anyway; one Scan over time, so that length and batch stay free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
@@ -169,5 +169,5 @@ def _translate(
     return outputs
 
 
-TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {OPERATOR.default: _translate}
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {OPERATOR.default: _translate}
 """For `torch.onnx.export(..., custom_translation_table=)`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -43,6 +44,16 @@ class Matrix:
         """Return the largest absolute weight of each block, `[gates, blocks down, blocks across]`."""
         by_gate = self.weight.detach().abs().unflatten(0, (self.gates, -1)).unsqueeze(1)
         return F.max_pool2d(by_gate, self.block, self.block, ceil_mode=True).squeeze(1)
+
+    def norms(self) -> Tensor:
+        """Return the Euclidean norm of each block, as `scores` are, with a gradient; none is quite zero."""
+        by_gate = self.weight.unflatten(0, (self.gates, -1))
+        down, across = self.block
+        whole = F.pad(by_gate, (0, -by_gate.shape[2] % across, 0, -by_gate.shape[1] % down))
+        by_block = whole.unflatten(2, (-1, across)).unflatten(1, (-1, down))
+        # the smallest number keeps the gradient of a block that is empty finite
+        squares: Tensor = by_block.square().sum((2, 4))
+        return (squares + torch.finfo(whole.dtype).tiny).sqrt()
 
     def spread(self, blocks: Tensor) -> Tensor:
         """Return what is said of each block for each weight, blocks at the ends being smaller."""
@@ -175,7 +186,7 @@ class GradualSparsity:
         if schedule == "threshold":
             ends = _quantiles(self._matrices, parameter_names(reference or model), by_layer)
             span = 2 * (ramp - start) + 3 * (end - ramp)
-            scale = (block[0] * block[1]) ** 0.25
+            scale = prod(block) ** 0.25
             self._slopes = {name: 2 * q * every * scale / span for name, q in ends.items()}
 
     def threshold(self, name: str) -> float:
@@ -218,6 +229,16 @@ class GradualSparsity:
         self.masks[matrix.name] = without_lowest(
             scores.masked_fill(~mask, -1.0), going, self.balanced
         )
+
+    def lasso(self) -> Tensor:
+        """Return the sum over blocks of the Euclidean norms of their weights, with a gradient.
+
+        To be added to a loss, times a strength: it empties blocks, so that pruning them costs less. Each
+        norm is weighted by the square root of the block's size.
+
+        Source: group lasso, Narang et al. (arXiv 1711.02782).
+        """
+        return torch.stack([m.norms().sum() * prod(m.block) ** 0.5 for m in self._matrices]).sum()
 
     @property
     def sparsities(self) -> dict[str, float]:
