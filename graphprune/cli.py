@@ -23,13 +23,15 @@ from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import GraphPruneError, InvalidRequestError
-from graphprune.groups import DependencyGraph, analyze
+from graphprune.groups import analyze
 from graphprune.importance import CRITERIA
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.progress import no_bars
 from graphprune.slim import slimmed
+from graphprune.view import document
+from graphprune.view.tree import group_lines, tree
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make PyTorch models smaller.")
 
@@ -146,13 +148,21 @@ def run(
 def inspect(
     model: Model,
     parameter: Annotated[str, typer.Option(help="explain this parameter's dimensions")] = "",
+    group: Annotated[str, typer.Option(help="all of a group, by its name or number")] = "",
+    why: Annotated[bool, typer.Option("--why", help="say why the rest stays")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "--html", help="file to write: .html, .svg, .png, .json or .graphml"),
+    ] = None,
     shapes: Shapes = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Print what can be cut from a model, what goes with it, and why the rest stays."""
+    """Show what can be cut from a model, what goes with it, and why the rest stays."""
     with told():
         with working("analysing"):
             graph = analyze(loaded(model), example_inputs(shapes))
+        if out is not None:
+            graph.save(out, title=model)
         if parameter:
             explanations = graph.explain_all(parameter)
             if as_json:
@@ -160,27 +170,11 @@ def inspect(
             else:
                 print("\n".join(map(str, explanations)))
         elif as_json:
-            print(json.dumps(as_dict(graph)))
-        else:
-            print(graph)
-
-
-def as_dict(graph: DependencyGraph) -> dict[str, Any]:
-    """Return the groups and what is fixed, in plain types."""
-    return {
-        "groups": [
-            {
-                "name": group.name,
-                "size": group.size,
-                "exact": group.exact,
-                "inner": group.inner,
-                "members": [[member.parameter, member.dim] for member in group.members],
-            }
-            for group in graph.groups
-        ],
-        "fixed": [[fixed.parameter, fixed.dim, str(fixed.reason)] for fixed in graph.fixed],
-        "unknown": [str(place) for place in graph.unknown],
-    }
+            print(json.dumps(document(graph, model)))
+        elif out is None:
+            Console(highlight=False).print(
+                group_lines(graph, group) if group else tree(graph, why=why), soft_wrap=True
+            )
 
 
 @app.command()

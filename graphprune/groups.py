@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -90,6 +91,11 @@ class Fixed:
         return f"{self.parameter}:{self.dim}  {self.size} fixed: {self.reason}"
 
 
+def operator_id(number: int) -> str:
+    """Return what a step is called as a node."""
+    return f"operator {number}"
+
+
 class DependencyGraph:
     """Which channels of a model go together, which stay, and why; made by `analyze`.
 
@@ -114,6 +120,11 @@ class DependencyGraph:
     def by_name(self) -> dict[str, Group]:
         """The group of each name."""
         return {group.name: group for group in self.groups}
+
+    @cached_property
+    def names(self) -> dict[Axis, str]:
+        """The name of the group of each axis."""
+        return {axis: group.name for axis, group in self.by_axis.items()}
 
     @property
     def unknown(self) -> list[Reason]:
@@ -150,46 +161,88 @@ class DependencyGraph:
                 f"the model has no parameter or buffer {parameter!r}; the nearest names are "
                 f"{', '.join(alike)}"
             )
-        names = {axis: group.name for axis, group in self.by_axis.items()}
         explainer = Explainer(inference)
         return [
-            explainer.explained(first, dim, names)
+            explainer.explained(first, dim, self.names)
             for dim in range(len(inference.parameters[first]))
         ]
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """Return operators and tensors as nodes, and the flow of values between them as edges.
 
-        Nodes carry `kind` ("operator", "parameter", "input"), `label`, `module`, `source` and, where
-        channels can be cut, `groups`; edges carry `layout`, one description a dimension.
+        All attributes are texts, so that every format can hold them. Nodes carry `kind` ("operator",
+        "parameter", "buffer", "input", "output", "constant"), `label`, `module`, `source`, `layout` (in
+        words, a dimension each) and `groups` (what of it can be cut); edges carry `layout` and `groups`.
         """
         graph = nx.MultiDiGraph()
         for name, layouts in self.inference.parameters.items():
-            graph.add_node(name, kind="parameter", label=name, groups=self._groups_in(layouts))
-        for name in self.inference.inputs:
-            graph.add_node(name, kind="input", label=name)
+            kind = "parameter" if name in self.inference.trainable else "buffer"
+            owner = name.rpartition(".")[0]
+            graph.add_node(name, kind=kind, label=name, module=owner, **self._words(layouts))
+        for name, layouts in self.inference.inputs.items():
+            graph.add_node(f"input {name}", kind="input", label=name, **self._words(layouts))
         for number, step in enumerate(self.inference.steps):
             graph.add_node(
-                number,
-                kind="operator",
-                label=step.place.operator,
-                module=step.place.module,
-                source=step.place.source,
-                groups=self._groups_in([x for value in step.outputs for x in value.layouts]),
-            )
+                operator_id(number), kind="operator", label=step.place.operator,
+                module=step.place.module, source=step.place.source,
+                **self._words([x for value in step.outputs for x in value.layouts]),
+            )  # fmt: skip
             for value in step.inputs:
-                self._add_edge(graph, value, number)
+                self._add_edge(graph, value, operator_id(number))
+        for name, layouts in self.inference.outputs.items():
+            graph.add_node(f"output {name}", kind="output", label=name, **self._words(layouts))
+            value = Value(layouts, self.inference.output_sources[name])
+            self._add_edge(graph, value, f"output {name}")
         return graph
 
-    def _add_edge(self, graph: nx.MultiDiGraph, value: Value, number: int) -> None:
-        if value.source not in graph:
-            graph.add_node(value.source, kind="constant", label=str(value.source))
-        names = {axis: group.name for axis, group in self.by_axis.items()}
-        graph.add_edge(value.source, number, layout=[describe(x, names) for x in value.layouts])
+    def _add_edge(self, graph: nx.MultiDiGraph, value: Value, target: str) -> None:
+        source = self._id_of(value.source)
+        if source not in graph:
+            graph.add_node(source, kind="constant", label=source)
+        graph.add_edge(source, target, **self._words(value.layouts))
 
-    def _groups_in(self, layouts: list[Layout]) -> list[str]:
+    def _id_of(self, source: str | int) -> str:
+        """Return the node that a value comes from."""
+        if isinstance(source, int):
+            return operator_id(source)
+        return f"input {source}" if source in self.inference.inputs else source
+
+    def _words(self, layouts: list[Layout]) -> dict[str, str]:
         axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout))
-        return [self.by_axis[axis].name for axis in axes if axis in self.by_axis]
+        return {
+            "layout": ", ".join(describe(layout, self.names) for layout in layouts),
+            "groups": ", ".join(self.names[axis] for axis in axes if axis in self.names),
+        }
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        title: str = "",
+        scores: Mapping[str, Any] | None = None,
+        plan: Any = None,
+    ) -> None:
+        """Write the graph as a page (.html), a picture (.svg, .png) or data (.json, .graphml).
+
+        Args:
+            path: where to, and by its ending, what.
+            title: what to call the model; the name of the file by default.
+            scores: by group, the importance of each channel, drawn as histograms on the page.
+            plan: a `Plan`, whose kept and removed channels the page shows.
+
+        Raises:
+            InvalidRequestError: the path ends otherwise, or matplotlib, which draws, is missing.
+
+        """
+        from graphprune.view import save
+
+        save(self, Path(path), title, scores, plan)
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, as notebooks show it."""
+        from graphprune.view import framed
+
+        return framed(self)
 
     def __str__(self) -> str:
         lines = [f"groups that can be cut: {len(self.groups)}"]

@@ -82,6 +82,7 @@ class Inference:
         names: for tensors that have several names, all of them by the first.
         inputs: layouts of the model's input tensors by name.
         outputs: layouts of the model's output tensors by name.
+        output_sources: where each of them comes from, as `Value.source`.
         steps: the operator calls in order.
         nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
         unknown: places of operators that have no rule.
@@ -95,6 +96,7 @@ class Inference:
     names: dict[str, list[str]] = field(default_factory=dict)
     inputs: dict[str, Layouts] = field(default_factory=dict)
     outputs: dict[str, Layouts] = field(default_factory=dict)
+    output_sources: dict[str, str | int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     nodes: dict[str, Any] = field(default_factory=dict)
     unknown: list[Reason] = field(default_factory=list)
@@ -145,7 +147,7 @@ class LayoutInference(Interpretation):
             values = [self.declare(operands[0], layouts[0], len(self.found.steps))]
         elif is_in_place(func):
             self._write_back(call, operands[0], layouts)
-            values = [inputs[0]]
+            values = [self._written(operands[0], inputs[0])]
         else:
             values = [
                 self.declare(tensor, list(map(flattened, dims)), len(self.found.steps))
@@ -193,6 +195,12 @@ class LayoutInference(Interpretation):
         for mine, written in zip(self.layouts_of(target), layouts[0], strict=True):
             if size_of(mine) > 1:
                 call.unify(mine, written)
+
+    def _written(self, tensor: Tensor, before: Value) -> Value:
+        """Return a tensor that was written over: it comes from there now, unless it is the model's own."""
+        if isinstance(before.source, str):
+            return before
+        return self.declare(tensor, before.layouts, len(self.found.steps))
 
     def after_node(self, node: fx.Node, result: Any) -> None:
         """Keep the layouts of what a graph node gave."""
@@ -317,6 +325,7 @@ def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
     for name, tensor in outputs:
         value = mode.value_of(tensor)
         mode.found.outputs[name] = value.layouts
+        mode.found.output_sources[name] = value.source
         maker = (
             mode.found.steps[value.source].place if isinstance(value.source, int) else Reason("")
         )

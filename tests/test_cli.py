@@ -85,9 +85,15 @@ def test_run_writes_what_a_pipeline_makes_of_a_model(tmp_path: Path) -> None:
 
 
 def test_inspect_prints_groups_and_explains_a_parameter() -> None:
-    assert "groups that can be cut: 1" in run("inspect", BUILDER)
+    shown = run("inspect", BUILDER)
+    assert "1 groups that can be cut" in shown
+    assert "#0 0.weight:0  32 channels, exact, in 3 places" in shown
+    assert "a dimension of the model's output" not in shown
+    assert "a dimension of the model's output" in run("inspect", BUILDER, "--why")
+    assert "2.weight dimension 1: 0.weight:0" in run("inspect", BUILDER, "--group", "0")
     found = json.loads(run("inspect", BUILDER, "--json"))
-    assert found["groups"][0]["members"] == [["0.weight", 0], ["0.bias", 0], ["2.weight", 1]]
+    members = [(m["parameter"], m["dim"]) for m in found["groups"][0]["members"]]
+    assert members == [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)]
     words = ["inspect", BUILDER, "--parameter", "2.bias"]
     assert "a dimension of the model's output" in run(*words)
     (explanation,) = json.loads(run(*words, "--json"))

@@ -47,6 +47,7 @@ LAYERS = [
     "latency",
     "allocation",
     "choose",
+    "view",
     "attributes",
     "shrink",
     "literals",

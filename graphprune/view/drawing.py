@@ -1,0 +1,122 @@
+"""A picture of a model's modules and what flows between them, with the groups in each."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from graphprune.errors import InvalidRequestError
+from graphprune.groups import DependencyGraph
+
+MOST = 60  # boxes: modules are opened one level after the other while there are no more
+
+# Okabe and Ito's colours, which people tell apart however they see colours; numbers stand beside them.
+PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+
+
+def modules(graph: DependencyGraph, most: int = MOST) -> nx.DiGraph:
+    """Return what flows between modules, opened as deep as gives that many boxes at most.
+
+    Nodes carry `label` and `groups`, the names of the groups whose channels run through them, in order.
+    """
+    whole = graph.to_networkx()
+    depth, found = 0, _at_depth(whole, 1)
+    while len(found) <= most:
+        depth, best = depth + 1, found
+        found = _at_depth(whole, depth + 2)
+        if len(found) == len(best):
+            return best
+    return best if depth else found
+
+
+def _at_depth(whole: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
+    place: dict[str, str] = {}
+    boxes = nx.DiGraph()
+    paths = {
+        data.get("module", "") for _, data in whole.nodes(data=True) if data["kind"] == "operator"
+    }
+    with_parts = {path.rpartition(".")[0] for path in paths if path}
+    for node, data in whole.nodes(data=True):
+        if data["kind"] in ("parameter", "buffer", "constant"):
+            continue
+        path = data.get("module", "")
+        shown = ".".join(path.split(".")[:depth])
+        if path and (shown != path or path.count(".") + 1 == depth or path not in with_parts):
+            name, key = shown, f"module {shown}"
+        else:  # an operator of a module that is opened
+            name, key = data["label"].removeprefix("aten."), node
+        place[node] = key
+        if key not in boxes:
+            boxes.add_node(key, label=name, groups={})
+        boxes.nodes[key]["groups"] |= dict.fromkeys(filter(None, data["groups"].split(", ")))
+    for source, target in whole.edges():
+        if source in place and target in place and place[source] != place[target]:
+            boxes.add_edge(place[source], place[target])
+    return boxes
+
+
+def draw(graph: DependencyGraph, path: Path, title: str) -> None:
+    """Draw the modules from top to bottom; each group has a colour and a number in all of them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidRequestError(
+            f"{path} is drawn by matplotlib, which is not installed; pip install 'graphprune[plot]'"
+        )
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    boxes = modules(graph)
+    rows = _rows(boxes)
+    widest = max(map(len, rows))
+    figure, axes = pyplot.subplots(
+        figsize=(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows))), layout="constrained"
+    )
+    axes.set_axis_off()
+    axes.set_title(title)
+    places = {
+        node: ((at + 0.5) / len(row), -level)
+        for level, row in enumerate(rows)
+        for at, node in enumerate(row)
+    }
+    numbers = {group.name: number for number, group in enumerate(graph.groups)}
+    for source, target in boxes.edges():
+        axes.annotate(
+            "", places[target], places[source],
+            arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 12, "shrinkB": 14},
+        )  # fmt: skip
+    for node, (x, y) in places.items():
+        _box(axes, x, y, boxes.nodes[node], numbers)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-len(rows) + 0.4, 0.6)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _rows(boxes: nx.DiGraph) -> list[list[str]]:
+    """Return the boxes in rows, each below all that it reads; what goes in circles stands together."""
+    circles = nx.condensation(boxes)
+    return [
+        [node for circle in sorted(row) for node in sorted(circles.nodes[circle]["members"])]
+        for row in nx.topological_generations(circles)
+    ]
+
+
+def _box(
+    axes: Any, x: float, y: float, data: Mapping[str, Any], numbers: Mapping[str, int]
+) -> None:
+    axes.text(
+        x, y, data["label"].replace("$", r"\$"), ha="center", va="center", fontsize=8, zorder=3,
+        bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#444444"},
+    )  # fmt: skip
+    shown = [numbers[name] for name in data["groups"]][:6]
+    for at, number in enumerate(shown):
+        axes.annotate(
+            str(number), (x, y), xytext=(14 * (at - (len(shown) - 1) / 2), -16),
+            textcoords="offset points", ha="center", va="center", fontsize=6, zorder=4,
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": PALETTE[number % len(PALETTE)], "lw": 0},
+        )  # fmt: skip
