@@ -85,6 +85,9 @@ def slim(
         str, typer.Option(help="where latency is measured: cpu, cuda, cuda-tf32, cuda-float16...")
     ] = "cpu",
     threads: Annotated[int, typer.Option(help="inside an operator, on the CPU")] = 1,
+    report: Annotated[
+        Path | None, typer.Option(help="page to write about it, .html, with a comparison")
+    ] = None,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
 ) -> None:
@@ -108,6 +111,10 @@ def slim(
                 threads=threads,
             )
         write(result.model, inputs or result.inputs, out)
+        if report is not None:
+            with working("exporting and timing"):
+                found = compare_models(original, result.model, result.inputs, threads=threads)
+            result.report(report, title=model, comparison=found)
         facts = {
             "form": result.form,
             "why": result.why_graph,

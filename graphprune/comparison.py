@@ -207,22 +207,32 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 def page(comparison: Comparison) -> str:
     """Return the comparison as one page of HTML that needs nothing else."""
+    template = templates().get_template("comparison.html")
+    return template.render(**context(comparison))
+
+
+def templates() -> jinja2.Environment:
+    """Return the pages of the package, in which everything is escaped."""
     loader = jinja2.PackageLoader("graphprune")
-    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+
+
+def context(comparison: Comparison) -> dict[str, Any]:
+    """Return what the pages that show a comparison ask for."""
     before, after = comparison.original, comparison.slim
     latencies = [
         (where, before.latency[where].steadiest, after.latency[where].steadiest)
         for where in before.latency
         if where in after.latency
     ]
-    return templates.get_template("comparison.html").render(
-        comparison=comparison,
-        rows=list(rows(before, after)),
-        notes=list(notes(comparison)),
-        latencies=latencies,
-        places=list(joined(before.places, after.places)),
-        operators=by_operator(before.places, after.places),
-    )
+    return {
+        "comparison": comparison,
+        "rows": list(rows(before, after)),
+        "notes": list(notes(comparison)),
+        "latencies": latencies,
+        "places": list(joined(before.places, after.places)),
+        "operators": by_operator(before.places, after.places),
+    }
 
 
 def joined(

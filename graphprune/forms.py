@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from torch import fx, nn
 
@@ -29,6 +30,9 @@ from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived
 from graphprune.verify import Verification, check_runs, silenced_copy, verify
+
+if TYPE_CHECKING:
+    from graphprune.comparison import Comparison
 
 Form: TypeAlias = Literal["auto", "module", "graph"]
 
@@ -59,6 +63,25 @@ class Slimmed:
     verification: Verification | None
     compensation: Compensation | None = None
     latency: Reached | None = None
+
+    def report(
+        self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
+    ) -> None:
+        """Write a page: what was asked and done, verification, sizes before and after, graph and plan.
+
+        Args:
+            path: ends in .html.
+            title: what to call the model; the name of its class by default.
+            comparison: of `graphprune.compare`; then latency, files and where the time went are on the
+                page, and in the graph what each module took.
+
+        Raises:
+            InvalidRequestError: the path ends otherwise.
+
+        """
+        from graphprune.report import save_report
+
+        save_report(self, path, title, comparison)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ LAYERS = [
     "memory",
     "comparison",
     "compare",
+    "report",
     "cli",
     "demo",
 ]

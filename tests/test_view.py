@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,45 @@ def test_modules_are_opened_while_they_fit(resnet: DependencyGraph) -> None:
     assert nx.is_directed_acyclic_graph(all_of_them)
 
 
+# ------------------------------------------------------------------------------------- the report
+
+
+def test_a_report_says_what_was_asked_done_and_seen(tmp_path: Path) -> None:
+    model, x = trained_network(), torch.zeros(2, 1, 28, 28)
+    result = gp.slimmed(model, 0.5, x)
+    result.report(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "ratio=0.5" in unescape(text)
+    assert "with the removed channels silenced" in text
+    for each in (model, result.model):
+        assert f"<td>{gp.count_parameters(each):,}</td>" in text
+        assert f"<td>{gp.count_macs(each, x):,}</td>" in text
+    for group in result.graph.groups:
+        assert group.name in text
+    assert "[64, 32, 3, 3] to [32, 16, 3, 3]" in text
+    assert "Measured" not in text
+    with pytest.raises(gp.InvalidRequestError, match=r"must end in \.html"):
+        result.report(tmp_path / "report.pdf")
+
+
+def test_a_report_holds_a_comparison(browser: Any, tmp_path: Path) -> None:
+    model, x = trained_network(), torch.zeros(2, 1, 28, 28)
+    result = gp.slimmed(model, 0.5, x)
+    comparison = gp.compare(model, result.model, x, seconds=0.05)
+    result.report(tmp_path / "report.html", title=EVIL, comparison=comparison)
+    assert EVIL not in (tmp_path / "report.html").read_text()
+    browser.get((tmp_path / "report.html").as_uri())
+    assert "Where the time goes" in browser.find_element("css selector", "body").text
+    browser.switch_to.frame(shown(browser, "iframe")[0])
+    wait(browser)
+    labels = {box.get_attribute("aria-label"): box for box in shown(browser, ".box.module")}
+    module = next(box for label, box in labels.items() if label.startswith("stage2,"))
+    browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click'))", module)
+    assert "measured" in shown(browser, "#panel")[0].text
+    browser.switch_to.default_content()
+    assert complaints(browser) == []
+
+
 # -------------------------------------------------------------------------------------- the page
 
 
@@ -192,13 +232,18 @@ def browser() -> Iterator[Any]:
         yield driver
 
 
+def wait(browser: Any) -> None:
+    """Wait until the page is drawn."""
+    start = time.perf_counter()
+    while not browser.execute_script("return document.documentElement.dataset.ready"):
+        assert time.perf_counter() - start < 20
+
+
 def opened(browser: Any, graph: DependencyGraph, folder: Path, **options: Any) -> float:
     """Open the page of a graph; return the seconds until it was drawn."""
     graph.save(folder / "page.html", **options)
     browser.get((folder / "page.html").as_uri())
-    start = time.perf_counter()
-    while not browser.execute_script("return document.documentElement.dataset.ready"):
-        assert time.perf_counter() - start < 20
+    wait(browser)
     took = "const t = performance.timing; return t.domContentLoadedEventEnd - t.navigationStart"
     return float(browser.execute_script(took)) / 1e3
 

@@ -9,6 +9,7 @@ The document is what `networkx.node_link_data` makes of `DependencyGraph.to_netw
 - "tensors": parameters and buffers, each with `name`, `trainable`, `dims` (sizes), `layout` (a text a
   dimension), `fixed` (by dimension, why nothing can be cut).
 - "macs": by the id of an operator, a list of products, each a list of sizes.
+- "seconds": by module, what its operators took before and after, where that was measured.
 - "unknown": operators without a rule.
 - "title" of the model, "schema", which names this description (`SCHEMA`), and "graphprune", the version
   that wrote it.
@@ -85,6 +86,7 @@ def document(
             for name, layouts in graph.inference.parameters.items()
         ],
         "macs": {operator: products for operator, products in macs.items() if products},
+        "seconds": {},
         "unknown": [str(place) for place in graph.unknown],
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
@@ -54,9 +54,7 @@ def save(
 
 def page(found: dict[str, Any]) -> str:
     """Return a document as a page of its own."""
-    environment = Environment(
-        loader=PackageLoader("graphprune"), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=PackageLoader("graphprune"), autoescape=True)
     static = resources.files("graphprune.view") / "static"
     return environment.get_template("graph.html").render(
         document=found,

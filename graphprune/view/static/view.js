@@ -310,10 +310,17 @@ function chip(name) {
 const section = (title, ...content) => [html("h3", {}, title), ...content];
 const list = lines => html("ul", {}, ...lines.map(line => html("li", {}, ...[line].flat())));
 
-function costTable(before, after) {
+function secondsOf(box) {
+  const path = box.kind === "module" ? box.path : box.parent.children.length > 1 && box.module === box.parent.path ? null : box.module;
+  const found = path ? Object.entries(data.seconds).filter(([name]) => name === path || name.startsWith(`${path}.`)) : [];
+  return found.length ? found.reduce((total, [, pair]) => [total[0] + pair[0], total[1] + pair[1]], [0, 0]) : null;
+}
+function costTable(before, after, seconds = null) {
   const row = (name, one, other) => html("tr", {}, html("th", {}, name), html("td", { class: "number" }, short(one)),
     html("td", { class: "number" }, short(other)), html("td", { class: "number" }, one ? `${(100 * other / one).toFixed(0)} %` : ""));
-  return html("table", {}, row("parameters", before.parameters, after.parameters), row("MACs", before.macs, after.macs));
+  const time = seconds && html("tr", {}, html("th", {}, "measured"), ...seconds.map(each =>
+    html("td", { class: "number" }, `${(1e3 * each).toPrecision(3)} ms`)), html("td", { class: "number" }, `${(100 * seconds[1] / seconds[0]).toFixed(0)} %`));
+  return html("table", {}, row("parameters", before.parameters, after.parameters), row("MACs", before.macs, after.macs), ...(time ? [time] : []));
 }
 
 function choose(box) {
@@ -328,7 +335,7 @@ function choose(box) {
     box.module && html("p", { class: "faint" }, `in ${box.module}`),
     box.source && html("p", { class: "faint" }, box.source),
     box.layout && html("p", {}, "gives ", html("code", {}, `[${box.layout}]`)),
-    costTable(costOf(box.leaves, box.reads, new Map()), costOf(box.leaves, box.reads, kept)),
+    costTable(costOf(box.leaves, box.reads, new Map()), costOf(box.leaves, box.reads, kept), secondsOf(box)),
     ...section("groups", box.marks.size ? html("p", {}, ...[...box.marks].flatMap(name => [chip(name), " "])) : "none"),
     ...(names.length ? section("tensors", ...names.slice(0, 200).map(tensorLines)) : []),
   );
