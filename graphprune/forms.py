@@ -21,6 +21,7 @@ from graphprune.errors import (
     warn,
 )
 from graphprune.groups import DependencyGraph
+from graphprune.importance import Scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.latency import Reached
@@ -51,6 +52,7 @@ class Slimmed:
         verification: what was compared, or None where that was not asked for or not possible.
         compensation: what the repair did, or None where none was asked for.
         latency: for `of="latency"`, what was asked for and what was measured; else None.
+        scores: by group, the importance of each channel of the original; None for a plan as given.
 
     """
 
@@ -63,6 +65,7 @@ class Slimmed:
     verification: Verification | None
     compensation: Compensation | None = None
     latency: Reached | None = None
+    scores: Scores | None = None
 
     def report(
         self, path: str | Path, *, title: str = "", comparison: Comparison | None = None

@@ -219,7 +219,7 @@ class DependencyGraph:
         path: str | Path,
         *,
         title: str = "",
-        scores: Mapping[str, Any] | None = None,
+        scores: dict[str, Any] | None = None,
         plan: Any = None,
     ) -> None:
         """Write the graph as a page (.html), a picture (.svg, .png) or data (.json, .graphml).

@@ -32,7 +32,7 @@ def save_report(
         raise InvalidRequestError(f"{path} must end in .html")
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _kept(result)
-    found = document(result.graph, title, plan=result.plan)
+    found = document(result.graph, title, result.scores, result.plan)
     if comparison is not None:
         found["seconds"] = _seconds(comparison)
     costs = {"parameters": parameter_cost(inference), "multiply-adds": mac_cost(inference)}

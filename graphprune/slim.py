@@ -227,6 +227,7 @@ def carried_out(
         result = towards_latency(order, job, choice, runtime)
     else:
         result = in_form(order.form, job)
+    result = replace(result, scores=choice.scores.get(groups_of(result.graph)))
     if method is None:
         return result
     repair = compensated(module, result.model, result.plan, inputs, batches, method)

@@ -339,8 +339,7 @@ def test_a_plan_shows_what_is_kept_and_what_goes(
     browser: Any, resnet: DependencyGraph, tmp_path: Path
 ) -> None:
     result = gp.slimmed(trained_network(), 0.5, torch.zeros(2, 1, 28, 28))
-    scores = {g.name: torch.rand(g.size).numpy() for g in resnet.groups}
-    opened(browser, resnet, tmp_path, plan=result.plan, scores=scores)
+    opened(browser, resnet, tmp_path, plan=result.plan, scores=result.scores)
     assert f"{gp.count_parameters(result.model) / 1e3:.3g} k" in shown(browser, "#totals")[0].text
     shown(browser, "#panel .chip")[0].click()
     group = resnet.groups[0]

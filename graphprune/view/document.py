@@ -25,12 +25,11 @@ from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import networkx as nx
-import numpy as np
-import numpy.typing as npt
 
 from graphprune.allocation import allowed_sizes
 from graphprune.cost import mac_terms
 from graphprune.groups import DependencyGraph, Group, operator_id
+from graphprune.importance import Scores
 from graphprune.layout import (
     Axis,
     Layout,
@@ -46,7 +45,6 @@ from graphprune.plan import Plan
 SCHEMA = "graphprune/graph/1"
 
 Size: TypeAlias = int | str | dict[str, list[Any]]
-Scores: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 
 
 def document(

@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader
 
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
+from graphprune.importance import Scores
 from graphprune.plan import Plan
-from graphprune.view.document import Scores, document
+from graphprune.view.document import document
 from graphprune.view.drawing import draw
 
 _STATIC = {
