@@ -25,6 +25,7 @@ import graphprune as gp
 from graphprune import cli, runtimes, timing
 from graphprune.callbacks import Compared
 from graphprune.comparison import Comparison, Measured
+from graphprune.view.tree import group_lines
 from tests.message_cases import Does, X, case, convolutions, net, said
 from tests.models import example
 
@@ -496,3 +497,19 @@ def a_state_of_other_blocks(folder: Path) -> None:
     model = nn.Linear(8, 8)
     state = gp.GradualSparsity(model, start=1, end=9).state_dict()
     gp.GradualSparsity(model, start=1, end=9, block=(2, 2)).load_state_dict(state)
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+said(
+    r"net\.docx must end in \.html, \.json, \.graphml, \.svg, \.png",
+    lambda: gp.analyze(net(), X).save("net.docx"),
+)
+said(
+    "there is no group 'stem'; they are 0.weight:0, or their numbers from 0 to 0",
+    lambda: group_lines(gp.analyze(net(), X), "stem"),
+)
+said(
+    r"report\.pdf must end in \.html",
+    lambda: gp.slimmed(net(), 0.5, X, align=1).report("report.pdf"),
+)

@@ -17,6 +17,7 @@ from tests.structures import STRUCTURES
 
 LAYERS = [
     "errors",
+    "plots",
     "inputs",
     "layout",
     "rules",

@@ -25,6 +25,7 @@ from graphprune.importance.gates import GatedLoss
 from graphprune.importance.many import for_each
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
+from graphprune.plots import new_figure
 from graphprune.progress import track
 from graphprune.state import named_tensors
 
@@ -93,13 +94,7 @@ class Sensitivity:
             InvalidRequestError: matplotlib is not installed.
 
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise InvalidRequestError(
-                "plots are drawn by matplotlib, which is not installed: pip install graphprune[plot]"
-            ) from error
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure(8, 5)
         axes = figure.add_subplot(xlabel="share of the group's channels removed", ylabel="loss")
         for name, losses in self.losses.items():
             axes.plot([0, *self.ratios], [self.intact, *losses], marker=".", label=name)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
-from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
+from graphprune.plots import new_figure
 
 MOST = 60  # boxes: modules are opened one level after the other while there are no more
 
 # Okabe and Ito's colours, which people tell apart however they see colours; numbers stand beside them.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+DARK = {"#0072b2", "#d55e00", "#009e73"}  # of these, those on which numbers are white
 
 
 def modules(graph: DependencyGraph, most: int = MOST) -> nx.DiGraph:
@@ -61,21 +61,11 @@ def _at_depth(whole: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
 
 def draw(graph: DependencyGraph, path: Path, title: str) -> None:
     """Draw the modules from top to bottom; each group has a colour and a number in all of them."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidRequestError(
-            f"{path} is drawn by matplotlib, which is not installed; pip install 'graphprune[plot]'"
-        )
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     boxes = modules(graph)
     rows = _rows(boxes)
     widest = max(map(len, rows))
-    figure, axes = pyplot.subplots(
-        figsize=(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows))), layout="constrained"
-    )
+    figure = new_figure(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows)))
+    axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(title)
     places = {
@@ -94,7 +84,6 @@ def draw(graph: DependencyGraph, path: Path, title: str) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _rows(boxes: nx.DiGraph) -> list[list[str]]:
@@ -115,8 +104,10 @@ def _box(
     )  # fmt: skip
     shown = [numbers[name] for name in data["groups"]][:6]
     for at, number in enumerate(shown):
+        colour = PALETTE[number % len(PALETTE)]
         axes.annotate(
             str(number), (x, y), xytext=(14 * (at - (len(shown) - 1) / 2), -16),
             textcoords="offset points", ha="center", va="center", fontsize=6, zorder=4,
-            bbox={"boxstyle": "circle,pad=0.2", "facecolor": PALETTE[number % len(PALETTE)], "lw": 0},
+            color="white" if colour in DARK else "black",
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": colour, "lw": 0},
         )  # fmt: skip
