@@ -109,6 +109,8 @@ class Comparison:
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, or as a page to look at, with where the time went.
 
+        `Slimmed.report(comparison=)` writes a page that also says what was asked and done.
+
         Args:
             path: ending in .json or .html.
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from graphprune.passes.lower_sparse_recurrent import has_zeros
 from torch import fx
 
-from graphprune.block_sparse.packing import Packed, packed_well, run_of
+from graphprune.block_sparse.packing import Packed, has_zeros, packed_well, run_of
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.edits import drop_unread, read_packed
 from graphprune.inference import infer

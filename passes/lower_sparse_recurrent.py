@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from graphprune.block_sparse.packing import Block, Packed, packed_well
+from graphprune.block_sparse.packing import Block, Packed, has_zeros, packed_well
 from graphprune.block_sparse.recurrent import OPERATOR
 from graphprune.calibration import held_by
 from graphprune.edits import drop_unread, read_packed
@@ -25,8 +25,6 @@ from graphprune.rules.recurrent import GATES
 from graphprune.runtimes import Runtime
 
 aten = torch.ops.aten
-
-MANY_ZEROS = 0.5  # of a matrix: fewer are chance
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,6 @@ class LowerSparseRecurrent(Pass):
         warn_of_slow("recurrent layers", slow, runtime)
         warn_of_alone("recurrent layers", alone)
         return bool(lowered)
-
-
-def has_zeros(matrix: Tensor) -> bool:
-    """Say whether so many weights are zero that it is no chance."""
-    return float((matrix == 0).float().mean()) >= MANY_ZEROS
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from graphprune.block_sparse.recurrent import OPERATOR
 from tests.models import import_transformers
 
 aten = torch.ops.aten
@@ -451,6 +452,13 @@ for packet in _GATES:
     recurrent(packet, layers=2, both=True, first=True)
 recurrent(aten.lstm, layers=2, both=False, biases=False)
 recurrent(aten.lstm, layers=2, both=True, projected=2)
+
+# three gates of six units in blocks of three rows and two columns: only the batch can be cut
+exact(
+    OPERATOR.default, x(4, 4, 5), [x(6, 5)],
+    x(6, 3, 2), torch.tensor([0, 1, 1, 0, 0, 1]), x(6, 3, 2), torch.tensor([0, 2, 1, 0, 2, 1]),
+    x(18), x(18), "gru", False,
+)  # fmt: skip
 for first in (False, True):
     data = x(2, 3, 5) if first else x(3, 2, 5)
     exact(aten._pack_padded_sequence.default, data, torch.tensor([3, 2]), first)

@@ -102,6 +102,16 @@ def test_inspect_prints_groups_and_explains_a_parameter() -> None:
     )
 
 
+def test_inspect_and_slim_write_pages(tmp_path: Path) -> None:
+    assert run("inspect", BUILDER, "--html", str(tmp_path / "graph.html")) == ""
+    assert "0.weight:0" in (tmp_path / "graph.html").read_text()
+    run("inspect", BUILDER, "--out", str(tmp_path / "graph.json"))
+    assert json.loads((tmp_path / "graph.json").read_text())["title"] == BUILDER
+    report = tmp_path / "report.html"
+    run("slim", BUILDER, "--out", str(tmp_path / "slim.pt"), "--report", str(report))
+    assert "Where the time goes" in report.read_text()
+
+
 def test_compare_gives_json(tmp_path: Path) -> None:
     torch.save(gp.slim(build(), 0.5), tmp_path / "slim.pt")
     found = run("compare", BUILDER, str(tmp_path / "slim.pt"), "--input", "1,3,16,16", "--json")

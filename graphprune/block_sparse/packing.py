@@ -18,6 +18,7 @@ Block = tuple[int, int]
 
 LEAST_ROWS = 8  # of a block: fewer keep a processor's lanes idle
 MOST = 0.75  # of a matrix, packed: more is not worth the way
+MANY_ZEROS = 0.5  # of a matrix: fewer are chance
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,8 @@ def packed_well(matrix: Tensor, gates: int, block: Block | None) -> Packed | Non
         return None
     packed = Packed.of(matrix, gates, (rows, columns))
     return packed if packed.blocks.numel() <= MOST * matrix.numel() else None
+
+
+def has_zeros(matrix: Tensor) -> bool:
+    """Say whether so many weights are zero that it is no chance."""
+    return float((matrix == 0).float().mean()) >= MANY_ZEROS

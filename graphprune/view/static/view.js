@@ -311,7 +311,8 @@ const section = (title, ...content) => [html("h3", {}, title), ...content];
 const list = lines => html("ul", {}, ...lines.map(line => html("li", {}, ...[line].flat())));
 
 function secondsOf(box) {
-  const path = box.kind === "module" ? box.path : box.parent.children.length > 1 && box.module === box.parent.path ? null : box.module;
+  const itsOwn = box.module !== box.parent?.path;  // an operator that stands for its module
+  const path = box.kind === "module" ? box.path : itsOwn ? box.module : "";
   const found = path ? Object.entries(data.seconds).filter(([name]) => name === path || name.startsWith(`${path}.`)) : [];
   return found.length ? found.reduce((total, [, pair]) => [total[0] + pair[0], total[1] + pair[1]], [0, 0]) : null;
 }
