@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -21,9 +19,9 @@ from graphprune.demo.data import trained_network
 from graphprune.groups import DependencyGraph
 from graphprune.view import document
 from graphprune.view.drawing import modules
+from tests import browsers
 from tests.models import ALL
 
-BROWSER, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 EVIL = "<script>window['broken']=1<"
 
 
@@ -180,7 +178,7 @@ def test_a_report_holds_a_comparison(browser: Any, tmp_path: Path) -> None:
     browser.get((tmp_path / "report.html").as_uri())
     assert "Where the time goes" in browser.find_element("css selector", "body").text
     browser.switch_to.frame(shown(browser, "iframe")[0])
-    wait(browser)
+    browsers.wait(browser)
     labels = {box.get_attribute("aria-label"): box for box in shown(browser, ".box.module")}
     module = next(box for label, box in labels.items() if label.startswith("stage2,"))
     browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click'))", module)
@@ -218,34 +216,16 @@ def test_a_file_of_another_kind_is_refused(resnet: DependencyGraph, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if not (BROWSER and DRIVER):
-        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,850"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    with webdriver.Chrome(options=options, service=service) as driver:
+    if not (browsers.BROWSER and browsers.DRIVER):
+        pytest.skip(browsers.MISSING)
+    with browsers.start() as driver:
         yield driver
-
-
-def wait(browser: Any) -> None:
-    """Wait until the page is drawn."""
-    start = time.perf_counter()
-    while not browser.execute_script("return document.documentElement.dataset.ready"):
-        assert time.perf_counter() - start < 20
 
 
 def opened(browser: Any, graph: DependencyGraph, folder: Path, **options: Any) -> float:
     """Open the page of a graph; return the seconds until it was drawn."""
     graph.save(folder / "page.html", **options)
-    browser.get((folder / "page.html").as_uri())
-    wait(browser)
-    took = "const t = performance.timing; return t.domContentLoadedEventEnd - t.navigationStart"
-    return float(browser.execute_script(took)) / 1e3
+    return browsers.drawn(browser, folder / "page.html")
 
 
 def shown(browser: Any, css: str) -> list[Any]:
@@ -360,18 +340,7 @@ def test_evil_names_do_nothing(browser: Any, tmp_path: Path) -> None:
 
 
 def test_two_thousand_operators_stay_usable(browser: Any, tmp_path: Path) -> None:
-    class Deep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            blocks = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(10))) for _ in range(60))
-            self.blocks = nn.ModuleList(blocks)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = x + block(x).relu().sigmoid()
-            return x
-
-    graph = gp.analyze(Deep(), torch.zeros(2, 8))
+    graph = gp.analyze(browsers.Deep(), torch.zeros(2, 8))
     assert len(graph.to_networkx()) >= 1_900
     opened(browser, graph, tmp_path)
     assert boxes(browser) < 300

@@ -111,6 +111,26 @@ function noteGroups(size, into) {
   if (typeof size === "string") into.add(size);
   else if (typeof size === "object") for (const part of size.times ?? size.plus) noteGroups(part, into);
 }
+// many operators of a module's own, one after the other, are a box that opens
+const LONG_RUN = 5;
+function fold(box) {
+  const runs = [];
+  for (const child of box.children) {
+    fold(child);
+    if (child.kind === "operator" && runs.at(-1)?.[0].kind === "operator") runs.at(-1).push(child);
+    else runs.push([child]);
+  }
+  if (runs.length < 2) return;
+  box.children = runs.flatMap(run => run.length < LONG_RUN ? run : [together(box, run)]);
+}
+function together(parent, run) {
+  const label = `${run.length} operators`;
+  const made = { id: `from ${run[0].id}`, path: label, label, children: run, parent, open: false, kind: "module" };
+  for (const child of run) child.parent = made;
+  return made;
+}
+fold(root);
+
 // a module of one child is that child, under both names
 const standsFor = new Map();
 function merge(box) {
