@@ -165,7 +165,7 @@ function openFirst() {
   let count = root.children.length;
   for (let box; (box = queue.shift());) {
     for (const child of box.children) {
-      if (child.kind !== "module" || count + child.children.length > FIRST_BOXES) continue;
+      if (child.kind !== "module" || !child.marks.size || count + child.children.length > FIRST_BOXES) continue;
       child.open = true;
       count += child.children.length;
       queue.push(child);
