@@ -23,6 +23,8 @@ from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.state import copy_with, named_tensors, working_copy
 from graphprune.switches import hushed, plain_kernels, same_chance
 
+aten = torch.ops.aten
+
 # Sizes of images that published networks take.
 _IMAGE_SIZES = (224, 32, 28, 64, 128, 256, 299, 384)
 _SEQUENCE_LENGTHS = (16, 64, 128, 512)
@@ -316,19 +318,48 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     """Return an exported program as a graph module that trains, moves, copies and pickles."""
     module = program.module(check_guards=False)
     graph = copy.deepcopy(module.graph)
+    graph._tracer_cls = None  # the module would remember it, and could not be read back
     graph_module = fx.GraphModule(module, graph)
     graph._codegen = module.graph._codegen
-    graph_module.graph._tracer_cls = None
     _drop_assertions(graph_module.graph)
+    _follow_device(graph_module.graph)
     follow_training(graph_module)
     return graph_module.eval()
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
     """Remove the tracer's notes of dtype and device, which would keep the graph from moving."""
-    for node in graph.find_nodes(
-        op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
-    ):
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+
+
+_MADE_LIKE = {
+    aten.zeros.default: aten.new_zeros.default,
+    aten.ones.default: aten.new_ones.default,
+    aten.full.default: aten.new_full.default,
+}
+
+
+def _follow_device(graph: fx.Graph) -> None:
+    """Make tensors where the first input is, if they were made there: the tracer wrote its device down.
+
+    What is made of the sizes of an input could not be pickled otherwise, either.
+    """
+    inputs = graph.find_nodes(op="placeholder")
+    like = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+    if like is None:
+        return
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.target not in _MADE_LIKE or value.device != like.meta["val"].device:
+            continue
+        fill = node.args[1:2] if node.target is aten.full.default else ()
+        with graph.inserting_before(node):
+            made = graph.call_function(
+                _MADE_LIKE[node.target], (like, node.args[0], *fill), {"dtype": value.dtype}
+            )
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
         graph.erase_node(node)
 
 

@@ -20,7 +20,13 @@ def start(width: int = 1300, height: int = 850) -> Any:
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     size = f"--window-size={width},{height}"
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", size):
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        size,
+    ):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(

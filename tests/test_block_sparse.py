@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -380,9 +381,13 @@ def test_zeros_that_stand_alone_make_the_file_smaller_if_asked(tmp_path: Path) -
         assert not LowerSparseRecurrent(measured=False)(model, tokens()).modified
 
 
-def test_it_compiles_and_trains_on() -> None:
+def test_it_pickles_compiles_and_trains_on() -> None:
     model = cut(Reader())
     graph, _ = LowerSparseRecurrent(measured=False)(model, tokens())
+    sink = io.BytesIO()
+    torch.save(graph, sink)
+    sink.seek(0)
+    torch.testing.assert_close(torch.load(sink, weights_only=False)(tokens()), model(tokens()))
     compiled = torch.compile(graph, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens()), model(tokens()))
     before = graph(tokens())[0].square().mean()
