@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.table import Column, Table
 
 from graphprune.errors import InvalidRequestError
+from graphprune.pages import rendered
 from graphprune.timing import Latency, Spread
 
 
@@ -209,14 +209,7 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 def page(comparison: Comparison) -> str:
     """Return the comparison as one page of HTML that needs nothing else."""
-    template = templates().get_template("comparison.html")
-    return template.render(**context(comparison))
-
-
-def templates() -> jinja2.Environment:
-    """Return the pages of the package, in which everything is escaped."""
-    loader = jinja2.PackageLoader("graphprune")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    return rendered("comparison.html", **context(comparison))
 
 
 def context(comparison: Comparison) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from graphprune.comparison import Comparison, context, templates
+from graphprune.comparison import Comparison, context
 from graphprune.cost import mac_cost, parameter_cost
 from graphprune.errors import InvalidRequestError
 from graphprune.forms import Slimmed
 from graphprune.layout import kept_size, size_of
+from graphprune.pages import rendered
 from graphprune.view import document, page
 
 
@@ -50,7 +51,8 @@ def save_report(
         )
         for name, layouts in tensors
     ]
-    text = templates().get_template("report.html").render(
+    text = rendered(
+        "report.html",
         **({"comparison": None, "notes": []} if comparison is None else context(comparison)),
         title=title,
         facts=list(_facts(result)),

@@ -18,6 +18,7 @@ from tests.structures import STRUCTURES
 LAYERS = [
     "errors",
     "plots",
+    "pages",
     "inputs",
     "layout",
     "rules",

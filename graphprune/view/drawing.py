@@ -24,13 +24,14 @@ def modules(graph: DependencyGraph, most: int = MOST) -> nx.DiGraph:
     Nodes carry `label` and `groups`, the names of the groups whose channels run through them, in order.
     """
     whole = graph.to_networkx()
-    depth, found = 0, _at_depth(whole, 1)
-    while len(found) <= most:
-        depth, best = depth + 1, found
-        found = _at_depth(whole, depth + 2)
-        if len(found) == len(best):
-            return best
-    return best if depth else found
+    paths = (data.get("module", "") for _, data in whole.nodes(data=True))
+    best = _at_depth(whole, 1)
+    for depth in range(2, 2 + max(path.count(".") for path in paths)):
+        found = _at_depth(whole, depth)
+        if len(found) > most:
+            break
+        best = found
+    return best
 
 
 def _at_depth(whole: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
@@ -67,7 +68,7 @@ def draw(graph: DependencyGraph, path: Path, title: str) -> None:
     figure = new_figure(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows)))
     axes = figure.add_subplot()
     axes.set_axis_off()
-    axes.set_title(title)
+    axes.set_title(title.replace("$", r"\$"))
     places = {
         node: ((at + 0.5) / len(row), -level)
         for level, row in enumerate(rows)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
-from jinja2 import Environment, PackageLoader
 
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Scores
+from graphprune.pages import rendered
 from graphprune.plan import Plan
 from graphprune.view.document import document
 from graphprune.view.drawing import draw
@@ -55,9 +55,9 @@ def save(
 
 def page(found: dict[str, Any]) -> str:
     """Return a document as a page of its own."""
-    environment = Environment(loader=PackageLoader("graphprune"), autoescape=True)
     static = resources.files("graphprune.view") / "static"
-    return environment.get_template("graph.html").render(
+    return rendered(
+        "graph.html",
         document=found,
         title=found["title"],
         planned=any("kept" in group for group in found["groups"]),
