@@ -113,7 +113,9 @@ def slim(
         write(result.model, inputs or result.inputs, out)
         if report is not None:
             with working("exporting and timing"):
-                found = compare_models(original, result.model, result.inputs, threads=threads)
+                found = compare_models(
+                    original, result.model, result.inputs, providers=[provider], threads=threads
+                )
             result.report(report, title=model, comparison=found)
         facts = {
             "form": result.form,

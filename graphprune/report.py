@@ -33,9 +33,8 @@ def save_report(
         raise InvalidRequestError(f"{path} must end in .html")
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _kept(result)
-    found = document(result.graph, title, result.scores, result.plan)
-    if comparison is not None:
-        found["seconds"] = _seconds(comparison)
+    seconds = None if comparison is None else _seconds(comparison)
+    found = document(result.graph, title, result.scores, result.plan, seconds)
     costs = {"parameters": parameter_cost(inference), "multiply-adds": mac_cost(inference)}
     tensors = [
         (name, layouts)
@@ -53,7 +52,7 @@ def save_report(
     ]
     text = rendered(
         "report.html",
-        **({"comparison": None, "notes": []} if comparison is None else context(comparison)),
+        **({"comparison": None} if comparison is None else context(comparison)),
         title=title,
         facts=list(_facts(result)),
         sizes=[(name, cost.total(), cost.total(kept)) for name, cost in costs.items()],

@@ -73,7 +73,7 @@ class LowerSparseLinear(Pass):
                 if times["packed"] >= times["dense"]:
                     slow.append(name)
                     continue
-            _lower(graph_module, layer, packed, (len(matrix), len(sizes)))
+            _lower(graph_module, layer, packed, len(matrix), len(sizes))
             lowered.append(name)
         drop_unread(graph_module, lowered)
         warn_of_slow("linear layers", slow, runtime)
@@ -82,11 +82,20 @@ class LowerSparseLinear(Pass):
 
 
 def _lower(
-    graph_module: fx.GraphModule, layer: Layer, packed: Packed, height_and_dims: tuple[int, int]
+    graph_module: fx.GraphModule, layer: Layer, packed: Packed, height: int, dims: int
 ) -> None:
-    """Put the product of a packed matrix in the place of a layer of so many outputs on such data."""
+    """Put the product of a packed matrix in the place of a layer.
+
+    Args:
+        graph_module: that holds the layer.
+        layer: one of its layers.
+        packed: its matrix.
+        height: how many outputs the layer has.
+        dims: dimensions of its data.
+
+    """
     graph, call = graph_module.graph, graph_module.graph.call_function
-    node, data, (height, dims) = layer.node, layer.data, height_and_dims
+    node, data = layer.node, layer.data
     rows, _, across = packed.blocks.shape
     run = run_of(packed.blocks, packed.places)
     with graph.inserting_before(node):

@@ -12,7 +12,7 @@ import torch
 from graphprune.passes import LowerSparseLinear, LowerSparseRecurrent, SparseRecurrent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, library, nn
 
 import graphprune as gp
 from graphprune.block_sparse.packing import Packed, block_of, product
@@ -153,7 +153,7 @@ def test_the_operator_is_one_that_torch_can_trace_and_differentiate(
     _, given = arguments_of(kind, packed=packed)
     for at in (0, 2, 4, 6, 7):
         given[at] = given[at].requires_grad_()
-    torch.library.opcheck(block_sparse_recurrent, tuple(given))
+    library.opcheck(block_sparse_recurrent, tuple(given))
     data, states, *others = given
 
     def output(value: Tensor, blocks: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import pytest
@@ -208,3 +210,22 @@ def test_a_pass_that_changes_results_is_caught_between_passes() -> None:
     pipeline = gp.Pipeline([SlimChannels(ratio=0.5)], Compared(model, x))
     with pytest.raises(VerificationError, match=r"^after slim-channels, output differs"):
         pipeline(model, x)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_recurrent_graph_pickles_and_moves_with_the_states_that_it_makes(kind: Any) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = kind(8, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.recurrent(x)[0] + torch.full((16,), 0.5)
+
+    x = torch.randn(2, 5, 8)
+    graph = gp.Pipeline.parse("remove-identities")(Tagger(), x)
+    sink = io.BytesIO()
+    torch.save(graph, sink)
+    sink.seek(0)
+    torch.testing.assert_close(torch.load(sink, weights_only=False)(x), graph(x))
+    assert graph.to("meta")(torch.randn(3, 4, 8, device="meta")).shape == (3, 4, 16)

@@ -219,25 +219,6 @@ def test_a_model_may_draw_random_numbers_in_evaluation(form: Any) -> None:
     assert result.verification is not None
 
 
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-def test_a_recurrent_graph_pickles_and_moves_with_the_states_that_it_makes(kind: Any) -> None:
-    class Tagger(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.recurrent = kind(8, 16, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.recurrent(x)[0] + torch.full((16,), 0.5)
-
-    x = torch.randn(2, 5, 8)
-    graph = gp.Pipeline.parse("remove-identities")(Tagger(), x)
-    sink = io.BytesIO()
-    torch.save(graph, sink)
-    sink.seek(0)
-    torch.testing.assert_close(torch.load(sink, weights_only=False)(x), graph(x))
-    assert graph.to("meta")(torch.randn(3, 4, 8, device="meta")).shape == (3, 4, 16)
-
-
 @pytest.mark.parametrize("form", ["module", "graph"])
 def test_the_result_copies_pickles_compiles_and_loads(images: Tensor, form: Any) -> None:
     slimmer = gp.slim(Net().eval(), 0.5, images, form=form)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, library
 
 from graphprune.block_sparse.packing import product
-from graphprune.rules import Call, rule
+from graphprune.rules import Call, recurrent, rule
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = {operator.__name__: count for operator, count in recurrent.GATES.items()}
 
 State = tuple[Tensor, ...]
 """Of one step: `[hidden, batch]`, and for an LSTM its cell behind it."""

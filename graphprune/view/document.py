@@ -20,7 +20,7 @@ A size is a number, the name of a group (how many channels it keeps), `{"times":
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -52,6 +52,7 @@ def document(
     title: str = "",
     scores: Scores | None = None,
     plan: Plan | None = None,
+    seconds: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Return a dependency graph in plain types, as this module describes.
 
@@ -60,6 +61,7 @@ def document(
         title: what to call the model.
         scores: by group, the importance of each channel.
         plan: what is kept.
+        seconds: by module, what its operators took before and after.
 
     """
     groups = [_group(graph, group, graph.names) for group in graph.groups]
@@ -84,7 +86,7 @@ def document(
             for name, layouts in graph.inference.parameters.items()
         ],
         "macs": {operator: products for operator, products in macs.items() if products},
-        "seconds": {},
+        "seconds": {module: list(pair) for module, pair in (seconds or {}).items()},
         "unknown": [str(place) for place in graph.unknown],
     }
 
