@@ -7,7 +7,7 @@ anyway; one Scan over time, so that length and batch stay free.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ _BODY = "graphprune_step_"  # what the names of values in a Scan begin with: unl
 class Writer:
     """Writes the nodes of one graph, in order."""
 
-    tape: Tape
+    tape: Tape = field(default_factory=Tape)
 
     def __call__(
         self, kind: str, *inputs: ir.Value | Sequence[int] | None, **attributes: Any
@@ -128,7 +128,7 @@ def write(
     sizes = op("Concat", (rows, -1), op("Shape", data, start=2), axis=0)
     by_step = op("Transpose", op("Reshape", from_data, sizes), perm=[1, 0, 2])
 
-    inner = Writer(Tape())
+    inner = Writer()
     old = [ir.Value(shape=ir.Shape([height, None]), type=data.type) for _ in states]
     step = ir.Value(shape=ir.Shape([rows, None]), type=data.type)
     from_state = write_product(inner, matrices[1], old[0], gates, height)
@@ -162,7 +162,7 @@ def _translate(
     reverse: bool,
 ) -> list[ir.Value]:
     """Write the operator into the graph that the exporter is recording."""
-    op = Writer(Tape())
+    op = Writer()
     matrices = (input_blocks, input_places), (hidden_blocks, hidden_places)
     outputs = write(op, data, states, matrices, (input_bias, hidden_bias), kind, reverse)
     evaluator.default().nodes.extend(op.tape.nodes)  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 from torch import Tensor
 
 from graphprune.block_sparse.packing import Packed
@@ -117,8 +116,7 @@ class _Model:
     """A small model that is being written."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.tape = Tape()
-        self.op = Writer(self.tape)
+        self.op = Writer()
         self.x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
         self.held: list[ir.Value] = []
 
@@ -154,7 +152,7 @@ class _Model:
         """Return the model."""
         output.type = self.x.type
         graph = ir.Graph(
-            [self.x], [output], nodes=self.tape.nodes, initializers=self.held,
+            [self.x], [output], nodes=self.op.tape.nodes, initializers=self.held,
             opset_imports={"": OPSET}, name="race",
         )  # fmt: skip
         return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION))

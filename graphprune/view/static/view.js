@@ -54,7 +54,7 @@ const change = (before, after) => before === after ? short(before) : `${short(be
 
 // ------------------------------------------------------------------------- modules and operators
 
-const root = { id: "", label: "", children: [], parent: null, open: true, kind: "module", depth: 0 };
+const root = { id: "", label: "", children: [], parent: null, open: true, kind: "module" };
 const leaves = new Map(), modules = [], calls = new Map();
 let stack = [root];  // the calls of modules that the last operator is inside of
 
@@ -83,7 +83,7 @@ const connected = new Set(data.edges.flatMap(edge => [edge.source, edge.target])
 for (const node of data.nodes) {
   if (["parameter", "buffer", "constant"].includes(node.kind) || !connected.has(node.id)) continue;
   const parent = node.kind === "operator" ? callOf(node.module) : root;
-  const leaf = { ...node, label: node.label.replace(/^aten\./, ""), children: [], parent, reads: [], leaves: null };
+  const leaf = { ...node, label: node.label.replace(/^aten\./, ""), children: [], parent, reads: [] };
   parent.children.push(leaf);
   leaves.set(node.id, leaf);
 }
@@ -144,7 +144,7 @@ function merge(box) {
     }
     return child;
   });
-  for (const child of box.children) { child.depth = box.depth + 1; merge(child); }
+  box.children.forEach(merge);
 }
 merge(root);
 finish(root);
