@@ -1,5 +1,6 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
+from graphprune.calibration import OwnShare
 from graphprune.compare import compare
 from graphprune.comparison import Comparison
 from graphprune.connections import (
@@ -11,6 +12,7 @@ from graphprune.connections import (
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import (
     CaptureError,
+    DistributedError,
     ExportError,
     GraphPruneError,
     GraphPruneWarning,
@@ -32,12 +34,14 @@ from graphprune.saving import load, save
 from graphprune.slim import slim, slimmed
 from graphprune.training import Distillation, GradualSparsity, GroupLasso, carry_optimizer, finetune
 from graphprune.width import width_multiplier
+from graphprune.wrappers import wrapped_like
 
 __all__ = [
     "CaptureError",
     "Comparison",
     "DependencyGraph",
     "Distillation",
+    "DistributedError",
     "DropAndGrow",
     "ExportError",
     "Exported",
@@ -49,6 +53,7 @@ __all__ = [
     "IncrementalConnections",
     "Inputs",
     "InvalidRequestError",
+    "OwnShare",
     "Pass",
     "Pipeline",
     "Plan",
@@ -75,4 +80,5 @@ __all__ = [
     "slim_gradually",
     "slimmed",
     "width_multiplier",
+    "wrapped_like",
 ]

@@ -22,6 +22,7 @@ from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.state import copy_with, named_tensors, working_copy
 from graphprune.switches import hushed, plain_kernels, same_chance
+from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
 
@@ -41,6 +42,8 @@ _TOLERANCE = 1e-4
 def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
     """Return the module to work on and its inputs, once both are known to make sense.
 
+    A model in DistributedDataParallel is the one inside; of a sharded one it is a whole copy.
+
     Raises:
         InvalidRequestError: the model is not one, or holds nothing.
         CaptureError: no inputs were given and none that were tried fit.
@@ -56,6 +59,7 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
             "the model must be an nn.Module, an fx.GraphModule or a torch.export.ExportedProgram, "
             f"not {type(model).__name__}"
         )
+    model = unwrapped(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise InvalidRequestError(

@@ -36,6 +36,10 @@ class ExportError(GraphPruneError):
     """A model could not be exported to ONNX, or the ONNX model disagrees with PyTorch."""
 
 
+class DistributedError(GraphPruneError):
+    """A process of a group failed, is gone, or did something else than the others."""
+
+
 class GraphPruneWarning(UserWarning):
     """Something was done differently from what a reader of the call would expect."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ class Plan:
     def removed(self) -> int:
         """Number of slots that go, over all groups."""
         return sum(self.sizes[name] - len(kept) for name, kept in self.keep.items())
+
+    @property
+    def digest(self) -> str:
+        """A hash of what stays, the same for plans that keep the same."""
+        kept = json.dumps([self.keep, self.sizes], sort_keys=True)
+        return hashlib.sha256(kept.encode()).hexdigest()
 
     def without(self, names: Iterable[str]) -> Plan:
         """Return the plan that leaves these groups whole."""

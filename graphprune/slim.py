@@ -13,7 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphprune.allocation import Align
-from graphprune.calibration import Batch, batches_of
+from graphprune.calibration import Share, batches_of
 from graphprune.capture import prepared, reexported
 from graphprune.choose import Ranking, Request, Unit, Whole, choose
 from graphprune.compensation import Method, compensated, method_of
@@ -24,6 +24,7 @@ from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
 from graphprune.latency import NANO, Bench, LatencyModel
 from graphprune.plan import Plan
+from graphprune.processes import together
 from graphprune.runtimes import Runtime
 from graphprune.state import named_tensors
 from graphprune.targets import calibrated, met, warn_of_missed
@@ -153,7 +154,9 @@ def slim(
             slim model is only seen to run.
         seed: for importance "random".
         data: batches, a few hundred samples in all: a list, a DataLoader or another iterable of the
-            model's inputs or of pairs of inputs and target.
+            model's inputs or of pairs of inputs and target. In a process group of torch.distributed
+            each process looks at its share of them and all come to the same plan and the same slim
+            model; all have to make the call.
         loss: from the model's output and a batch's target to one number, as F.cross_entropy is.
         compensate: change the weights that stay so that each layer gives what it gave before, on
             `data` (whose targets are not used): True or "least_squares" for weights and biases,
@@ -171,6 +174,7 @@ def slim(
         CaptureError: the model does not run on the inputs, or cannot be traced where that is needed.
         VerificationError: the slim model is not what it should be; none is returned.
         ExportError: its latency cannot be measured.
+        DistributedError: another process of the group failed, or did something else.
 
     """
     result = slimmed(
@@ -214,6 +218,11 @@ def carried_out(
     order: Order, model: Any, example_inputs: Any, whole: Whole | None = None
 ) -> Slimmed:
     """Return the slim model that was ordered; `whole` is what it is a part of, if cut before."""
+    with together(order.data is not None):
+        return _carried_out(order, model, example_inputs, whole)
+
+
+def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | None) -> Slimmed:
     if order.form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={order.form!r} must be 'auto', 'module' or 'graph'")
     method = method_of(order.compensate)
@@ -228,6 +237,8 @@ def carried_out(
     else:
         result = in_form(order.form, job)
     result = replace(result, scores=choice.scores.get(groups_of(result.graph)))
+    if batches is not None:
+        batches.ranks.agree("arrived at another plan", result.plan.digest)
     if method is None:
         return result
     repair = compensated(module, result.model, result.plan, inputs, batches, method)
@@ -238,7 +249,7 @@ class Choice:
     """What is chosen for the graphs of one model; scores are asked for once."""
 
     def __init__(
-        self, order: Order, module: nn.Module, batches: Sequence[Batch] | None, whole: Whole | None
+        self, order: Order, module: nn.Module, batches: Share | None, whole: Whole | None
     ) -> None:
         self.order = order
         self.module = module

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -13,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import CaptureError, InvalidRequestError
 from graphprune.switches import hushed
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -131,6 +136,13 @@ def _like(original: Tensor, value: Tensor) -> Tensor:
     parameter = nn.Parameter(value.detach(), requires_grad=trains)
     parameter.__dict__.update(original.__dict__)
     return parameter
+
+
+def digest(seen: Hash, name: str, tensor: Tensor) -> None:
+    """Let a hash see a tensor: its name, dtype, shape and values."""
+    values: npt.NDArray[Any] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    seen.update(values.tobytes())
 
 
 def double_of(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from graphprune.calibration import batches_of
 from graphprune.compensation import Method, compensated, method_of
 from graphprune.pipeline import Pass, Program
 from graphprune.plan import Plan
+from graphprune.processes import together
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Compensate(Pass):
         method = method_of(self.method)
         if method is None:
             return False
-        found = compensated(
-            self.original,
-            program.graph_module,
-            self.plan,
-            program.inputs,
-            batches_of(self.data),
-            method,
-        )
+        with together():
+            found = compensated(
+                self.original,
+                program.graph_module,
+                self.plan,
+                program.inputs,
+                batches_of(self.data),
+                method,
+            )
         return any(layer.after < layer.before for layer in found.layers)

@@ -27,6 +27,8 @@ LAYERS = [
     "steps",
     "progress",
     "state",
+    "processes",
+    "wrappers",
     "caches",
     "kernels",
     "interpretation",

@@ -25,7 +25,8 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from tests.message_cases import CASES, Case
 
-importlib.import_module("tests.message_cases_outside")  # adds its own
+for more in ("outside", "processes"):  # these add their own
+    importlib.import_module(f"tests.message_cases_{more}")
 
 ROOT = Path(gp.__file__).parent
 INTERNAL = ("layout.py", "kernels.py")  # what they raise is for the library's own code

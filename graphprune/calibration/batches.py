@@ -1,15 +1,25 @@
-"""Batches of data to choose and to repair by: a few hundred samples, with labels or without."""
+"""Batches of data to choose and to repair by: a few hundred samples, with labels or without.
+
+In a process group each process runs its share of the batches, and sums over the data are sums over all
+processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, DistributedSampler
 
 from graphprune.errors import InvalidRequestError
 from graphprune.inputs import Inputs
+from graphprune.processes import Ranks, together
+from graphprune.state import digest
 
 
 @dataclass(frozen=True)
@@ -25,32 +35,214 @@ class Batch:
     inputs: Inputs
     target: Any = None
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of inputs and target."""
+        given = [*self.inputs.tensors(), *pytree.tree_leaves(self.target)]
+        return [one for one in given if isinstance(one, Tensor)]
 
-def batches_of(data: Any) -> list[Batch]:
-    """Return batches from what users pass as `data=`.
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with another tensor for each."""
+        target = pytree.tree_map_only(Tensor, function, self.target)
+        return Batch(self.inputs.map(function), target)
+
+    @property
+    def size(self) -> int:
+        """How many samples it holds."""
+        leaves = pytree.tree_leaves((self.inputs.args, self.inputs.kwargs))
+        return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+@dataclass(frozen=True)
+class OwnShare:
+    """Batches for this process of a group alone, where the others pass batches of their own.
+
+    Pass it as `data=`. Without it every process passes the same data, of which each takes its share. A
+    DataLoader with a `DistributedSampler` needs no such mark.
+
+    Attributes:
+        data: batches, as everywhere; there may be none.
+
+    """
+
+    data: Any
+
+
+@dataclass(frozen=True)
+class Share:
+    """The batches that this process runs, of all that there are.
+
+    A process whose share is empty runs a batch of another one, so that it learns what shapes there are;
+    what it finds counts for nothing.
+
+    Attributes:
+        batches: of this process, one at least.
+        places: of these among all.
+        sizes: by place, how many samples each batch holds, of all processes.
+        stands_in: the one batch is another process's.
+        ranks: the processes.
+
+    """
+
+    batches: tuple[Batch, ...]
+    places: tuple[int, ...]
+    sizes: dict[int, int]
+    stands_in: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of this process."""
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        """Return how many batches this process has."""
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return a batch of this process."""
+        return self.batches[number]
+
+    @property
+    def count(self) -> int:
+        """How many batches there are in all processes."""
+        return len(self.sizes)
+
+    def total(self, found: Any) -> Any:
+        """Return the sums over all processes of what was found on these batches.
+
+        Args:
+            found: numbers, tensors and arrays, of the same shapes everywhere, in any containers.
+
+        Returns:
+            The same containers of float64 tensors.
+
+        """
+        leaves, form = pytree.tree_flatten(found)
+        tensors = [torch.as_tensor(leaf) for leaf in leaves]
+        if self.stands_in:
+            tensors = [torch.zeros_like(tensor) for tensor in tensors]
+        return pytree.tree_unflatten(self.ranks.total(tensors), form)
+
+    def mean(self, found: Any) -> Any:
+        """Return the means over the batches of all processes of what was summed on these ones."""
+        return pytree.tree_map(lambda total: total / self.count, self.total(found))
+
+    def part(self, places: Iterable[int]) -> Share:
+        """Return the share of some of the batches, by their places among all."""
+        wanted = set(places)
+        sizes = {place: size for place, size in self.sizes.items() if place in wanted}
+        mine = [i for i, place in enumerate(self.places) if place in wanted]
+        if self.stands_in or not mine:
+            return replace(self, batches=self.batches[:1], sizes=sizes, stands_in=True)
+        batches, its = [self.batches[i] for i in mine], [self.places[i] for i in mine]
+        return replace(self, batches=tuple(batches), places=tuple(its), sizes=sizes)
+
+
+def batches_of(data: Any) -> Share:
+    """Return this process's share of what users pass as `data=`.
 
     Args:
         data: batches in a list, a DataLoader or any other iterable. A batch is the model's input (a
             tensor, a dict of keyword arguments or `graphprune.Inputs`) or a pair of it and a target.
+            In a process group batch i is for process i modulo their number, unless the data are an
+            `OwnShare` or a loader with a DistributedSampler.
 
     Raises:
         InvalidRequestError: there are no batches, or one is none of these.
+        DistributedError: the processes were given different data.
 
     """
-    return list(each_batch(data))
+    with together() as ranks:
+        if ranks.size == 1:
+            batches = tuple(each_batch(data.data if isinstance(data, OwnShare) else data))
+            return Share(batches, tuple(range(len(batches))), _sizes(enumerate(batches)))
+        if isinstance(data, OwnShare) or _is_shared_out(data):
+            return _own(data.data if isinstance(data, OwnShare) else data, ranks)
+        return _dealt(data, ranks)
+
+
+def _dealt(data: Any, ranks: Ranks) -> Share:
+    """Return the share of a process where all are given the same batches."""
+    mine: dict[int, Batch] = {}
+    sizes: dict[int, int] = {}
+    first: Batch | None = None
+    for place, batch in enumerate(each_batch(data)):
+        first = first or batch
+        sizes[place] = batch.size
+        if place % ranks.size == ranks.rank:
+            mine[place] = batch
+    assert first is not None
+    ranks.agree(
+        "was given another first batch of data, or another number of batches,",
+        _digest(first, len(sizes)),
+    )
+    return _share(mine, sizes, first, ranks)
+
+
+def _own(data: Any, ranks: Ranks) -> Share:
+    """Return the share of a process where each is given its own."""
+    batches = enumerate(_each_batch(data))
+    mine = {number * ranks.size + ranks.rank: batch for number, batch in batches}
+    sizes = [_sizes(mine.items()), *ranks.gathered(_sizes(mine.items()))]
+    known = {place: size for each in sizes for place, size in each.items()}
+    if not known:
+        raise InvalidRequestError("data holds no batch in any process; pass at least one to one")
+    if all(sizes[1:]):
+        return _share(mine, known, None, ranks)
+    giver = next(rank for rank, its in enumerate(sizes[1:]) if its)
+    sent = None
+    if giver == ranks.rank:
+        first = mine[min(mine)]
+        sent = first.map(Tensor.cpu), first.tensors()[0].device.type
+    batch, kind = ranks.gathered(sent)[giver]
+    return _share(mine, known, batch.map(lambda tensor: tensor.to(kind)), ranks)
+
+
+def _share(
+    mine: Mapping[int, Batch], sizes: dict[int, int], first: Batch | None, ranks: Ranks
+) -> Share:
+    if not mine:
+        assert first is not None
+        return Share((first,), (min(sizes),), sizes, True, ranks)
+    return Share(tuple(mine.values()), tuple(mine), sizes, False, ranks)
+
+
+def _sizes(batches: Iterable[tuple[int, Batch]]) -> dict[int, int]:
+    return {place: batch.size for place, batch in batches}
+
+
+def _is_shared_out(data: Any) -> bool:
+    """Say whether a loader gives each process other samples by itself."""
+    if not isinstance(data, DataLoader):
+        return False
+    return any(
+        isinstance(sampler, DistributedSampler)
+        for sampler in (data.sampler, getattr(data.batch_sampler, "sampler", None))
+    )
+
+
+def _digest(batch: Batch, count: int) -> str:
+    seen = hashlib.sha256(str(count).encode())
+    for tensor in batch.tensors():
+        digest(seen, "", tensor)
+    return seen.hexdigest()
 
 
 def each_batch(data: Any) -> Iterator[Batch]:
     """Yield the batches of `batches_of`, each when it is asked for."""
+    batch = None
+    for batch in _each_batch(data):
+        yield batch
+    if batch is None:
+        raise InvalidRequestError("data holds no batch; pass at least one, as in data=[images]")
+
+
+def _each_batch(data: Any) -> Iterator[Batch]:
     if isinstance(data, (Tensor, Mapping, Inputs, str)) or not isinstance(data, Iterable):
         raise InvalidRequestError(
             f"data must be several batches, as in [batch] or a DataLoader, not {type(data).__name__}"
         )
-    number = -1
     for number, given in enumerate(data):
         yield _batch(number, given)
-    if number < 0:
-        raise InvalidRequestError("data holds no batch; pass at least one, as in data=[images]")
 
 
 def _batch(number: int, given: Any) -> Batch:

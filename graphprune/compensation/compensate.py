@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
+from graphprune.calibration import Layer, Run, Share, held_by, layers_of
 from graphprune.capture import graph_of
 from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.mixing import Mixing
@@ -28,6 +28,7 @@ from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Mask, mask_of
 from graphprune.plan import Plan
+from graphprune.processes import Ranks
 from graphprune.progress import track
 from graphprune.shrink import sliced
 from graphprune.state import evaluating, named_tensors
@@ -94,7 +95,7 @@ def compensated(
     slimmer: nn.Module,
     plan: Plan,
     inputs: Inputs,
-    batches: Sequence[Batch] | None,
+    batches: Share | None,
     method: Method = "least_squares",
 ) -> Compensation:
     """Change the weights of a slim model, in place, so that it does what the original did on the data.
@@ -107,7 +108,7 @@ def compensated(
         slimmer: the slim model; its parameters and batch norm statistics change.
         plan: what was cut.
         inputs: example inputs.
-        batches: a few hundred samples; targets are not used.
+        batches: a few hundred samples, of all processes of a group; targets are not used.
         method: "least_squares" fits weights and biases, "constants" biases alone.
 
     Raises:
@@ -135,6 +136,7 @@ def compensated(
         )
     if given is not slimmer:
         _carry_over(given, slimmer)
+    _have_the_same(slimmer, batches.ranks)
     return Compensation(repaired)
 
 
@@ -146,6 +148,16 @@ def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
             tensor.copy_(values[name])
 
 
+def _have_the_same(model: nn.Module, ranks: Ranks) -> None:
+    """Give the model the values that it has in rank 0: machines may round in other ways."""
+    if ranks.size == 1:
+        return
+    for tensor in named_tensors(model).values():
+        if tensor.is_floating_point():
+            values = tensor if ranks.rank == 0 else torch.zeros_like(tensor)
+            tensor.copy_(ranks.total([values])[0])
+
+
 class _Repair:
     """The runs of both models, in step, and the layers that are repaired on the way."""
 
@@ -155,8 +167,9 @@ class _Repair:
         given: fx.GraphModule,
         graph: DependencyGraph,
         masks: dict[Axis, Mask],
-        batches: Sequence[Batch],
+        batches: Share,
     ) -> None:
+        self.batches = batches
         self.wanted, self.given = wanted, given
         self.layouts = graph.inference.nodes
         self.parameters = graph.inference.parameters
@@ -184,8 +197,8 @@ class _Repair:
         """Fit a recurrent node, found by its first weight in both models."""
         if name not in self.wanted_cells:
             return
-        wanted = Side(self.wanted, self.wanted_runs, self.wanted_cells[name])
-        given = Side(self.given, self.given_runs, self.given_cells[name])
+        wanted = Side(self.wanted, self.batches, self.wanted_runs, self.wanted_cells[name])
+        given = Side(self.given, self.batches, self.given_runs, self.given_cells[name])
         for side in (wanted, given):
             for run in side.runs:
                 run.until(side.cells[0].node)
@@ -208,14 +221,14 @@ class _Repair:
         targets = [self.target(run, end) for run in self.wanted_runs]
         for run in self.given_runs:
             run.until(site.layer.node)
-        fitted.aim(self.given_runs, targets)
+        fitted.aim(self.batches, self.given_runs, targets)
         before = fitted.error
         if mixing is not None and before > _ROUNDING and all(data is not None for data in read):
             self.mix(fitted, original, mixing, cast(list[Tensor], read), targets)
         for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
             if fitted.error > _ROUNDING:
                 fitted.fit(bias_alone=method == "constants")
-                fitted.aim(self.given_runs, targets)
+                fitted.aim(self.batches, self.given_runs, targets)
         return Repaired(str(site.layer.weight.target), before, fitted.error)
 
     def mixing(self, original: Layer) -> Mixing | None:
@@ -238,13 +251,13 @@ class _Repair:
         outputs = torch.from_numpy(mask_of(made, self.masks))
         weight = held_by(self.wanted, original.weight)
         matrix = original.matrix(weight, fitted.arguments).double()[0, outputs]
-        weights, extra = mixing.mixed(matrix, mixing.fitted(read, given))
+        weights, extra = mixing.mixed(matrix, mixing.fitted(self.batches, read, given))
         fitted.replace(weights.unsqueeze(0), extra)
-        fitted.aim(self.given_runs, targets)
+        fitted.aim(self.batches, self.given_runs, targets)
         if fitted.error >= before:
             for tensor, values in zip(fitted.tensors, kept, strict=True):
                 tensor.copy_(values)
-            fitted.aim(self.given_runs, targets)
+            fitted.aim(self.batches, self.given_runs, targets)
 
     @staticmethod
     def read(run: Run, layer: Layer) -> Tensor | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from graphprune.calibration import Share
 
 # Shares of the features' own squares that are added to them: from next to nothing, where there are
 # more samples than features, to a choice that hardly moves the weights.
@@ -24,45 +27,89 @@ class Sums(NamedTuple):
     residuals: Tensor
 
 
+class Portion(NamedTuple):
+    """Some samples at one time: a batch, by its place among all, or a piece of it.
+
+    Attributes:
+        place: of the batch.
+        piece: of the batch.
+
+    """
+
+    place: int
+    piece: int = 0
+
+    @property
+    def half(self) -> int:
+        """Which half of the samples it belongs to; the same whatever process it is in."""
+        return (self.place + self.piece) % 2
+
+
 class NormalEquations:
     """Sums over samples from which a layer `W f` can be changed; memory does not grow with samples.
 
     The change `D` minimises the squared residual `r - D f` and a ridge `D diag(sum f f') D'`. Samples
-    come in portions, which are summed in two halves by turns, so that the ridge can be chosen by how
-    well a fit to one half serves the other.
+    come in portions, which are summed in two halves, so that the ridge can be chosen by how well a fit
+    to one half serves the other. Once all portions were added, `gather` adds those of other processes.
     """
 
     def __init__(self) -> None:
-        self.squares: list[Tensor] = []
-        self.products: list[Tensor] = []
-        self.residuals: list[Tensor] = []
-        self.portions = 0
+        self.squares: Tensor | None = None
+        self.products = self.residuals = torch.empty(0)
+        self.portions = torch.zeros(2)
+        self.known = False
 
-    def add(self, squares: Tensor | None, products: Tensor, residuals: Tensor) -> None:
-        """Take in the sums over a portion; those of the features are None where they are known."""
-        half = self.portions % 2
-        if squares is not None:
-            _add(self.squares, half, squares)
-        _add(self.products, half, products)
-        _add(self.residuals, half, residuals)
-        self.portions += 1
+    def add(
+        self, portion: Portion, features: Callable[[], Tensor], products: Tensor, residuals: Tensor
+    ) -> None:
+        """Take in a portion.
+
+        Args:
+            portion: which one.
+            features: gives them, `[G, samples, F]` in float64; asked the first time that it is added.
+            products: its sum of r f'.
+            residuals: its sum of r squared.
+
+        """
+        half = portion.half
+        if not self.portions.any():
+            self.products = products.new_zeros(2, *products.shape)
+            self.residuals = residuals.new_zeros(2, *residuals.shape)
+        if not self.known:
+            own = features()
+            if self.squares is None:
+                self.squares = own.new_zeros(2, len(own), own.shape[-1], own.shape[-1])
+            self.squares[half] += own.mT @ own
+        self.products[half] += products
+        self.residuals[half] += residuals
+        self.portions[half] += 1
 
     def forget_residuals(self) -> None:
         """Keep what is known of the features alone: the portions come again with other residuals."""
-        self.products, self.residuals, self.portions = [], [], 0
+        self.known = self.squares is not None
+        self.portions = torch.zeros(2)
+
+    def gather(self, batches: Share) -> None:
+        """Add what the other processes were given."""
+        mine = [self.products, self.residuals, self.portions]
+        if self.known:
+            self.products, self.residuals, self.portions = batches.total(mine)
+        else:
+            totals = batches.total([*mine, self.squares])
+            self.products, self.residuals, self.portions, self.squares = totals
 
     @property
     def halves(self) -> list[Sums]:
-        """The sums over each half of the samples; one where there was but one portion."""
-        return list(map(Sums, self.squares, self.products, self.residuals))
+        """The sums over each half of the samples; one where there is but one portion."""
+        assert self.squares is not None
+        both = zip(self.squares, self.products, self.residuals, strict=True)
+        return [Sums(*sums) for sums, count in zip(both, self.portions, strict=True) if count]
 
     @property
     def total(self) -> Sums:
         """The sums over all samples."""
-        halves = self.halves
-        return (
-            halves[0] if len(halves) == 1 else Sums(*(a + b for a, b in zip(*halves, strict=True)))
-        )
+        assert self.squares is not None
+        return Sums(self.squares.sum(0), self.products.sum(0), self.residuals.sum(0))
 
     def fit(self, free: slice = slice(None)) -> Tensor:
         """Return the change of the weights, `[G, O, F]`, float64; zero where none would do good.
@@ -89,13 +136,6 @@ class NormalEquations:
         mean = (weights @ squares[..., -1:]).squeeze(-1) / count
         second = ((weights @ squares) * weights).sum(-1) / count
         return mean.flatten(), (second - mean.square()).clamp_min(0).flatten()
-
-
-def _add(sums: list[Tensor], half: int, more: Tensor) -> None:
-    if half == len(sums):
-        sums.append(more)
-    else:
-        sums[half] += more
 
 
 def _error(sums: Sums, change: Tensor) -> float:

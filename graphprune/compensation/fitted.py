@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Run, held_by
-from graphprune.compensation.fit import NormalEquations
+from graphprune.calibration import Run, Share, held_by
+from graphprune.compensation.fit import NormalEquations, Portion
 from graphprune.compensation.norm import BatchNorm
 from graphprune.compensation.sites import Site
 
@@ -42,19 +43,20 @@ class FittedLayer:
         """Whether there is a place for a bias: the layer's own, or that of the batch norm."""
         return self.bias is not None or self.norm is not None
 
-    def aim(self, runs: Sequence[Run], targets: Sequence[Tensor]) -> None:
+    def aim(self, batches: Share, runs: Sequence[Run], targets: Sequence[Tensor]) -> None:
         """Take in what the site should end in, for runs of the slim graph that stand before it."""
-        known = self.equations.portions > 0
         self.equations.forget_residuals()
         missed = wanted = 0.0
-        for run, target in zip(runs, targets, strict=True):
+        for place, run, target in zip(batches.places, runs, targets, strict=True):
             self.arguments = self.layer.arguments(run.env)
             missing = self._missing(run.env, target)
             missed += float(missing.double().square().sum())
             wanted += float(target.double().square().sum())
             if self.norm is not None:
                 missing = self.norm.unscaled(missing)
-            self._add(run.env[self.layer.data], missing, known=known)
+            self._add(place, run.env[self.layer.data], missing)
+        self.equations.gather(batches)
+        missed, wanted = map(float, batches.total((missed, wanted)))
         self.error = missed / wanted if wanted else 0.0
 
     def _missing(self, values: Mapping[fx.Node, Any], target: Tensor) -> Tensor:
@@ -74,20 +76,18 @@ class FittedLayer:
             (target > low) & (target < high), given, given.clamp(low, high)
         )
 
-    def _add(self, data: Tensor, missing: Tensor, *, known: bool) -> None:
-        for rows in self.layer.pieces(data, self.weight):
+    def _add(self, place: int, data: Tensor, missing: Tensor) -> None:
+        for piece, rows in enumerate(self.layer.pieces(data, self.weight)):
             products = self.layer.products(data[rows], missing[rows], self.weight, self.arguments)
             residuals = self.layer.samples(missing[rows], self.arguments).double()
             if self.has_bias:
                 products = torch.cat([products, residuals.sum(1).unsqueeze(-1)], dim=-1)
-            squares = None if known else self._squares(data[rows])
-            self.equations.add(squares, products, residuals.square().sum(1))
+            features = partial(self._features, data[rows])
+            self.equations.add(Portion(place, piece), features, products, residuals.square().sum(1))
 
-    def _squares(self, data: Tensor) -> Tensor:
+    def _features(self, data: Tensor) -> Tensor:
         features = self.layer.features(data, self.weight, self.arguments).double()
-        if self.has_bias:
-            features = F.pad(features, (0, 1), value=1.0)
-        return features.mT @ features
+        return F.pad(features, (0, 1), value=1.0) if self.has_bias else features
 
     def replace(self, weights: Tensor, extra: Tensor) -> None:
         """Take other weights, `[groups, outputs, features]`, and add `extra` to the bias, if any."""

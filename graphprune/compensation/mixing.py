@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphprune.calibration import Share
 from graphprune.calibration.layers import ConvolutionLayer, Layer
-from graphprune.compensation.fit import NormalEquations
+from graphprune.compensation.fit import NormalEquations, Portion
 from graphprune.layout import Axis, Layout, Mask, Product, mask_of, resolve, size_of, touches
 
 
@@ -72,7 +74,7 @@ class Mixing:
         own = data.shape[-1] // (self.before * self.after)
         return data.reshape(-1, self.before, own, self.after).movedim(2, -1).flatten(0, -2)
 
-    def fitted(self, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+    def fitted(self, batches: Share, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
         """Return how the channels of `wanted` follow from those of `given`, and a constant one.
 
         Shape: `[original channels, channels + 1]`, float64. Where a fit would do no good, a channel
@@ -82,14 +84,18 @@ class Mixing:
         start = torch.zeros(len(self.kept), len(slots) + 1, dtype=torch.float64)
         start[slots, torch.arange(len(slots))] = 1.0
         equations = NormalEquations()
-        for its, mine in zip(wanted, given, strict=True):
-            for rows in Layer.pieces(its, its[:, :1]):
+        for place, its, mine in zip(batches.places, wanted, given, strict=True):
+            for piece, rows in enumerate(Layer.pieces(its, its[:, :1])):
                 features = F.pad(self.channels(mine[rows]), (0, 1), value=1.0).double()
                 missing = self.channels(its[rows]).double() - features @ start.to(features).mT
                 residuals = missing.square().sum(0)
                 equations.add(
-                    (features.mT @ features)[None], (missing.mT @ features)[None], residuals[None]
+                    Portion(place, piece),
+                    partial(features.unsqueeze, 0),
+                    (missing.mT @ features)[None],
+                    residuals[None],
                 )
+        equations.gather(batches)
         return start + equations.fit()[0].cpu()
 
     def mixed(self, matrix: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Run, held_by
-from graphprune.compensation.fit import NormalEquations
+from graphprune.calibration import Run, Share, held_by
+from graphprune.compensation.fit import NormalEquations, Portion
 from graphprune.layout import Axis, Layout, Mask, mask_of
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
@@ -97,6 +98,7 @@ class Side:
     """One of the two models: its graph, its runs, standing before the node, and the node's cells."""
 
     graph_module: fx.GraphModule
+    batches: Share
     runs: Sequence[Run]
     cells: Sequence[Cell]
 
@@ -159,7 +161,9 @@ def repaired_cells(
             number = layer * directions + direction
             its, mine = wanted.cells[number], given.cells[number]
             kept = [mask_of(layout, masks) for layout in layouts[its.names[1]]]
-            fit = _Fit(mine, given.parameters(mine), *map(torch.from_numpy, kept))
+            fit = _Fit(
+                mine, given.parameters(mine), *map(torch.from_numpy, kept), batches=given.batches
+            )
             backward = direction == 1
             teachers = [
                 _Teacher.of(its, wanted.parameters(its), _turned(x, backward), start)
@@ -211,8 +215,11 @@ class _Teacher:
 class _Fit:
     """A cell of the slim model on its way to the weights that fit."""
 
-    def __init__(self, cell: Cell, parameters: list[Tensor], rows: Tensor, units: Tensor) -> None:
+    def __init__(
+        self, cell: Cell, parameters: list[Tensor], rows: Tensor, units: Tensor, *, batches: Share
+    ) -> None:
         self.cell, self.parameters, self.rows, self.units = cell, parameters, rows, units
+        self.batches = batches
 
     def states(self, data: Tensor, start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return self.cell.states(self.parameters, data, start)
@@ -247,6 +254,7 @@ class _Fit:
             target = teacher.after[..., self.units].double()
             missed += float((after - target).square().sum())
             wanted += float(target.square().sum())
+        missed, wanted = map(float, self.batches.total((missed, wanted)))
         return missed / wanted if wanted else 0.0
 
     def _fit(
@@ -289,8 +297,8 @@ class _Fit:
             if own is not None:
                 own[split:] += change[:, -1]
 
-    @staticmethod
     def _change(
+        self,
         data: Sequence[Tensor],
         targets: Sequence[Tensor],
         weight: Tensor,
@@ -300,17 +308,19 @@ class _Fit:
     ) -> Tensor:
         """Return the change of a weight, and of its bias as a last column, in its own precision."""
         equations = NormalEquations()
-        for batch, target in zip(data, targets, strict=True):
+        for place, batch, target in zip(self.batches.places, data, targets, strict=True):
             given = F.linear(batch, weight, None if bias is None else bias[rows])
             missing = (target - given).flatten(0, -2).double()
             features = batch.flatten(0, -2).double()
             if bias is not None:
                 features = F.pad(features, (0, 1), value=1.0)
             equations.add(
-                (features.mT @ features)[None],
+                Portion(place),
+                partial(features.unsqueeze, 0),
                 (missing.mT @ features)[None],
                 missing.square().sum(0)[None],
             )
+        equations.gather(self.batches)
         if bias_alone and bias is None:
             return torch.zeros_like(weight)
         last = slice(weight.shape[1], None)

@@ -28,6 +28,7 @@ from graphprune.groups import DependencyGraph
 from graphprune.importance import Loss
 from graphprune.importance.subject import Subject, values_of
 from graphprune.inputs import Inputs
+from graphprune.processes import together
 from graphprune.progress import track
 from graphprune.state import copy_with, evaluating, parameter_names
 
@@ -152,7 +153,9 @@ def _saliencies(
     if pattern == "magnitude":
         weights = {site.weight: values_of(site.weight, _weight(model, site)) for site in sites}
         return {name: _by_connection(weight.double() ** 2) for name, weight in weights.items()}
-    return _taylor(Subject(model, graph, None if data is None else batches_of(data), loss), sites)
+    with together(data is not None):
+        batches = None if data is None else batches_of(data)
+        return _taylor(Subject(model, graph, batches, loss), sites)
 
 
 def _weight(model: nn.Module, site: Site) -> nn.Parameter:
@@ -191,4 +194,5 @@ def _taylor(subject: Subject, sites: Sequence[Site]) -> dict[str, Saliency]:
             gradients = torch.autograd.grad(subject.loss(output, batch.target), weights)
             for at, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
                 total[at] += _by_connection(weight.detach().double() * gradient.double()) ** 2
-    return {site.weight: each / len(batches) for site, each in zip(sites, total, strict=True)}
+    means = batches.mean(total)
+    return {site.weight: mean.numpy() for site, mean in zip(sites, means, strict=True)}

@@ -55,8 +55,8 @@ def oracle(subject: Subject) -> Scores:
             else:
                 one = partial(_loss_of_one, gated, batch, name)
                 losses = for_each(one, 1 - torch.diag(open_gates))
-            total[name] += (losses - now).double().cpu().numpy() / len(subject.data)
-    return total
+            total[name] += (losses - now).double().cpu().numpy()
+    return {name: mean.numpy() for name, mean in subject.data.mean(total).items()}
 
 
 def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:

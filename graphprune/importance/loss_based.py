@@ -49,8 +49,8 @@ def fisher(subject: Subject) -> Scores:
     Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, section 2.1
     (arXiv 1801.05787).
     """
-    each = _each_sample(subject)
-    return _as_scores({name: first.square().mean(0) / 2 for name, first in each.items()})
+    squares, count = _summed_over_samples(subject, lambda each: each.square().sum(0))
+    return _as_scores({name: total / count / 2 for name, total in squares.items()})
 
 
 def obs(subject: Subject) -> Scores:
@@ -62,7 +62,8 @@ def obs(subject: Subject) -> Scores:
     Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
     section 3, with the Fisher matrix in place of the Hessian.
     """
-    return _as_scores({name: _obs(g.double()) for name, g in _each_sample(subject).items()})
+    products, count = _summed_over_samples(subject, lambda each: each.mT @ each)
+    return _as_scores({name: _obs(total / count) for name, total in products.items()})
 
 
 def _first(gated: GatedLoss, batch: Batch) -> Gates:
@@ -94,9 +95,15 @@ def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) ->
     return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
 
 
-def _each_sample(subject: Subject) -> Gates:
-    """Return o dE/do of every sample, `[samples, channels]` by group."""
-    gated = GatedLoss(subject)
+def _summed_over_samples(
+    subject: Subject, function: Callable[[Tensor], Tensor]
+) -> tuple[Gates, int]:
+    """Return the sum of what the function makes of o dE/do, and how many samples there are.
+
+    It is given `[samples, channels]` of a batch, in float64, a group at a time.
+    """
+    gated, count = GatedLoss(subject), 0
+    total: Gates = {}
 
     def first(inputs: Inputs, target: object) -> Gates:
         one = inputs.map(lambda tensor: tensor.unsqueeze(0))
@@ -104,20 +111,23 @@ def _each_sample(subject: Subject) -> Gates:
         found: Gates = grad(gated)(gated.ones(), one, its_target)
         return found
 
-    found = [
-        for_each(
+    for batch in track(subject.data, "scoring channels"):
+        each = for_each(
             lambda args, kwargs, target: first(Inputs(*args, **kwargs), target),
             batch.inputs.args,
             batch.inputs.kwargs,
             batch.target,
         )
-        for batch in track(subject.data, "scoring channels")
-    ]
-    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+        count += len(next(iter(each.values()), ()))
+        for name, its in each.items():
+            own = function(its.double())
+            total[name] = total[name] + own if name in total else own
+    sums, samples = subject.data.total((total, count))
+    return sums, int(samples)
 
 
-def _obs(gradients: Tensor) -> Tensor:
-    matrix = gradients.mT @ gradients / len(gradients)
+def _obs(matrix: Tensor) -> Tensor:
+    """Return half of one over the inverse's diagonal, for the mean of g g'."""
     ridge = 1e-3 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny
     inverse: Tensor = torch.linalg.inv(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
     return 0.5 / inverse.diagonal()
@@ -125,12 +135,13 @@ def _obs(gradients: Tensor) -> Tensor:
 
 def _mean(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
     """Return the mean over batches of what the function gives."""
-    gated, count = GatedLoss(subject), len(subject.data)
-    total = {name: torch.zeros_like(gates) for name, gates in gated.ones().items()}
+    gated = GatedLoss(subject)
+    total = {name: torch.zeros_like(gates).double() for name, gates in gated.ones().items()}
     for batch in track(subject.data, "scoring channels"):
         for name, value in function(gated, batch).items():
-            total[name] += value.detach() / count
-    return total
+            total[name] += value.detach()
+    mean: Gates = subject.data.mean(total)
+    return mean
 
 
 def _as_scores(values: Mapping[str, Tensor]) -> Scores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
+from graphprune.calibration import Layer, Run, Share, held_by, layers_of
 from graphprune.capture import graph_of
 from graphprune.groups import DependencyGraph
 from graphprune.importance.magnitude import l2
@@ -139,7 +139,7 @@ def surroundings(subject: Subject) -> Surroundings:
 
 
 def _readings(
-    graph_module: fx.GraphModule, graph: DependencyGraph, batches: Sequence[Batch]
+    graph_module: fx.GraphModule, graph: DependencyGraph, batches: Share
 ) -> list[Reading]:
     """Run the model on the data and return its layers with the sums over their features."""
     layers = {layer.node: layer for layer in layers_of(graph_module).values()}
@@ -152,17 +152,18 @@ def _readings(
         if layer is None or channels is None or not free_axes(channels):
             continue
         weight = held_by(graph_module, layer.weight)
-        matrix, squares, samples = torch.empty(0), torch.zeros(()), 0
+        matrix = layer.matrix(weight, {"groups": layer.groups}).double()
+        squares, samples = torch.zeros((), dtype=torch.float64), 0
         for run in runs:
             run.until(node)
             data, arguments = run.env[layer.data], layer.arguments(run.env)
-            matrix = layer.matrix(weight, arguments).double()
             for rows in layer.pieces(data, weight):
                 features = layer.features(data[rows], weight, arguments)
                 features = F.pad(features, (0, 1), value=1.0).double()
                 squares = squares + features.mT @ features
                 samples += features.shape[1]
-        found.append(Reading(layer, channels, matrix, squares, samples))
+        squares, count = batches.total((squares, samples))
+        found.append(Reading(layer, channels, matrix, squares, int(count)))
     return found
 
 

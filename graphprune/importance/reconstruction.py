@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration import Batch, Layer, Run, held_by
+from graphprune.calibration import Batch, Layer, Run, Share, held_by
 from graphprune.importance.readings import Place, surroundings
 from graphprune.importance.subject import Scores, Subject
 from graphprune.progress import track
@@ -132,11 +132,11 @@ class _Measure:
     """A model on some samples, and its output there."""
 
     graph_module: fx.GraphModule
-    batches: Sequence[Batch]
+    batches: Share
     outputs: Sequence[Sequence[Tensor]]
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, batches: Sequence[Batch]) -> _Measure:
+    def of(cls, graph_module: fx.GraphModule, batches: Share) -> _Measure:
         order = list(graph_module.graph.nodes)
         outputs = [_outputs(Run(graph_module, batch.inputs, order)) for batch in batches]
         return cls(graph_module, batches, outputs)
@@ -155,14 +155,15 @@ class _Measure:
             weights = changes.get(node, (reading.layer, F.pad(reading.matrix, (0, 1))))[1].clone()
             weights[number] += part.weights - F.pad(part.place.matrix, (0, 1))
             changes[node] = reading.layer, weights
-        missed, whole = 0.0, torch.finfo(torch.float64).tiny
+        missed = whole = 0.0
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
             given = _outputs(_Refitted(self.graph_module, batch, changes))
             for mine, its in zip(given, wanted, strict=True):
                 finite = its.isfinite() & mine.isfinite()
                 missed += float((mine - its)[finite].double().square().sum())
                 whole += float(its[finite].double().square().sum())
-        return missed / whole
+        missed, whole = map(float, self.batches.total((missed, whole)))
+        return missed / max(whole, torch.finfo(torch.float64).tiny)
 
 
 class _Refitted(Run):
@@ -190,17 +191,15 @@ class _Refitted(Run):
         return layer.value(data, weight, matrix[..., -1].flatten().to(held) + bias, arguments)
 
 
-def _set_aside(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+def _set_aside(batches: Share) -> tuple[Share, Share]:
     """Return the batches to measure on and the others; a single batch serves for both."""
-    sizes = [_size(batch) for batch in batches]
+    places = sorted(batches.sizes)
+    sizes = [batches.sizes[place] for place in places]
     enough = min(_MEASURED, _SHARE * sum(sizes))
     count = next(i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= enough)
-    return (batches[:count], batches[count:]) if count < len(batches) else (batches, batches)
-
-
-def _size(batch: Batch) -> int:
-    leaves = pytree.tree_leaves((batch.inputs.args, batch.inputs.kwargs))
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    if count == len(places):
+        return batches, batches
+    return batches.part(places[:count]), batches.part(places[count:])
 
 
 def _outputs(run: Run) -> list[Tensor]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from graphprune.calibration import Batch, Layer, Run, held_by, layers_of
+from graphprune.calibration import Batch, Layer, Run, Share, held_by, layers_of
 from graphprune.capture import graph_of
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
@@ -88,7 +88,7 @@ def taylor2_recursion(subject: Subject) -> Scores:
     scores = {group.name: np.full(group.size, np.inf) for group in subject.graph.groups}
     with evaluating(graph_module):
         recursion = Recursion.of(graph_module, traced, axes, loss)
-        terms = _mean([recursion.terms(batch) for batch in subject.data])
+        terms = recursion.mean_terms(subject.data)
     for name, axis in axes.items():
         read = [
             (slots, terms[node])
@@ -100,13 +100,6 @@ def taylor2_recursion(subject: Subject) -> Scores:
         for slots, of_position in read:
             np.add.at(scores[name], slots[slots >= 0], of_position[slots >= 0])
     return scores
-
-
-def _mean(of_batches: list[dict[fx.Node, Tensor]]) -> dict[fx.Node, npt.NDArray[np.float64]]:
-    return {
-        node: torch.stack([terms[node] for terms in of_batches]).mean(0).numpy()
-        for node in of_batches[0]
-    }
 
 
 @dataclass
@@ -153,6 +146,14 @@ class Recursion:
         return cls(graph_module, layers, units, needed, places, loss)
 
     @torch.no_grad()
+    def mean_terms(self, batches: Share) -> dict[fx.Node, npt.NDArray[np.float64]]:
+        """Return the means of `terms` over the batches of all processes."""
+        total: dict[fx.Node, Tensor] = {}
+        for batch in batches:
+            for node, terms in self.terms(batch).items():
+                total[node] = total[node] + terms if node in total else terms
+        return {node: mean.numpy() for node, mean in batches.mean(total).items()}
+
     def terms(self, batch: Batch) -> dict[fx.Node, Tensor]:
         """Return, for each layer that reads channels, the terms of each channel of its input.
 

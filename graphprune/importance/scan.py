@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graphprune.calibration import batches_of
 from graphprune.capture import prepared
@@ -26,8 +24,9 @@ from graphprune.importance.many import for_each
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
 from graphprune.plots import new_figure
+from graphprune.processes import together
 from graphprune.progress import track
-from graphprune.state import named_tensors
+from graphprune.state import digest, named_tensors
 
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
@@ -102,6 +101,7 @@ class Sensitivity:
         figure.savefig(path)
 
 
+@together()
 @torch.inference_mode(False)
 def sensitivity(
     model: Any,
@@ -126,10 +126,11 @@ def sensitivity(
         seed: for importance "random".
         cache: a JSON file that keeps what was measured for these weights, data and arguments, group by
             group, so that a scan that was cut off goes on and one that is done is not done again. Of
-            the loss it knows the name alone.
+            the loss it knows the name alone. In a process group it is rank 0 that reads and writes it.
 
     Raises:
         InvalidRequestError: an argument makes no sense, or the file is something else.
+        DistributedError: another process of the group failed.
 
     """
     shares = tuple(float(ratio) for ratio in ratios)
@@ -144,19 +145,22 @@ def sensitivity(
     ranked = scores(subject, importance)
     order = {name: np.argsort(own, kind="stable").tolist() for name, own in ranked.items()}
     asked = (getattr(loss, "__qualname__", str(loss)), importance, shares, seed)
-    kept = _Kept(cache, lambda: _digest(subject, asked))
+    key = "" if cache is None else _digest(subject, asked)
+    kept = _Kept(cache if batches.ranks.rank == 0 else None, key)
+    kept.losses.update(batches.ranks.gathered(kept.losses)[0])
 
     def measured(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
         total = torch.zeros(len(masks), dtype=torch.float64)
         for batch in batches:
             one = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
             total += for_each(one, masks).double().cpu()
-        return [float(value) / len(batches) for value in total]
+        losses: list[float] = batches.mean(total).tolist()
+        return losses
 
     ones = gated.ones()
     found: dict[str, list[float]] = {}
     with torch.no_grad():
-        whole = sum(float(gated(ones, batch.inputs, batch.target)) for batch in batches)
+        intact = sum(float(gated(ones, batch.inputs, batch.target)) for batch in batches)
         for name in track(list(order), "scanning groups"):
             if name not in kept.losses:
                 masks = ones[name].repeat(len(shares), 1)
@@ -164,7 +168,7 @@ def sensitivity(
                     row[order[name][: round(share * len(row))]] = 0.0
                 kept.add(name, measured(ones, name, masks))
             found[name] = kept.losses[name]
-    return Sensitivity(shares, whole / len(batches), found, order)
+        return Sensitivity(shares, float(batches.mean(intact)), found, order)
 
 
 def _loss_with(
@@ -174,23 +178,20 @@ def _loss_with(
 
 
 def _digest(subject: Subject, asked: Any) -> str:
-    """Return a hash of all that the losses of a scan depend on, but what the loss computes."""
+    """Return a hash of all that the losses of a scan depend on, in all processes; of the loss, its name."""
     seen = hashlib.sha256(repr(asked).encode())
-    tensors = [*named_tensors(subject.model).items()]
+    for name, tensor in named_tensors(subject.model).items():
+        digest(seen, name, tensor)
     for number, batch in enumerate(subject.data):
-        given = [*batch.inputs.tensors(), *pytree.tree_leaves(batch.target)]
-        tensors += [(f"{number}", one) for one in given if isinstance(one, Tensor)]
-    for name, tensor in tensors:
-        values: npt.NDArray[Any] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        seen.update(values.tobytes())
-    return seen.hexdigest()
+        for tensor in batch.tensors():
+            digest(seen, f"{number}", tensor)
+    return "".join(subject.data.ranks.gathered(seen.hexdigest()))
 
 
 class _Kept:
     """Losses by group, in a JSON file by the digest of the scan, or in memory alone."""
 
-    def __init__(self, path: str | Path | None, digest: Any) -> None:
+    def __init__(self, path: str | Path | None, key: str) -> None:
         self.path = None if path is None else Path(path)
         self.scans: dict[str, dict[str, list[float]]] = {}
         if self.path is not None and self.path.exists():
@@ -200,7 +201,7 @@ class _Kept:
                 raise InvalidRequestError(
                     f"{self.path} is not a cache of sensitivity scans: {error}; name another file"
                 ) from error
-        self.losses = self.scans.setdefault("" if self.path is None else digest(), {})
+        self.losses = self.scans.setdefault(key, {})
 
     def add(self, group: str, losses: list[float]) -> None:
         self.losses[group] = losses

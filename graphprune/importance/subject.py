@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from graphprune.calibration import Batch
+from graphprune.calibration import Share
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
 
@@ -28,7 +28,7 @@ class Subject:
     Attributes:
         model: holds the weights; it is not changed.
         graph: the groups to score.
-        batches: for criteria that look at data.
+        batches: this process's share of the data, for criteria that look at data.
         loss: from the model's output and a batch's target to one number, for criteria that ask for it.
         seed: for chance.
 
@@ -36,13 +36,13 @@ class Subject:
 
     model: nn.Module
     graph: DependencyGraph
-    batches: Sequence[Batch] | None = None
+    batches: Share | None = None
     loss: Loss | None = None
     seed: int = 0
 
     @property
-    def data(self) -> Sequence[Batch]:
-        """The batches.
+    def data(self) -> Share:
+        """The batches, of a process group the share of this process.
 
         Raises:
             InvalidRequestError: there are none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from graphprune.latency.parts import Program
 from graphprune.layout import Axis, counts_of
 from graphprune.onnx import Feed, Traced, traced_export
 from graphprune.plan import Plan
+from graphprune.processes import present
 from graphprune.profiling import profiled
 from graphprune.runtimes import Runtime
 from graphprune.timing import time_onnx
@@ -84,6 +85,7 @@ class Bench:
         self.duration = seconds
         self.cache = Cache(runtime)
         self.files = 0
+        self.ranks = present()
 
     def __enter__(self) -> Self:
         """Export, profile and time the original."""
@@ -141,11 +143,23 @@ class Bench:
 
         """
         signatures = {part.name: part.signature(left) for part in self.parts}
-        before = self.cache.seconds
+        wanted = signatures.values()
+        before = self._once(
+            lambda: {s: self.cache.seconds[s] for s in wanted if s in self.cache.seconds}
+        )
         if all(signature in before for signature in signatures.values()):
             return {name: before[signature] for name, signature in signatures.items()}
         found = self._by_part(self._by_node(self._exported(slim)))
-        self.cache.add({key: found.get(name, 0.0) for name, key in signatures.items()})
+        if self.ranks.rank == 0:
+            self.cache.add({key: found.get(name, 0.0) for name, key in signatures.items()})
+        return found
+
+    def _once(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Measure in the first process of a group, while the others wait, and tell them."""
+        self.ranks.gathered(None)  # so that nothing else runs where they share a machine
+        found: dict[str, float] = self.ranks.gathered(measure() if self.ranks.rank == 0 else None)[
+            0
+        ]
         return found
 
     def _exported(self, model: nn.Module) -> Traced:
@@ -157,12 +171,16 @@ class Bench:
 
     def _by_node(self, traced: Traced) -> dict[str, float]:
         """Return seconds by the node of the traced program that they end with."""
-        found: dict[str, float] = {}
-        for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
-            node = traced.origins.get(event.source)
-            if node is not None:
-                found[node] = found.get(node, 0.0) + event.seconds
-        return found
+
+        def measure() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
+                node = traced.origins.get(event.source)
+                if node is not None:
+                    found[node] = found.get(node, 0.0) + event.seconds
+            return found
+
+        return self._once(measure)
 
     def _by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -175,5 +193,9 @@ class Bench:
     def _timed(self, files: Mapping[str, Traced]) -> dict[str, float]:
         feeds: dict[str, Feed] = dict.fromkeys(files, self.feed)
         paths = {name: traced.exported.path for name, traced in files.items()}
-        timed = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
-        return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}
+
+        def measure() -> dict[str, float]:
+            timed = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
+            return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}
+
+        return self._once(measure)

@@ -1,0 +1,240 @@
+"""Several processes at one model: the default group of torch.distributed, as sums over all data.
+
+Every process calls the same function of the library with the same model and arguments; each looks at its
+share of the data, and what is summed over the data is summed over the processes too. All that is sent
+goes through one collective, the all-reduce. What became of a process is known from the group's store:
+each notes there how far it has come, and a failure before it raises it. So a process that waits for one
+that is gone says which one, and never waits for longer than the group's time-out.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphprune.errors import DistributedError, in_a_line
+
+# Seconds between looks at what others note, and the longest pause between looks at a collective.
+_LOOK = 0.2
+_PAUSE = 0.02
+
+# Of the group's time-out, what is waited for the others, so that this error comes before the group's own.
+_PATIENCE = 0.9
+
+# When the connection to one process broke, the others have at least this long to say that they live, and
+# at least this share of the time that the call has taken: they may have more to do.
+_GRACE, _GRACE_SHARE = 2.0, 0.2
+
+
+@dataclass
+class Ranks:
+    """The processes that work at one call; alone where there is no process group.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+        store: where they note how they fare; None for a process that is alone.
+        call: the number of the call that they work at, the same in all.
+
+    """
+
+    rank: int = 0
+    size: int = 1
+    store: Any = None
+    call: int = 0
+    step: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def timeout(self) -> float:
+        """How long the others are waited for, in seconds."""
+        seconds: float = self.store.timeout.total_seconds()
+        return _PATIENCE * seconds
+
+    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors of the same shapes over all processes, in float64.
+
+        Raises:
+            DistributedError: a process failed, or did not come in time.
+
+        """
+        mine = [tensor.detach().double() for tensor in tensors]
+        if self.size == 1 or not mine:
+            return mine
+        flat = torch.cat([tensor.flatten() for tensor in mine])
+        sums = self._all_reduced(flat).to(flat.device).split([tensor.numel() for tensor in mine])
+        return [one.view(its.shape) for one, its in zip(sums, mine, strict=True)]
+
+    def gathered(self, mine: Any) -> list[Any]:
+        """Return what each process gives, by rank.
+
+        Raises:
+            DistributedError: a process failed, or did not come in time.
+
+        """
+        if self.size == 1:
+            return [mine]
+        message = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(message)
+        ends = self._all_reduced(lengths).cpu().cumsum(0).tolist()
+        starts = [0, *ends]
+        everything = torch.zeros(ends[-1], dtype=torch.uint8)
+        everything[starts[self.rank] : ends[self.rank]] = message
+        sent = self._all_reduced(everything).cpu().numpy()
+        return [pickle.loads(sent[a:b].tobytes()) for a, b in zip(starts, ends, strict=False)]
+
+    def agree(self, what: str, digest: str) -> None:
+        """See that all processes arrived at the same.
+
+        Args:
+            what: those did that came to something else, as "arrived at another plan".
+            digest: of what this process came to.
+
+        Raises:
+            DistributedError: another process came to something else.
+
+        """
+        digests = self.gathered(digest)
+        others = [rank for rank, its in enumerate(digests) if its != digests[0]]
+        if others:
+            raise DistributedError(
+                f"{_named(others)} {what} than rank 0: every process must call this "
+                "with the same model, arguments and versions, and with data in the same order or, as "
+                "graphprune.OwnShare, with a share of its own"
+            )
+
+    def _all_reduced(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the processes, on a device that they can send from."""
+        self.step += 1
+        self._note(str(self.rank), str(self.step))
+        sent = tensor.to(_device(tensor.device))
+        try:
+            self._wait(dist.all_reduce(sent, async_op=True))
+        except RuntimeError as failure:
+            raise self._lost() from failure
+        return sent
+
+    def _wait(self, work: Any) -> None:
+        began = looked = time.monotonic()
+        pause = 1e-5
+        while not work.is_completed():
+            now = time.monotonic()
+            if now - looked > _LOOK:
+                looked = now
+                self._raise_what_others_note()
+                if now - began > self.timeout:
+                    raise DistributedError(self._missed(f"within {self.timeout:.3g} s"))
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
+        work.wait()
+
+    def _raise_what_others_note(self) -> None:
+        noted = self._noted("failed")
+        if noted is not None:
+            raise DistributedError(noted)
+
+    def _lost(self) -> DistributedError:
+        """Return what to say when a connection broke, once the others had time to note how they fare."""
+        grace = max(_GRACE, _GRACE_SHARE * (time.monotonic() - self.started))
+        until = time.monotonic() + min(grace, self.timeout)
+        while self._behind() and time.monotonic() < until and self._noted("failed") is None:
+            time.sleep(_LOOK)
+        noted = self._noted("failed")
+        return DistributedError(noted or self._missed("before its connection broke"))
+
+    def _missed(self, when: str) -> str:
+        behind = self._behind()
+        who = _named(behind) if behind else "another rank"
+        return (
+            f"{who} did not come {when} to where rank {self.rank} waits: it died, or it does not make "
+            "this call; every process of the group has to"
+        )
+
+    def _behind(self) -> list[int]:
+        """Return the processes that have not come as far as this one."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        return [rank for rank in others if int(self._noted(str(rank)) or 0) < self.step]
+
+    def _note(self, key: str, text: str) -> None:
+        self.store.set(self._key(key), text)
+
+    def _noted(self, key: str) -> str | None:
+        """Return what a process noted; of a store that is gone, that its process is."""
+        try:
+            known = self.store.check([self._key(key)])
+            return self.store.get(self._key(key)).decode() if known else None
+        except RuntimeError:
+            return (
+                None
+                if key != "failed"
+                else ("the process that keeps the group's store is gone (rank 0, or the launcher)")
+            )
+
+    def _key(self, key: str) -> str:
+        return f"graphprune/{self.call}/{key}"
+
+    def fail(self, error: BaseException) -> None:
+        """Note that this process fails, for the others to see."""
+        if self.store is None or self._noted("failed") is not None:
+            return
+        gave_up = isinstance(error, DistributedError)
+        text = f"gave up: {error}" if gave_up else f"failed: {in_a_line(error)}"
+        try:
+            self._note("failed", f"rank {self.rank} {text}")
+        except RuntimeError:
+            return  # nobody is left to read it
+
+
+_current: ContextVar[Ranks | None] = ContextVar("_current", default=None)
+_calls = 0
+
+
+def present() -> Ranks:
+    """Return the processes that work at the call that goes on, or this one alone."""
+    return _current.get() or Ranks()
+
+
+@contextmanager
+def together(on_data: bool = True) -> Iterator[Ranks]:
+    """Work at a call with all processes of the group; one that fails in it is seen by the others.
+
+    Inside another such call it is part of that. A call that looks at no data concerns its process alone.
+    """
+    global _calls
+    outer = _current.get()
+    if outer is not None or not on_data:
+        yield outer or Ranks()
+        return
+    ranks = Ranks()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        _calls += 1
+        store = dist.distributed_c10d._get_default_store()
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), store, _calls)
+    before = _current.set(ranks)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    finally:
+        _current.reset(before)
+
+
+def _device(wanted: torch.device) -> torch.device:
+    """Return the device if the group sends from such, else one that it does send from."""
+    kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
+    return wanted if wanted.type in kinds else torch.device(kinds[0])
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
