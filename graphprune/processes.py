@@ -116,9 +116,9 @@ class Ranks:
     def _all_reduced(self, tensor: Tensor) -> Tensor:
         """Return the sum over the processes, on a device that they can send from."""
         self.step += 1
-        self._note(str(self.rank), str(self.step))
         sent = tensor.to(_device(tensor.device))
         try:
+            self._note(str(self.rank), str(self.step))
             self._wait(dist.all_reduce(sent, async_op=True))
         except RuntimeError as failure:
             raise self._lost() from failure
