@@ -134,8 +134,8 @@ def measured(name: str, size: int) -> dict[str, dict[str, Any]]:
 def table(rounds: int) -> str:
     """Return the rows of all networks."""
     lines = [
-        "| network | what | 1 process, s | 2 processes, s | ratio (of each round) | all-reduces | MB in all "
-        "| MB at most |",
+        "| network | what | 1 process, s | 2 processes, s | ratio (of each round) | all-reduces | MB "
+        "in all | MB at most |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in NETWORKS:
