@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -18,6 +18,7 @@ from graphprune.errors import (
     OtherOperatorsError,
     PlanError,
     VerificationError,
+    listed,
     warn,
 )
 from graphprune.groups import DependencyGraph
@@ -181,7 +182,7 @@ def as_module_with_sizes(
     except VerificationError:
         raise untraceable from None
     warn(
-        f"{_listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
+        f"{listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
         "cannot be rewritten, since torch.export cannot trace it"
     )
     return result
@@ -216,13 +217,9 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     names = [name for name in graph.inference.unused if name in graph.inference.trainable]
     if names:
         warn(
-            f"the example inputs reach no operator that reads {_listed(names)}: {consequence}; "
+            f"the example inputs reach no operator that reads {listed(names)}: {consequence}; "
             "pass example_inputs that reach them if you need them"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _checked(
@@ -263,7 +260,7 @@ def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> l
     ]
     if names:
         warn(
-            f"{_listed(names)} are cut but not compared: with the values of the example inputs the model "
+            f"{listed(names)} are cut but not compared: with the values of the example inputs the model "
             "does not use them (experts that no token goes to, say); pass example_inputs that do"
         )
     return names
