@@ -1,5 +1,6 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
+from graphprune.checkpoint import ShrunkCheckpoint, shrink_checkpoint
 from graphprune.compare import compare
 from graphprune.comparison import Comparison
 from graphprune.connections import (
@@ -54,6 +55,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Sensitivity",
+    "ShrunkCheckpoint",
     "Slimmed",
     "VerificationError",
     "analyze",
@@ -71,6 +73,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "sensitivity",
+    "shrink_checkpoint",
     "slim",
     "slim_gradually",
     "slimmed",

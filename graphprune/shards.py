@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,23 @@ class Stored:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield the tensor, a block of rows after the other."""
+        """Yield the tensor, a block of rows after the other; a number as a row of one."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             for start, stop in row_blocks(self.shape):
-                shape = (stop - start, *self.shape[1:]) if self.shape else ()
+                shape = (stop - start, *self.shape[1:])
                 count = prod(shape) * DTYPES[self.dtype].itemsize
                 held = torch.empty(count, dtype=torch.uint8)
                 if file.readinto(held.numpy()) != count:
                     raise InvalidRequestError(f"{self.path} ends before its tensors do")
                 yield held.view(DTYPES[self.dtype]).view(shape)
+
+    def copy_to(self, tensor: Tensor) -> None:
+        """Fill a tensor of the same shape, of whatever type and wherever it is."""
+        rows, done = tensor if tensor.dim() else tensor[None], 0
+        for block in self.blocks():
+            rows[done : done + len(block)] = block
+            done += len(block)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -108,7 +116,9 @@ class Shard:
 
         """
         try:
-            with safe_open(path, "pt"):  # looks at the header and whether the file is as long as it says
+            with safe_open(
+                path, "pt"
+            ):  # looks at the header and whether the file is as long as it says
                 pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -117,10 +127,13 @@ class Shard:
             raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
         content: dict[str, Any] = json.loads(header)
         metadata = content.pop("__metadata__", None) or {}
-        odd = {name: entry["dtype"] for name, entry in content.items() if entry["dtype"] not in DTYPES}
+        odd = {
+            name: entry["dtype"] for name, entry in content.items() if entry["dtype"] not in DTYPES
+        }
         for name, dtype in odd.items():
             raise InvalidRequestError(
-                f"{path} holds {name} in {dtype}, which cannot be cut; those that can are {', '.join(DTYPES)}"
+                f"{path} holds {name} in {dtype}, which cannot be cut; those that can are "
+                f"{', '.join(DTYPES)}"
             )
         tensors = {
             name: Stored(
@@ -176,7 +189,9 @@ class Checkpoint:
         shards = {name: Shard.of(path / name) for name in dict.fromkeys(weight_map.values())}
         held = {name: file for file, shard in shards.items() for name in shard.tensors}
         odd = sorted(
-            name for name in held.keys() | weight_map.keys() if held.get(name) != weight_map.get(name)
+            name
+            for name in held.keys() | weight_map.keys()
+            if held.get(name) != weight_map.get(name)
         )
         if odd:
             raise InvalidRequestError(
@@ -185,13 +200,11 @@ class Checkpoint:
             )
         return cls(path, shards, index)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Stored]:
         """Every tensor by its name in the files."""
         return {
-            name: stored
-            for shard in self.shards.values()
-            for name, stored in shard.tensors.items()
+            name: stored for shard in self.shards.values() for name, stored in shard.tensors.items()
         }
 
 
@@ -227,23 +240,44 @@ class Weights:
         """Find the tensors of a model, whose own values are not read, in a checkpoint.
 
         Raises:
-            InvalidRequestError: the checkpoint lacks a tensor that the model has, or the other way round, or
-                has it in another shape.
+            InvalidRequestError: the checkpoint lacks a tensor that the model has, or the other way round.
 
         """
-        own, stored = named_tensors(model), checkpoint.tensors
+        own, kind = named_tensors(model), type(model).__name__
         prefix = getattr(model, "base_model_prefix", "")
-        names = {name: _name_in(own, name, prefix) for name in stored}
-        _check_known(checkpoint, model, [name for name, mine in names.items() if mine not in own])
+        names = {name: _name_in(own, name, prefix) for name in checkpoint.tensors}
+        unknown = [name for name, mine in names.items() if mine not in own]
+        if unknown:
+            raise InvalidRequestError(
+                f"{checkpoint.path} holds {listed(unknown)}, which {kind} lacks; pass the model that the "
+                "checkpoint is of"
+            )
         held: dict[int, Stored] = {}
         for name, mine in names.items():
-            _check_shape(checkpoint, name, stored[name].shape, tuple(own[mine].shape))
-            held.setdefault(id(own[mine]), stored[name])
-        state = [name for name in model.state_dict(keep_vars=True) if name in own]
-        _check_there(checkpoint, model, [name for name in state if id(own[name]) not in held])
-        return cls(
-            checkpoint, names, {name: held[id(t)] for name, t in own.items() if id(t) in held}
-        )
+            held.setdefault(id(own[mine]), checkpoint.tensors[name])
+        by_name = {name: held[id(t)] for name, t in own.items() if id(t) in held}
+        missing = [name for name in model.state_dict() if name in own and name not in by_name]
+        if missing:
+            raise InvalidRequestError(
+                f"{checkpoint.path} lacks {listed(missing)} of {kind}; pass the model that the "
+                "checkpoint is of"
+            )
+        return cls(checkpoint, names, by_name)
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Check that the tensors of a model have the shapes of those in the files.
+
+        Raises:
+            InvalidRequestError: one has not.
+
+        """
+        for name, tensor in named_tensors(model).items():
+            found = self.by_name[name].shape if name in self.by_name else tuple(tensor.shape)
+            if found != tuple(tensor.shape):
+                raise InvalidRequestError(
+                    f"{name} has shape {found} in {self.checkpoint.path}, and {tuple(tensor.shape)} in "
+                    f"{type(model).__name__}; pass the model that the checkpoint is of"
+                )
 
 
 def _name_in(own: Mapping[str, Tensor], name: str, prefix: str) -> str:
@@ -252,29 +286,3 @@ def _name_in(own: Mapping[str, Tensor], name: str, prefix: str) -> str:
         return name
     within = f"{prefix}.{name}"
     return within if within in own else name.removeprefix(f"{prefix}.")
-
-
-def _check_known(checkpoint: Checkpoint, model: nn.Module, unknown: Sequence[str]) -> None:
-    if unknown:
-        raise InvalidRequestError(
-            f"{checkpoint.path} holds {listed(unknown)}, which {type(model).__name__} has not; pass the model "
-            "that the checkpoint is of"
-        )
-
-
-def _check_there(checkpoint: Checkpoint, model: nn.Module, missing: Sequence[str]) -> None:
-    if missing:
-        raise InvalidRequestError(
-            f"{checkpoint.path} lacks {listed(missing)} of {type(model).__name__}; pass the model that the "
-            "checkpoint is of"
-        )
-
-
-def _check_shape(
-    checkpoint: Checkpoint, name: str, found: tuple[int, ...], wanted: tuple[int, ...]
-) -> None:
-    if found != wanted:
-        raise InvalidRequestError(
-            f"{name} has shape {found} in {checkpoint.path}, and {wanted} in the model; pass the model that "
-            "the checkpoint is of"
-        )

@@ -310,21 +310,23 @@ def weights_for(order: Order, module: nn.Module) -> Weights:
     """
     if not any(tensor.is_meta for tensor in named_tensors(module).values()):
         raise InvalidRequestError(
-            f"weights={str(order.weights)!r} is for a model on the meta device, and {type(module).__name__} "
-            "holds values of its own; build it under torch.device('meta')"
+            f"weights={str(order.weights)!r} is for a model on the meta device, and this "
+            f"{type(module).__name__} holds values of its own; build it under torch.device('meta')"
         )
     by_weights = order.importance in BY_WEIGHTS and order.request.steps == 1
     if order.plan is None and not by_weights:
         raise InvalidRequestError(
-            f"importance={order.importance!r} with steps={order.request.steps} cannot be computed from files; "
-            f"with weights= choose from {', '.join(BY_WEIGHTS)}, in one step, or load the model"
+            f"importance={order.importance!r} with steps={order.request.steps} cannot be computed from "
+            f"files; with weights= choose from {', '.join(BY_WEIGHTS)}, in one step, or load the model"
         )
     if order.data is not None or order.compensate or order.request.of == "latency":
         raise InvalidRequestError(
             "data, compensate and latency need a model that runs, and weights= is for one without values; "
             "load the model, or leave them out"
         )
-    return Weights.of(Checkpoint.of(order.weights or ""), module)
+    weights = Weights.of(Checkpoint.of(order.weights or ""), module)
+    weights.check_shapes(module)
+    return weights
 
 
 def groups_of(graph: DependencyGraph) -> Groups:

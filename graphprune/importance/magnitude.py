@@ -118,16 +118,16 @@ def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
     return result
 
 
-def _sums_along(
-    subject: Subject, name: str, order: Literal[1, 2]
-) -> list[npt.NDArray[np.float64]]:
+def _sums_along(subject: Subject, name: str, order: Literal[1, 2]) -> list[npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
     sums = [np.zeros(size) for size in subject.tensors[name].shape]
     done = 0
     for block in subject.blocks(name):
         entries = (block.abs() if block.is_complex() else block).double()
         powers = entries.square() if order == 2 else entries.abs()
-        windows = powers.flatten(2).sum(2) if powers.dim() > 2 else powers  # for channels in and out
+        windows = (
+            powers.flatten(2).sum(2) if powers.dim() > 2 else powers
+        )  # for channels in and out
         for dim in range(1, powers.dim()):
             sums[dim] += _sums(windows if dim < 2 else powers, dim).numpy()
         sums[0][done : done + len(block)] = _sums(windows, 0).numpy()

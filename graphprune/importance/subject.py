@@ -61,8 +61,9 @@ class Subject:
             yield from self.weights.by_name[name].blocks()
             return
         values = values_of(name, self.tensors[name])
-        for start, stop in row_blocks(values.shape):
-            yield (values[start:stop] if values.dim() else values).cpu().contiguous()
+        rows = values if values.dim() else values[None]
+        for start, stop in row_blocks(rows.shape):
+            yield rows[start:stop].cpu().contiguous()
 
     @property
     def data(self) -> Sequence[Batch]:
