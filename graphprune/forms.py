@@ -132,20 +132,44 @@ def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
         VerificationError: its code does not follow: it holds a size that no attribute gives.
 
     """
+    try:
+        return _as_module(job, graph, plan)
+    except VerificationError:
+        if job.check:
+            raise
+        return _as_module(job, graph, plan, other_operators=True)
+
+
+def _as_module(
+    job: Job, graph: DependencyGraph, plan: Plan, *, other_operators: bool = False
+) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     forget_derived(slimmer)
+
+    def checked() -> Verification | None:
+        if job.check:
+            return _verified(job, job.module, slimmer, plan, graph)
+        kept = None if other_operators else counts_of(masks)
+        check_runs(slimmer, job.inputs, graph.inference, kept)
+        return None
+
     try:
-        seen = _checked(job, job.module, slimmer, plan, graph)
+        seen = checked()
     except VerificationError as failure:
-        seen = _checked_with_sizes(job, slimmer, plan, graph, failure)
+        seen = _checked_with_sizes(job, slimmer, plan, graph, checked, failure)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
     return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
 
 
 def _checked_with_sizes(
-    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph, failure: VerificationError
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
+    failure: VerificationError,
 ) -> Verification | None:
     """Change sizes that the slim modules hold as attributes until the model verifies.
 
@@ -156,7 +180,7 @@ def _checked_with_sizes(
     for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
-            return _verified(job, job.module, slimmer, plan, graph) if job.check else None
+            return checked()
         except VerificationError:
             continue
     raise failure from None

@@ -92,8 +92,8 @@ def shapes_of(kind: Any, config: Any, changes: Mapping[Place, int] | None = None
 
 def fitting_changes(kind: Any, config: Any, wanted: Shapes) -> Iterator[dict[Place, int]]:
     """Yield changes of a config that give models these shapes, the fewest first."""
-    candidates = list(_candidates(kind, config, wanted))
-    tried = (dict(some) for some in _combinations(candidates))
+    needed, others = _candidates(kind, config, wanted)
+    tried = (needed | dict(some) for some in _combinations(others))
     for changes in itertools.islice(tried, _MOST_TRIED):
         if shapes_of(kind, config, changes) == wanted:
             yield changes
@@ -107,25 +107,41 @@ def _combinations(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, 
                 yield some
 
 
-def _candidates(kind: Any, config: Any, wanted: Shapes) -> Iterator[Candidate]:
-    """Yield sizes of the config with values that would explain a shape.
+def _candidates(kind: Any, config: Any, wanted: Shapes) -> tuple[dict[Place, int], list[Candidate]]:
+    """Return changes of the config that shapes ask for, and others that would explain a shape.
 
-    Each is doubled by itself: the dimensions that follow say what value they would want. A size that
-    is left open is set, and dimensions are taken to be multiples of it.
+    Each size is doubled by itself: the dimensions that follow say what value they would want. One that
+    follows no other size has to have it. A size that is left open is set, and dimensions are taken to be
+    multiples of it.
     """
-    now = shapes_of(kind, config)
-    for place, size in sizes_of(config):
+    now, sizes = shapes_of(kind, config), dict(sizes_of(config))
+    asked: dict[tuple[str, int], dict[Place, int | None]] = {}
+    for place, size in sizes.items():
         trial = _PROBE if size is None else 2 * size
         tried = shapes_of(kind, config, {place: trial})
-        values = set()
         for name in now.keys() & tried.keys() & wanted.keys():
-            for before, after, its in zip(now[name], tried[name], wanted[name], strict=False):
-                if after != before and its != before:
-                    origin, start = (0, 0) if size is None else (size, before)
-                    value = origin + (its - start) * (trial - origin) / (after - start)
-                    if value == int(value) and value > 0:
-                        values.add(int(value))
-        yield from ((place, value) for value in sorted(values))
+            for dim, values in enumerate(zip(now[name], tried[name], wanted[name], strict=False)):
+                if values[0] != values[1]:
+                    asked.setdefault((name, dim), {})[place] = _asked(size, trial, *values)
+    needed: dict[Place, int] = {}
+    others: list[Candidate] = []
+    for place, size in sizes.items():
+        alone = {each[place] for each in asked.values() if each.keys() == {place}}
+        some = {each[place] for each in asked.values() if place in each} - {size, None}
+        if len(alone) == 1 and alone != {size}:
+            needed |= {place: value for value in alone if value is not None}  # noqa: B035 (there is one)
+        elif not alone:
+            others += [(place, value) for value in sorted(filter(None, some))]
+    return needed, others
+
+
+def _asked(size: int | None, trial: int, before: int, after: int, wanted: int) -> int | None:
+    """Return the size that a dimension of `wanted` asks for: its own for one that stays, None for none."""
+    if wanted == before:
+        return size
+    origin, start = (0, 0) if size is None else (size, before)
+    value = origin + (wanted - start) * (trial - origin) / (after - start)
+    return int(value) if value == int(value) and value > 0 else None
 
 
 def sizes_of(config: Any, path: Place = ()) -> Iterator[tuple[Place, int | None]]:

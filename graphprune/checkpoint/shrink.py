@@ -31,6 +31,11 @@ FINGERPRINT = "graphprune"
 CONFIG = "config.json"
 ORIGINAL_CONFIG = "config.original.json"
 
+# Without a config.json, transformers would build a model of default sizes, which takes a while to fail.
+_NO_CONFIG = b"""No config says the sizes of the weights in this folder, which were cut unevenly:
+load it with graphprune.load(folder, model). config.original.json is that of the model before.
+"""
+
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
     PART,
@@ -77,11 +82,13 @@ def shrink_checkpoint(
     What is written is what `slim` with this plan gives, bit for bit; it is not compared with the original,
     which would have to run. Files keep their names, and are put in place once they are whole, the index
     last; called again after an interruption, it goes on where it was. A file graphprune.json with the plan
-    is written beside them: `graphprune.load(target, model)` builds the slim model from that. Where the
-    source has a config.json of transformers that can say the new sizes, it is written changed, and
-    `from_pretrained(target)` works too; where it cannot (layers of uneven width, say), it is written as
-    config.original.json, and a warning says so. Other files of the source, but weights in other formats,
-    are copied.
+    is written beside them: `graphprune.load(target, model)` builds the slim model from that. Other files of
+    the source, but weights in other formats, are copied.
+
+    Where the source has a config.json of transformers that can say the new sizes, it is written changed,
+    and `from_pretrained(target)` works too. Where it cannot (layers of uneven width, say) a warning says
+    why; it is then written as config.original.json, and config.json has a sentence for people that
+    `from_pretrained` refuses.
 
     Args:
         model: the original, on the meta device or with whatever weights: they are not read.
@@ -241,13 +248,17 @@ def _copied(source: Path, target: Path) -> dict[str, Any] | None:
 def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result: Slimmed) -> bool:
     """Write a config of the new sizes, or the old one under another name; say whether the first."""
     changed, why = slim_config(config, empty, result)
-    _write_json(target / (ORIGINAL_CONFIG if changed is None else CONFIG), changed or config)
-    if changed is None:
-        warn(
-            f"no config.json says the sizes of the slim model ({why}), so from_pretrained cannot build it: "
-            f"that of the source is {ORIGINAL_CONFIG}; load with graphprune.load({str(target)!r}, model)"
-        )
-    return changed is not None
+    if changed is not None:
+        _write_json(target / CONFIG, changed)
+        return True
+    _write_json(target / ORIGINAL_CONFIG, config)
+    with written_whole(target / CONFIG) as file:
+        file.write(_NO_CONFIG)
+    warn(
+        f"no config.json says the sizes of the slim model ({why}), so from_pretrained cannot build it: "
+        f"that of the source is {ORIGINAL_CONFIG}; load with graphprune.load({str(target)!r}, model)"
+    )
+    return False
 
 
 def _index(
