@@ -69,7 +69,7 @@ class Stored:
                 shape = (stop - start, *self.shape[1:])
                 count = prod(shape) * DTYPES[self.dtype].itemsize
                 held = torch.empty(count, dtype=torch.uint8)
-                if file.readinto(held.numpy()) != count:
+                if file.readinto(held.numpy().data) != count:
                     raise InvalidRequestError(f"{self.path} ends before its tensors do")
                 yield held.view(DTYPES[self.dtype]).view(shape)
 

@@ -25,7 +25,8 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from tests.message_cases import CASES, Case
 
-importlib.import_module("tests.message_cases_outside")  # adds its own
+for more in ("tests.message_cases_outside", "tests.message_cases_checkpoints"):
+    importlib.import_module(more)  # adds its own
 
 ROOT = Path(gp.__file__).parent
 INTERNAL = ("layout.py", "kernels.py")  # what they raise is for the library's own code
