@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -97,7 +96,8 @@ def write_checkpoint(name: str, folder: Path) -> None:
 
 def peak() -> float:
     """Return the most memory that this process has held so far, files it has mapped included, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss would count the parent's
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def timed(report: dict[str, Any], step: str, start: float) -> None:
@@ -179,7 +179,7 @@ def page(reports: dict[str, dict[str, Any]]) -> str:
         f"each: {RATIO:.0%} of the channels of each group go, ranked by `l2`. The model is built without",
         "weights and analysed; planned by `gp.slimmed(model, weights=source)`, which analyses it again,",
         "reads every weight and runs the slim model for its shapes; and shrunk by `gp.shrink_checkpoint`.",
-        "Memory is the most that the process held until then (ru_maxrss), mapped files included; at the",
+        "Memory is the most that the process held until then (VmHWM), mapped files included; at the",
         "start it has imported torch and transformers and built the model. Of the last model there is no",
         "checkpoint, only a plan by chance.",
         "",

@@ -118,31 +118,31 @@ def in_form(form: Form, job: Job) -> Slimmed:
         return as_module(job, graph, chosen)
     except VerificationError as failure:
         if form == "module":
-            raise
+            if job.check:
+                raise
+            return as_module(job, graph, chosen, other_operators=True)
         try:
             return as_graph(job, str(failure))
         except CaptureError as untraceable:
             return as_module_with_sizes(job, graph, chosen, untraceable)
 
 
-def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
+def as_module(
+    job: Job, graph: DependencyGraph, plan: Plan, *, other_operators: bool = False
+) -> Slimmed:
     """Return the model's own class with smaller tensors.
+
+    Args:
+        job: the model and its inputs.
+        graph: its dependency graph.
+        plan: what to keep.
+        other_operators: where nothing is verified, whether its operators may give other sizes than the
+            original's would, as those of a model do that was verified earlier and takes another way.
 
     Raises:
         VerificationError: its code does not follow: it holds a size that no attribute gives.
 
     """
-    try:
-        return _as_module(job, graph, plan)
-    except VerificationError:
-        if job.check:
-            raise
-        return _as_module(job, graph, plan, other_operators=True)
-
-
-def _as_module(
-    job: Job, graph: DependencyGraph, plan: Plan, *, other_operators: bool = False
-) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     forget_derived(slimmer)

@@ -116,10 +116,8 @@ class Shard:
 
         """
         try:
-            with safe_open(
-                path, "pt"
-            ):  # looks at the header and whether the file is as long as it says
-                pass
+            with safe_open(path, "pt"):
+                pass  # it has checked the header, and that the file is as long as that says
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = file.read(length)

@@ -170,7 +170,7 @@ def slim(
         threads: threads inside an operator, on the CPU.
         weights: for a model on the meta device, the safetensors file or the folder of several with an
             index that holds its values. Criteria that look at weights alone read them there, a block at
-            a time; `shrink_checkpoint` carries out the plan.
+            a time, in one step; `shrink_checkpoint` carries out the plan.
 
     Returns:
         An nn.Module; for an ExportedProgram, an ExportedProgram.

@@ -37,6 +37,8 @@ from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
 from graphprune.state import copy_with, double_copy, evaluating, named_tensors, parameter_names
 
+aten = torch.ops.aten
+
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
 TOLERANCE = 1e-7
@@ -222,7 +224,7 @@ def check_runs(
         slimmer: the slim model.
         inputs: what it is run on.
         inference: the layouts of the original's tensors.
-        kept: how many slots of each cut axis are left, to check what every operator gives as well: a
+        kept: how many slots of each cut axis are left, to check what each operator computes as well: a
             reshape to half as many heads, or to as many of half the size, would give the same output.
 
     Raises:
@@ -247,10 +249,16 @@ def check_runs(
 
 
 def _expected(inference: Inference, kept: Mapping[Axis, int]) -> Iterator[Call]:
-    """Yield each operator of the original with the shapes that it has to give in the slim model."""
+    """Yield each operator of the original that computes, with the shapes that it has to give in the slim model."""
     for step in inference.steps:
-        shapes = [tuple(kept_size(x, kept) for x in value.layouts) for value in step.outputs]
-        yield step.func, shapes
+        if _computes(step.func):
+            shapes = [tuple(kept_size(x, kept) for x in value.layouts) for value in step.outputs]
+            yield step.func, shapes
+
+
+def _computes(func: OpOverload) -> bool:
+    """Say whether an operator computes: code often skips views and copies where a size is 1."""
+    return not func.is_view and func is not aten.clone.default
 
 
 def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
@@ -337,7 +345,7 @@ def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mas
 
 
 class _InDouble(Interpretation):
-    """Runs a model in float64, and keeps which operators gave what shapes."""
+    """Runs a model in float64, and keeps which operators computed what shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,7 +355,7 @@ class _InDouble(Interpretation):
         """Run the operator."""
         result = self.run(func, args, kwargs)
         shapes = [tuple(tensor.shape) for tensor in _tensors(result)]
-        if shapes:
+        if shapes and _computes(func):
             self.seen.append((func, shapes))
         return result
 

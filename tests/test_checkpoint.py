@@ -209,6 +209,38 @@ def test_a_graph_is_loaded_by_its_plan(tmp_path: Path) -> None:
         assert torch.equal(gp.load(tmp_path / "slim", fresh, x)(x), result.model(x))
 
 
+class Square(nn.Module):
+    """Four heads of four, whose numbers are held in either order."""
+
+    def __init__(self, order: tuple[str, str]) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 6)
+        for name in order:
+            setattr(self, name, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:2], 3, self.heads, self.features)
+        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
+        mixed = torch.softmax(q @ k.transpose(2, 3), -1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("order", [("heads", "features"), ("features", "heads")])
+def test_sizes_in_attributes_follow_without_weights_as_they_do_with_them(
+    order: tuple[str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = Square(order), torch.randn(2, 5, 6)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    result = gp.slimmed(model, 0.5, x)
+    wanted = result.model(x)
+    assert result.form == "module"
+    gp.shrink_checkpoint(model.to("meta"), result.plan, tmp_path, tmp_path / "slim", x)
+    loaded = gp.load(tmp_path / "slim", Square(order), x)
+    assert (loaded.heads, loaded.features) == (2, 4)
+    assert torch.equal(loaded(x), wanted)
+
+
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
