@@ -25,8 +25,9 @@ from graphprune.state import named_tensors
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Entries of a tensor that are held at once.
-BLOCK = 1 << 20
+# Entries of a tensor that are held at once: few enough for a processor's cache, in float64 too. Scoring
+# by blocks of eight times as many took five times as long.
+BLOCK = 1 << 17
 
 # Bytes of each tensor that tell one checkpoint from another of the same shapes.
 _SAMPLE = 64

@@ -249,7 +249,7 @@ def check_runs(
 
 
 def _expected(inference: Inference, kept: Mapping[Axis, int]) -> Iterator[Call]:
-    """Yield each operator of the original that computes, with the shapes that it has to give in the slim model."""
+    """Yield the operators of the original that compute, with the shapes that the slim model has to give."""
     for step in inference.steps:
         if _computes(step.func):
             shapes = [tuple(kept_size(x, kept) for x in value.layouts) for value in step.outputs]

@@ -11,6 +11,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from graphprune.passes import (
+    LowerSparseConnections,
+    LowerSparseLinear,
+    SlimChannels,
+    SparseConnections,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,12 +25,6 @@ import graphprune as gp
 from graphprune import cli, runtimes, timing
 from graphprune.callbacks import Compared
 from graphprune.comparison import Comparison, Measured
-from graphprune.passes import (
-    LowerSparseConnections,
-    LowerSparseLinear,
-    SlimChannels,
-    SparseConnections,
-)
 from graphprune.view.tree import group_lines
 from tests.message_cases import Does, X, case, convolutions, net, said
 from tests.models import example

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from graphprune.passes import LowerSparseLinear, LowerSparseRecurrent, SparseRecurrent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, library, nn
@@ -17,7 +18,6 @@ import graphprune as gp
 from graphprune.block_sparse.packing import Packed, block_of, product
 from graphprune.block_sparse.recurrent import GATES, OPERATOR, block_sparse_recurrent
 from graphprune.block_sparse.scan import TRANSLATIONS
-from graphprune.passes import LowerSparseLinear, LowerSparseRecurrent, SparseRecurrent
 from graphprune.races.packed import LinearShape, MatrixShape, RecurrentShape
 from graphprune.runtimes import Runtime, open_session
 

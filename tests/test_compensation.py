@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import Compensate
 from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.demo.data import sample, trained_network
 from graphprune.demo.main import accuracy
 from graphprune.inputs import Inputs, call
-from graphprune.passes import Compensate
 from graphprune.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.GraphPruneWarning")

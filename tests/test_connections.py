@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import SparseConnections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from graphprune.connections.clusters import clustered
 from graphprune.connections.patterns import PATTERNS, blocks_of, fan_in
 from graphprune.connections.sites import sites_of
 from graphprune.demo.network import ResNet8
-from graphprune.passes import SparseConnections
 from tests import models
 
 X = torch.randn(2, 1, 28, 28)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import EliminateDeadChannels, FoldBatchNorm
 from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.constants import POINTWISE, POOLING
 from graphprune.importance.readers import readers_of
 from graphprune.inputs import call, output_tensors
-from graphprune.passes import EliminateDeadChannels, FoldBatchNorm
 from tests.models import example
 from tests.structures import STRUCTURES
 from tests.test_passes import settled

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import SparseRecurrent
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.passes import SparseRecurrent
 
 
 class Tagger(nn.Module):

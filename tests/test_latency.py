@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from graphprune.passes import SlimChannels
 from torch import Tensor, nn
 
 import graphprune as gp
@@ -23,7 +24,6 @@ from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.latency import Bench, measure
 from graphprune.latency.cache import Cache
 from graphprune.onnx import Feed, export
-from graphprune.passes import SlimChannels
 from graphprune.profiling import Event, profiled
 from graphprune.runtimes import CUDA, Runtime
 from graphprune.timing import Latency, Spread

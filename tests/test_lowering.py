@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from graphprune.passes import LowerSparseConnections, SparseConnections
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -17,7 +18,6 @@ from torch import Tensor, fx, nn
 import graphprune as gp
 from graphprune.connections.blocks import Blocks
 from graphprune.demo.network import ResNet8
-from graphprune.passes import LowerSparseConnections, SparseConnections
 from graphprune.races.convolution import Shape, fastest
 from graphprune.runtimes import Runtime
 from tests import models

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from graphprune.passes import AbsorbConstants, FoldBatchNorm, RemoveIdentities, SlimChannels
 from torch import Tensor, fx, nn
 
 import graphprune as gp
-from graphprune.passes import AbsorbConstants, FoldBatchNorm, RemoveIdentities, SlimChannels
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 import torch
+from graphprune.passes import FoldBatchNorm, RemoveIdentities, SlimChannels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
@@ -18,7 +19,6 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import graphprune as gp
 from graphprune.callbacks import Compared, Dumped, Printed, Timed
 from graphprune.errors import VerificationError
-from graphprune.passes import FoldBatchNorm, RemoveIdentities, SlimChannels
 from graphprune.pipeline import Program
 from graphprune.runtimes import CPU
 
