@@ -1,6 +1,7 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
 from graphprune.calibration import OwnShare
+from graphprune.checkpoint import ShrunkCheckpoint, shrink_checkpoint
 from graphprune.compare import compare
 from graphprune.comparison import Comparison
 from graphprune.connections import (
@@ -59,6 +60,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Sensitivity",
+    "ShrunkCheckpoint",
     "Slimmed",
     "VerificationError",
     "analyze",
@@ -76,6 +78,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "sensitivity",
+    "shrink_checkpoint",
     "slim",
     "slim_gradually",
     "slimmed",

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -166,6 +166,31 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         CaptureError: the model cannot be traced, or the graph gives something else.
 
     """
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        return _captured_without_data(model, inputs)
+    return _captured(model, inputs)
+
+
+def _captured_without_data(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """Trace a model on the meta device as one on the CPU, where its inputs are and its result will run."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    meta = {name for name, tensor in named_tensors(model).items() if tensor.is_meta}
+    with fake:
+        stand_in = copy_with(
+            model, lambda _, t: torch.empty_like(t, device="cpu") if t.is_meta else None
+        )
+        its_inputs = inputs.map(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    graph_module = _captured(stand_in, its_inputs)
+    return cast(
+        fx.GraphModule,
+        copy_with(
+            graph_module,
+            lambda name, t: torch.empty_like(t, device="meta") if name in meta else None,
+        ),
+    )
+
+
+def _captured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     quiet = working_copy(model).eval()
     quiet.forward = _plain_outputs(quiet.forward)
     problems: list[str] = []
@@ -264,7 +289,7 @@ def _at_least_two(inputs: Inputs) -> Inputs:
 
 def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, free: bool) -> None:
     """Compare both on the kernels that were traced: fused ones may differ at padded positions."""
-    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+    if any(isinstance(tensor, FakeTensor) for tensor in named_tensors(model).values()):
         return
     for batch in (inputs, inputs.repeated(2)) if free else (inputs,):
         try:

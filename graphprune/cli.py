@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from graphprune.capture import prepared
+from graphprune.checkpoint import shrink_checkpoint
 from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
 from graphprune.cost import count_macs, count_parameters
-from graphprune.errors import GraphPruneError, InvalidRequestError
+from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.groups import analyze
 from graphprune.importance import CRITERIA
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.progress import no_bars
-from graphprune.slim import slimmed
+from graphprune.slim import Options, slimmed
 from graphprune.view import document
 from graphprune.view.tree import group_lines, tree
 
@@ -61,8 +62,13 @@ _OR_A_FILE = {
 
 @app.command()
 def slim(
-    model: Model,
     out: Out,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="as for the other commands; with --checkpoint of a transformers model it may be left out"
+        ),
+    ] = "",
     ratio: Ratio = 0.5,
     of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
     importance: Annotated[str, typer.Option(help=", ".join(CRITERIA))] = "l2",
@@ -88,11 +94,27 @@ def slim(
     report: Annotated[
         Path | None, typer.Option(help="page to write about it, .html, with a comparison")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="folder of safetensors to shrink on disk, for --out, a folder too"),
+    ] = None,
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
 ) -> None:
-    """Write a smaller, checked copy of a model."""
+    """Write a smaller, checked copy of a model; or of a checkpoint, without loading it."""
     with told():
+        if checkpoint is not None:
+            needs_a_model = {
+                "--data": data, "--loss": loss, "--compensate": compensate, "--latency-ms": latency_ms,
+                "--of latency": of == "latency", "--report": report,
+            }  # fmt: skip
+            _refuse_with_checkpoint([name for name, given in needs_a_model.items() if given])
+            original, inputs = without_weights(model, checkpoint), example_inputs(shapes)
+            slim_checkpoint(
+                original, checkpoint, out, inputs, ratio, as_json=as_json, of=of,
+                importance=importance, ranking=ranking, renormalised=renormalised,
+            )  # fmt: skip
+            return
         original, inputs = loaded(model), example_inputs(shapes)
         with working("slimming and verifying"):
             result = slimmed(
@@ -230,6 +252,77 @@ def demo(
 
     with told():
         run(out)
+
+
+def _refuse_with_checkpoint(names: list[str]) -> None:
+    if names:
+        raise InvalidRequestError(
+            f"{', '.join(names)} would run the model, and --checkpoint is shrunk without running it; leave "
+            "them out, or load the model and write a file"
+        )
+
+
+def slim_checkpoint(
+    model: nn.Module,
+    source: Path,
+    target: Path,
+    inputs: Inputs | None,
+    ratio: float,
+    *,
+    as_json: bool,
+    **options: Unpack[Options],
+) -> None:
+    """Plan by the weights in the files and shrink them there."""
+    options["weights"] = source
+    with working("planning"):
+        result = slimmed(model, ratio, inputs, **options)
+    done = shrink_checkpoint(model, result.plan, source, target, result.inputs)
+    facts = {
+        "form": result.form, "why": result.why_graph, "files": len(done.files),
+        "files of an earlier run": len(done.kept), "from_pretrained": done.has_config,
+        "folder": str(target),
+    }  # fmt: skip
+    numbers = sizes(model, result.model, result.inputs)
+    show(numbers | {"bytes": [done.bytes_before, done.bytes_after]}, facts, as_json=as_json)
+
+
+def without_weights(name: str, folder: Path) -> nn.Module:
+    """Return the model that a name stands for, or that a folder's config.json describes, without values.
+
+    Raises:
+        InvalidRequestError: it cannot be built so, or transformers, which reads the config, is missing.
+
+    """
+    if not name or Path(name).resolve() == folder.resolve():
+        return _of_config(folder)
+    build = _attribute(name, "a model")
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:
+        raise InvalidRequestError(
+            f"{name!r} gives no model under torch.device('meta'), where --checkpoint builds it to save "
+            f"memory: {in_a_line(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InvalidRequestError(f"{name} gives a {type(model).__name__}, not a model")
+    return model
+
+
+def _of_config(folder: Path) -> nn.Module:
+    try:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        with torch.device("meta"):
+            model: nn.Module = kind(config).eval()
+    except Exception as error:
+        raise InvalidRequestError(
+            f"transformers cannot build a model from {folder / 'config.json'}; name one as "
+            f"package.module:callable: {in_a_line(error)}"
+        ) from error
+    return model
 
 
 def write(model: nn.Module, inputs: Any, out: Path) -> None:

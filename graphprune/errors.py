@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 
 
@@ -56,6 +57,11 @@ def warn(text: str) -> None:
 def _root(frame: FrameType) -> str:
     name: str = frame.f_globals.get("__name__", "")
     return name.partition(".")[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are more."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def in_a_line(error: BaseException) -> str:

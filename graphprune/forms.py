@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -18,6 +18,7 @@ from graphprune.errors import (
     OtherOperatorsError,
     PlanError,
     VerificationError,
+    listed,
     warn,
 )
 from graphprune.groups import DependencyGraph
@@ -117,15 +118,26 @@ def in_form(form: Form, job: Job) -> Slimmed:
         return as_module(job, graph, chosen)
     except VerificationError as failure:
         if form == "module":
-            raise
+            if job.check:
+                raise
+            return as_module(job, graph, chosen, other_operators=True)
         try:
             return as_graph(job, str(failure))
         except CaptureError as untraceable:
             return as_module_with_sizes(job, graph, chosen, untraceable)
 
 
-def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
+def as_module(
+    job: Job, graph: DependencyGraph, plan: Plan, *, other_operators: bool = False
+) -> Slimmed:
     """Return the model's own class with smaller tensors.
+
+    Args:
+        job: the model and its inputs.
+        graph: its dependency graph.
+        plan: what to keep.
+        other_operators: where nothing is verified, whether its operators may give other sizes than the
+            original's would, as those of a model do that was verified earlier and takes another way.
 
     Raises:
         VerificationError: its code does not follow: it holds a size that no attribute gives.
@@ -134,17 +146,30 @@ def as_module(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed:
     masks = plan.masks(graph)
     slimmer = shrunk(job.module, graph.inference, masks)
     forget_derived(slimmer)
+
+    def checked() -> Verification | None:
+        if job.check:
+            return _verified(job, job.module, slimmer, plan, graph)
+        kept = None if other_operators else counts_of(masks)
+        check_runs(slimmer, job.inputs, graph.inference, kept)
+        return None
+
     try:
-        seen = _checked(job, job.module, slimmer, plan, graph)
+        seen = checked()
     except VerificationError as failure:
-        seen = _checked_with_sizes(job, slimmer, plan, graph, failure)
+        seen = _checked_with_sizes(job, slimmer, plan, graph, checked, failure)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
     return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
 
 
 def _checked_with_sizes(
-    job: Job, slimmer: nn.Module, plan: Plan, graph: DependencyGraph, failure: VerificationError
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
+    failure: VerificationError,
 ) -> Verification | None:
     """Change sizes that the slim modules hold as attributes until the model verifies.
 
@@ -155,7 +180,7 @@ def _checked_with_sizes(
     for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
-            return _verified(job, job.module, slimmer, plan, graph) if job.check else None
+            return checked()
         except VerificationError:
             continue
     raise failure from None
@@ -181,7 +206,7 @@ def as_module_with_sizes(
     except VerificationError:
         raise untraceable from None
     warn(
-        f"{_listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
+        f"{listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
         "cannot be rewritten, since torch.export cannot trace it"
     )
     return result
@@ -216,13 +241,9 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
     names = [name for name in graph.inference.unused if name in graph.inference.trainable]
     if names:
         warn(
-            f"the example inputs reach no operator that reads {_listed(names)}: {consequence}; "
+            f"the example inputs reach no operator that reads {listed(names)}: {consequence}; "
             "pass example_inputs that reach them if you need them"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _checked(
@@ -263,7 +284,7 @@ def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> l
     ]
     if names:
         warn(
-            f"{_listed(names)} are cut but not compared: with the values of the example inputs the model "
+            f"{listed(names)} are cut but not compared: with the values of the example inputs the model "
             "does not use them (experts that no token goes to, say); pass example_inputs that do"
         )
     return names

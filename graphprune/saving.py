@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,13 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import InvalidRequestError, PlanError
+from graphprune.errors import InvalidRequestError, PlanError, listed
 from graphprune.forms import Slimmed
 from graphprune.plan import Plan
+from graphprune.shards import Checkpoint, Weights
 from graphprune.slim import slimmed
+from graphprune.state import copy_with, named_tensors
 
 FORMAT = "graphprune-model"
 VERSION = "1"
+
+# Beside the weights of a folder that `shrink_checkpoint` wrote.
+PLAN_FILE = "graphprune.json"
+_FOLDER_FORMAT = "graphprune-checkpoint"
 
 
 def save(result: Slimmed, path: str | Path) -> None:
@@ -50,11 +57,12 @@ def save(result: Slimmed, path: str | Path) -> None:
 
 
 def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
-    """Return the slim model of a file that `save` wrote.
+    """Return the slim model of a file that `save` wrote, or of a folder that `shrink_checkpoint` wrote.
 
     Args:
-        path: the file.
-        model: the original, with whatever weights: a fresh one will do. It is not changed.
+        path: the file or the folder.
+        model: the original, with whatever weights: a fresh one will do. It is not changed. For a folder it
+            may be on the meta device: what is read is then on the CPU, in the model's own precision.
         example_inputs: of the original, as for `slim`.
 
     Raises:
@@ -62,6 +70,8 @@ def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
         PlanError: the plan does not fit the model.
 
     """
+    if Path(path).is_dir():
+        return _load_folder(Path(path), model, example_inputs)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -81,6 +91,51 @@ def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
     slim = slimmed(model, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
     _fill(slim, found, path)
     return slim
+
+
+def folder_content(plan: Plan, form: str) -> dict[str, Any]:
+    """Return what `load` has to find in a folder, beside the weights."""
+    return {
+        "format": _FOLDER_FORMAT, "version": VERSION, "form": form, "torch": torch.__version__,
+        "plan": json.loads(plan.to_json()),
+    }  # fmt: skip
+
+
+def _load_folder(folder: Path, model: nn.Module, example_inputs: Any) -> nn.Module:
+    """Return the slim model of a folder, filled tensor by tensor."""
+    path = folder / PLAN_FILE
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != _FOLDER_FORMAT or content["version"] != VERSION:
+            raise ValueError(f"format {content['format']!r} version {content['version']!r}")
+        plan, form = Plan.from_json(json.dumps(content["plan"])), content["form"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidRequestError(
+            f"{path} is no file that graphprune.shrink_checkpoint wrote: {error}"
+        ) from error
+    weights, own = Weights.of(Checkpoint.of(folder), model), named_tensors(model)
+    empty = copy_with(
+        model, lambda name, tensor: tensor.detach().to("meta") if name in weights.by_name else None
+    )
+    slim = slimmed(empty, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
+    weights.check_shapes(slim)
+
+    def read(name: str, tensor: Tensor) -> Tensor | None:
+        if name not in weights.by_name:
+            return None
+        device = "cpu" if own[name].is_meta else own[name].device
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        weights.by_name[name].copy_to(values)
+        return values
+
+    filled = copy_with(slim, read)
+    left = [name for name, tensor in named_tensors(filled).items() if tensor.is_meta]
+    if left:
+        raise InvalidRequestError(
+            f"{folder} holds no values of {listed(left)}, which {type(model).__name__} computes when it is "
+            "built, and on the meta device does not; build the model on the CPU"
+        )
+    return filled
 
 
 def _each_once(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,15 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
 
 def sliced(tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]) -> Tensor | None:
     """Return the tensor without the removed slots, or None if it loses none."""
+    kept = [mask_of(layout, masks) for layout in layouts]
+    return None if all(mask.all() for mask in kept) else cut(tensor, kept)
+
+
+def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
+    """Return what is kept of a tensor, given which positions stay along each dimension."""
     result = tensor.detach()
-    for dim, layout in enumerate(layouts):
-        mask = mask_of(layout, masks)
+    for dim, mask in enumerate(kept):
         if not mask.all():
             index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
             result = result.index_select(dim, index)
-    return None if result.shape == tensor.shape else result.contiguous()
+    return result.contiguous()

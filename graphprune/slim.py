@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
@@ -22,10 +23,12 @@ from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.forms import Form, Job, Slimmed, in_form
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
+from graphprune.importance.magnitude import BY_WEIGHTS
 from graphprune.latency import NANO, Bench, LatencyModel
 from graphprune.plan import Plan
 from graphprune.processes import together
 from graphprune.runtimes import Runtime
+from graphprune.shards import Checkpoint, Weights
 from graphprune.state import named_tensors
 from graphprune.targets import calibrated, met, warn_of_missed
 from graphprune.verify import without
@@ -56,6 +59,7 @@ class Options(TypedDict, total=False):
     latency_ms: float | None
     provider: str
     threads: int
+    weights: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Order:
     latency_ms: float | None = None
     provider: str = "cpu"
     threads: int = 1
+    weights: str | Path | None = None
 
     @classmethod
     def of(cls, ratio: float, options: Options) -> Order:
@@ -117,6 +122,7 @@ def slim(
     latency_ms: float | None = None,
     provider: str = "cpu",
     threads: int = 1,
+    weights: str | Path | None = None,
 ) -> Any:
     """Return a smaller copy of a model, checked against the original; the original is not changed.
 
@@ -165,6 +171,9 @@ def slim(
         provider: where latency is measured: "cpu", "cuda", "cuda-tf32", "cuda-float16", or the name of
             another provider of ONNX Runtime.
         threads: threads inside an operator, on the CPU.
+        weights: for a model on the meta device, the safetensors file or the folder of several with an
+            index that holds its values. Criteria that look at weights alone read them there, a block at
+            a time, in one step; `shrink_checkpoint` carries out the plan.
 
     Returns:
         An nn.Module; for an ExportedProgram, an ExportedProgram.
@@ -181,7 +190,7 @@ def slim(
         model, ratio, example_inputs, of=of, importance=importance, ranking=ranking, steps=steps,
         align=align, include=include, exclude=exclude, renormalised=renormalised, plan=plan,
         form=form, verify=verify, seed=seed, data=data, loss=loss, compensate=compensate,
-        latency_ms=latency_ms, provider=provider, threads=threads,
+        latency_ms=latency_ms, provider=provider, threads=threads, weights=weights,
     )  # fmt: skip
     if isinstance(model, ExportedProgram):
         return reexported(model, result.model, example_inputs)
@@ -230,7 +239,8 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
     module, inputs = prepared(model, example_inputs)
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if order.data is None else batches_of(order.data)
-    choice = Choice(order, module, batches, whole)
+    weights = None if order.weights is None else weights_for(order, module)
+    choice = Choice(order, module, batches, whole, weights)
     job = Job(module, inputs, choice.plan_for, order.verify and has_data)
     if order.plan is None and order.request.of == "latency":
         result = towards_latency(order, job, choice, runtime)
@@ -249,12 +259,18 @@ class Choice:
     """What is chosen for the graphs of one model; scores are asked for once."""
 
     def __init__(
-        self, order: Order, module: nn.Module, batches: Share | None, whole: Whole | None
+        self,
+        order: Order,
+        module: nn.Module,
+        batches: Share | None,
+        whole: Whole | None,
+        weights: Weights | None,
     ) -> None:
         self.order = order
         self.module = module
         self.batches = batches
         self.whole = whole
+        self.weights = weights
         self.scores: dict[Groups, Scores] = {}
         self.plans: dict[Groups, Plan] = {}
 
@@ -292,7 +308,36 @@ class Choice:
 
     def _scored(self, graph: DependencyGraph, left: nn.Module) -> Scores:
         order = self.order
-        return scores(Subject(left, graph, self.batches, order.loss, order.seed), order.importance)
+        subject = Subject(left, graph, self.batches, order.loss, order.seed, self.weights)
+        return scores(subject, order.importance)
+
+
+def weights_for(order: Order, module: nn.Module) -> Weights:
+    """Return where the values of a model without any are.
+
+    Raises:
+        InvalidRequestError: the model has values, or something was asked for that runs it on them.
+
+    """
+    if not any(tensor.is_meta for tensor in named_tensors(module).values()):
+        raise InvalidRequestError(
+            f"weights={str(order.weights)!r} is for a model on the meta device, and this "
+            f"{type(module).__name__} holds values of its own; build it under torch.device('meta')"
+        )
+    by_weights = order.importance in BY_WEIGHTS and order.request.steps == 1
+    if order.plan is None and not by_weights:
+        raise InvalidRequestError(
+            f"importance={order.importance!r} with steps={order.request.steps} cannot be computed from "
+            f"files; with weights= choose from {', '.join(BY_WEIGHTS)}, in one step, or load the model"
+        )
+    if order.data is not None or order.compensate or order.request.of == "latency":
+        raise InvalidRequestError(
+            "data, compensate and latency need a model that runs, and weights= is for one without values; "
+            "load the model, or leave them out"
+        )
+    weights = Weights.of(Checkpoint.of(order.weights or ""), module)
+    weights.check_shapes(module)
+    return weights
 
 
 def groups_of(graph: DependencyGraph) -> Groups:

@@ -12,10 +12,10 @@ multiplies, so both sides take another constant for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,20 @@ from graphprune.errors import (
 from graphprune.inference import Inference, Step, Value, not_runnable, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of, size_of, touches
+from graphprune.layout import Axis, Layout, Mask, counts_of, kept_size, mask_of, size_of, touches
 from graphprune.literals import restricted_arguments
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
 from graphprune.state import copy_with, double_copy, evaluating, named_tensors, parameter_names
 
+aten = torch.ops.aten
+
 # Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
 # each operation in a row; a wrong slot differs by far more than this.
 TOLERANCE = 1e-7
+
+Call: TypeAlias = tuple[OpOverload, list[tuple[int, ...]]]
+"""An operator, and the shapes of the tensors that it gave."""
 
 
 @dataclass(frozen=True)
@@ -207,22 +212,53 @@ def verify(
     return Verification(worst, len(expected))
 
 
-def check_runs(slimmer: nn.Module, inputs: Inputs, inference: Inference) -> None:
+def check_runs(
+    slimmer: nn.Module,
+    inputs: Inputs,
+    inference: Inference,
+    kept: Mapping[Axis, int] | None = None,
+) -> None:
     """Run a slim model for the shapes of its outputs, without data where the original needs none.
 
+    Args:
+        slimmer: the slim model.
+        inputs: what it is run on.
+        inference: the layouts of the original's tensors.
+        kept: how many slots of each cut axis are left, to check what each operator computes as well: a
+            reshape to half as many heads, or to as many of half the size, would give the same output.
+
     Raises:
-        VerificationError: it does not run, or its outputs have other shapes than the original's.
+        VerificationError: it does not run, its outputs have other shapes than the original's, or one of
+            its operators gives something else than the original's does, without what is removed.
 
     """
+    mode = _InDouble()
     wanted = {name: list(map(size_of, layouts)) for name, layouts in inference.outputs.items()}
     if inference.with_data:
-        outputs = _slim_outputs(slimmer, inputs, {})
+        outputs = _slim_outputs(slimmer, inputs, {}, mode)
     else:
         with without_data(slimmer, inputs) as (stand_in, its_inputs):
-            outputs = _outputs(stand_in, its_inputs)
+            outputs = _outputs(stand_in, its_inputs, mode)
     for name, tensor in outputs:
         if list(tensor.shape) != wanted[name]:
             raise _other_shape(name, list(tensor.shape), wanted[name])
+    if kept is not None and mode.seen != list(_expected(inference, kept)):
+        raise VerificationError(
+            "the slim model's operators do not give what the original's do without the removed channels"
+        )
+
+
+def _expected(inference: Inference, kept: Mapping[Axis, int]) -> Iterator[Call]:
+    """Yield the operators of the original that compute, with the shapes that the slim model has to give."""
+    for step in inference.steps:
+        if _computes(step.func):
+            shapes = [tuple(kept_size(x, kept) for x in value.layouts) for value in step.outputs]
+            yield step.func, shapes
+
+
+def _computes(func: OpOverload) -> bool:
+    """Say whether an operator computes: code often skips views and copies where a size is 1."""
+    return not func.is_view and func is not aten.clone.default
 
 
 def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
@@ -309,11 +345,19 @@ def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mas
 
 
 class _InDouble(Interpretation):
-    """Runs a model in float64 and changes nothing else."""
+    """Runs a model in float64, and keeps which operators computed what shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Call] = []
 
     def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operator."""
-        return self.run(func, args, kwargs)
+        result = self.run(func, args, kwargs)
+        shapes = [tuple(tensor.shape) for tensor in _tensors(result)]
+        if shapes and _computes(func):
+            self.seen.append((func, shapes))
+        return result
 
 
 def _double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
@@ -322,16 +366,19 @@ def _double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor
 
 
 def _slim_outputs(
-    slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float]
+    slimmer: nn.Module,
+    inputs: Inputs,
+    constants: Mapping[str, float],
+    mode: _InDouble | None = None,
 ) -> list[tuple[str, Tensor]]:
     double = copy_with(slimmer, lambda name, tensor: _double(name, tensor, constants))
-    return _outputs(double, inputs.map(double_copy))
+    return _outputs(double, inputs.map(double_copy), mode or _InDouble())
 
 
-def _outputs(slimmer: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
+def _outputs(slimmer: nn.Module, inputs: Inputs, mode: _InDouble) -> list[tuple[str, Tensor]]:
     try:
         with evaluating(slimmer):  # not by eval(): it is run as it will be
-            return list(output_tensors(interpret(slimmer, inputs, _InDouble())))
+            return list(output_tensors(interpret(slimmer, inputs, mode)))
     except GraphPruneError:
         raise
     except Exception as failure:

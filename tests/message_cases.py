@@ -106,7 +106,7 @@ said(
 )
 said(
     r"0\.weight is on the meta device and has no values to score; use importance='random' or a function, "
-    "or load the weights first",
+    "say by weights= which files hold them, or load the weights first",
     lambda: gp.slim(net().to("meta"), 0.5, X),
 )
 said(

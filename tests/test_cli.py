@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
 import graphprune as gp
 from graphprune.cli import app
+from tests.models import example
 
 BUILDER = "tests.test_cli:build"
 
@@ -112,6 +114,27 @@ def test_inspect_and_slim_write_pages(tmp_path: Path) -> None:
     assert "Where the time goes" in report.read_text()
 
 
+def test_slim_shrinks_a_checkpoint_on_disk(tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file(build().state_dict(), source)
+    words = ["slim", BUILDER, "--checkpoint", str(source), "--input", "1,3,16,16", "--json"]
+    report = json.loads(run(*words, "--out", str(tmp_path / "slim")))
+    assert report["parameters"][1] < report["parameters"][0]
+    assert report["bytes"][1] == 4 * report["parameters"][1]
+    wanted = gp.slim(build(), 0.5, torch.randn(1, 3, 16, 16))
+    loaded = gp.load(tmp_path / "slim", build(), torch.randn(1, 3, 16, 16))
+    assert torch.equal(loaded[2].weight, wanted[2].weight)
+
+
+def test_slim_builds_the_model_of_a_checkpoint_from_its_config(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    example("llama").model.save_pretrained(source)
+    words = ["slim", "--checkpoint", str(source), "--out", str(tmp_path / "slim"), "--json"]
+    report = json.loads(run(*words))
+    assert report["from_pretrained"]
+    assert report["form"] == "module"
+
+
 def test_compare_gives_json(tmp_path: Path) -> None:
     torch.save(gp.slim(build(), 0.5), tmp_path / "slim.pt")
     found = run("compare", BUILDER, str(tmp_path / "slim.pt"), "--input", "1,3,16,16", "--json")
@@ -127,6 +150,9 @@ def test_compare_gives_json(tmp_path: Path) -> None:
         ["inspect", BUILDER, "--input", "a,b"],
         ["slim", BUILDER, "--out", "x.pt", "--ratio", "2"],
         ["run", BUILDER, "slim", "--out", "x.pt"],
+        ["slim", "--out", "x.pt"],
+        ["slim", BUILDER, "--out", "x", "--checkpoint", "missing"],
+        ["slim", BUILDER, "--out", "x", "--checkpoint", "missing", "--compensate"],
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(words: list[str]) -> None:

@@ -25,7 +25,7 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from tests.message_cases import CASES, Case
 
-for more in ("outside", "processes"):  # these add their own
+for more in ("outside", "processes", "checkpoints"):  # these add their own
     importlib.import_module(f"tests.message_cases_{more}")
 
 ROOT = Path(gp.__file__).parent

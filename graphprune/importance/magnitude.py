@@ -8,14 +8,17 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphprune.groups import DependencyGraph
-from graphprune.importance.subject import Scores, Subject, values_of
+from graphprune.importance.subject import Scores, Subject
 from graphprune.layout import slots_of
-from graphprune.state import named_tensors
+from graphprune.progress import track
 
 aten = torch.ops.aten
+
+# The criteria in this file, which can read the weights from files.
+BY_WEIGHTS = ("random", "l1", "l2", "lamp", "bn_scale")
 
 
 def random(subject: Subject) -> Scores:
@@ -34,12 +37,12 @@ def l1(subject: Subject) -> Scores:
     Source: Li et al., Pruning Filters for Efficient ConvNets, section 3.1 (arXiv 1608.08710), here
     summed over every parameter that the channel runs through.
     """
-    return _power_sums(subject.model, subject.graph, 1)
+    return _power_sums(subject, 1)
 
 
 def l2(subject: Subject) -> Scores:
     """Score by the Euclidean norm of the weights over all members."""
-    squares = _power_sums(subject.model, subject.graph, 2)
+    squares = _power_sums(subject, 2)
     return {name: np.sqrt(values) for name, values in squares.items()}
 
 
@@ -51,7 +54,7 @@ def lamp(subject: Subject) -> Scores:
     Source: Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, section 3 (arXiv
     2010.07611), here for whole channels.
     """
-    squares = _power_sums(subject.model, subject.graph, 2)
+    squares = _power_sums(subject, 2)
     return {name: _share_of_larger(values) for name, values in squares.items()}
 
 
@@ -64,12 +67,11 @@ def bn_scale(subject: Subject) -> Scores:
     Source: Liu et al., Learning efficient convolutional networks through network slimming, section
     3 (arXiv 1708.06519).
     """
-    tensors = named_tensors(subject.model)
     scales = _batch_norm_weights(subject.graph)
     result: Scores = {}
     for group in subject.graph.groups:
         found = [
-            np.abs(values_of(m.parameter, tensors[m.parameter]).cpu().double().numpy())
+            np.abs(torch.cat(list(subject.blocks(m.parameter))).double().numpy())
             for m in group.members
             if m.parameter in scales and m.layout is group.axis
         ]
@@ -96,41 +98,41 @@ def _share_of_larger(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     return shares
 
 
-def _power_sums(model: nn.Module, graph: DependencyGraph, order: Literal[1, 2]) -> Scores:
+def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
     """Sum |w|**order of every parameter entry over the slots that the entry belongs to."""
-    tensors = named_tensors(model)
-    sums: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
+    sums: dict[str, list[npt.NDArray[np.float64]]] = {}
     result: Scores = {}
-    for group in graph.groups:
+    for group in track(subject.graph.groups, "reading weights"):
         result[group.name] = np.zeros(group.size)
         for member in group.members:
-            name, dim = member.parameter, member.dim
-            if name not in graph.inference.trainable:
+            name = member.parameter
+            if name not in subject.graph.inference.trainable:
                 continue
-            if (name, dim) not in sums:
-                sums.update(_sums_along(name, tensors[name], order))
+            if name not in sums:
+                sums[name] = _sums_along(subject, name, order)
             for slots in slots_of(member.layout, group.axis):
                 inside = slots >= 0
                 result[group.name] += np.bincount(
-                    slots[inside], weights=sums[name, dim][inside], minlength=group.size
+                    slots[inside], weights=sums[name][member.dim][inside], minlength=group.size
                 )
     return result
 
 
-def _sums_along(
-    name: str, tensor: Tensor, order: Literal[1, 2]
-) -> dict[tuple[str, int], npt.NDArray[np.float64]]:
+def _sums_along(subject: Subject, name: str, order: Literal[1, 2]) -> list[npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
-    entries = values_of(name, tensor).cpu()
-    entries = (entries.abs() if entries.is_complex() else entries).float()
-    powers = entries.square() if order == 2 else entries.abs()
-    windows = (
-        powers.flatten(2).sum(2) if powers.dim() > 2 else powers
-    )  # once for channels in and out
-    return {
-        (name, dim): _sums(windows if dim < 2 else powers, dim).double().cpu().numpy()
-        for dim in range(powers.dim())
-    }
+    sums = [np.zeros(size) for size in subject.tensors[name].shape]
+    done = 0
+    for block in subject.blocks(name):
+        entries = (block.abs() if block.is_complex() else block).double()
+        powers = entries.square() if order == 2 else entries.abs()
+        windows = (
+            powers.flatten(2).sum(2) if powers.dim() > 2 else powers
+        )  # for channels in and out
+        for dim in range(1, powers.dim()):
+            sums[dim] += _sums(windows if dim < 2 else powers, dim).numpy()
+        sums[0][done : done + len(block)] = _sums(windows, 0).numpy()
+        done += len(block)
+    return sums
 
 
 def _sums(powers: Tensor, dim: int) -> Tensor:

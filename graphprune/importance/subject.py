@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from graphprune.calibration import Share
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
+from graphprune.shards import Weights, row_blocks
+from graphprune.state import named_tensors
 
 Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
 """By group name, one score a slot: the higher, the more it matters."""
@@ -31,6 +34,7 @@ class Subject:
         batches: this process's share of the data, for criteria that look at data.
         loss: from the model's output and a batch's target to one number, for criteria that ask for it.
         seed: for chance.
+        weights: the files that hold the values of a model on the meta device.
 
     """
 
@@ -39,6 +43,27 @@ class Subject:
     batches: Share | None = None
     loss: Loss | None = None
     seed: int = 0
+    weights: Weights | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's tensors by name."""
+        return named_tensors(self.model)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield the values of a parameter, a block of rows after the other.
+
+        Raises:
+            InvalidRequestError: it has none, being on the meta device.
+
+        """
+        if self.weights is not None:
+            yield from self.weights.by_name[name].blocks()
+            return
+        values = values_of(name, self.tensors[name])
+        rows = values if values.dim() else values[None]
+        for start, stop in row_blocks(rows.shape):
+            yield rows[start:stop].cpu().contiguous()
 
     @property
     def data(self) -> Share:
@@ -65,6 +90,6 @@ def values_of(name: str, parameter: Tensor) -> Tensor:
     if parameter.is_meta:
         raise InvalidRequestError(
             f"{name} is on the meta device and has no values to score; use importance='random' or a "
-            "function, or load the weights first"
+            "function, say by weights= which files hold them, or load the weights first"
         )
     return parameter.detach()

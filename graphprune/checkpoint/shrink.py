@@ -1,0 +1,282 @@
+"""A plan carried out on the files of a checkpoint, a block of rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from graphprune.capture import prepared
+from graphprune.checkpoint.config import slim_config
+from graphprune.checkpoint.writer import PART, ToWrite, header_of, write_safetensors, written_whole
+from graphprune.cost import count_parameters
+from graphprune.errors import InvalidRequestError, listed, warn
+from graphprune.forms import Slimmed
+from graphprune.layout import Mask, mask_of
+from graphprune.plan import Plan
+from graphprune.progress import track
+from graphprune.saving import PLAN_FILE, folder_content
+from graphprune.shards import INDEX, SINGLE, Checkpoint, Shard, Stored, Weights
+from graphprune.shrink import cut
+from graphprune.slim import slimmed
+from graphprune.state import copy_with
+
+FINGERPRINT = "graphprune"
+CONFIG = "config.json"
+ORIGINAL_CONFIG = "config.original.json"
+
+# Without a config.json, transformers would build a model of default sizes, which takes a while to fail.
+_NO_CONFIG = b"""No config says the sizes of the weights in this folder, which were cut unevenly:
+load it with graphprune.load(folder, model). config.original.json is that of the model before.
+"""
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
+    PART,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShrunkCheckpoint:
+    """What `shrink_checkpoint` wrote.
+
+    Attributes:
+        folder: where.
+        files: names of the files with weights.
+        kept: those of them that an earlier run had written already.
+        bytes_before: of the weights of the source.
+        bytes_after: of the weights that were written.
+        has_config: whether its config.json says the new sizes, so that `from_pretrained` reads the folder.
+
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    kept: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    has_config: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {len(self.files)} files, {self.bytes_before:,} bytes of weights -> "
+            f"{self.bytes_after:,}"
+        )
+
+
+def shrink_checkpoint(
+    model: nn.Module,
+    plan: Plan,
+    source: str | Path,
+    target: str | Path,
+    example_inputs: Any = None,
+) -> ShrunkCheckpoint:
+    """Write the checkpoint of the slim model, from that of the model, without loading either.
+
+    What is written is what `slim` with this plan gives, bit for bit; it is not compared with the original,
+    which would have to run. Files keep their names, and are put in place once they are whole, the index
+    last; called again after an interruption, it goes on where it was. A file graphprune.json with the plan
+    is written beside them: `graphprune.load(target, model)` builds the slim model from that. Other files of
+    the source, but weights in other formats, are copied.
+
+    Where the source has a config.json of transformers that can say the new sizes, it is written changed,
+    and `from_pretrained(target)` works too. Where it cannot (layers of uneven width, say) a warning says
+    why; it is then written as config.original.json, and config.json has a sentence for people that
+    `from_pretrained` refuses.
+
+    Args:
+        model: the original, on the meta device or with whatever weights: they are not read.
+        plan: which channels stay, as of `slimmed(model, ..., weights=source)`.
+        source: a folder with model.safetensors, or with model.safetensors.index.json and its files; or one
+            safetensors file.
+        target: another folder, which is made if need be.
+        example_inputs: of the original, as for `slim`.
+
+    Raises:
+        InvalidRequestError: a file of the source is missing, not whole, or of another model; the target is
+            the source, holds weights of something else, or has too little space.
+        PlanError: the plan does not fit the model.
+
+    """
+    source, target = Path(source), Path(target)
+    module, inputs = prepared(model, example_inputs)
+    checkpoint = Checkpoint.of(source)
+    weights = Weights.of(checkpoint, module)
+    weights.check_shapes(module)
+    empty = copy_with(module, lambda _, tensor: tensor.detach().to("meta"))
+    result = slimmed(empty, example_inputs=inputs, plan=plan, verify=False)
+    fingerprint = _fingerprint(checkpoint, result)
+    files = {
+        SINGLE if checkpoint.index is None else name: ToShrink(shard, weights, result, fingerprint)
+        for name, shard in checkpoint.shards.items()
+    }
+    kept = _already_there(source, target, files, fingerprint)
+    rest = {name: file for name, file in files.items() if name not in kept}
+    _check_space(target, sum(file.bytes for file in rest.values()))
+    target.mkdir(parents=True, exist_ok=True)
+    config = _copied(source, target)
+    loads = config is not None and _write_config(config, target, empty, result)
+    _write_json(target / PLAN_FILE, folder_content(result.plan, result.form))
+    for name, file in track(rest.items(), "shrinking", len(rest)):
+        write_safetensors(target / name, file.tensors, file.metadata)
+    after = sum(file.bytes for file in files.values())
+    if checkpoint.index is not None:
+        _write_json(target / INDEX, _index(checkpoint, files, result, fingerprint))
+    before = sum(stored.bytes for stored in checkpoint.tensors.values())
+    return ShrunkCheckpoint(target, tuple(files), tuple(kept), before, after, loads)
+
+
+class ToShrink:
+    """A file of the source, and what is to be written of it.
+
+    Args:
+        shard: the file.
+        weights: whose tensors are what in the model.
+        result: the slim model, without values.
+        fingerprint: of the whole job, to be found in the file again.
+
+    """
+
+    def __init__(self, shard: Shard, weights: Weights, result: Slimmed, fingerprint: str) -> None:
+        self.metadata = {**shard.metadata, FINGERPRINT: fingerprint}
+        inference, masks = result.graph.inference, result.plan.masks(result.graph)
+        firsts = {name: first for first, names in inference.names.items() for name in names}
+        self.tensors: dict[str, ToWrite] = {}
+        for name, stored in shard.tensors.items():
+            layouts = inference.parameters.get(firsts.get(weights.names[name], ""), [])
+            kept = [mask_of(layout, masks) for layout in layouts]
+            shape = tuple(int(mask.sum()) for mask in kept) if kept else stored.shape
+            self.tensors[name] = ToWrite(stored.dtype, shape, CutBlocks(stored, kept))
+
+    def is_at(self, path: Path) -> bool:
+        """Say whether a file is whole, and what is to be written."""
+        try:
+            return Shard.of(path).header == header_of(self.tensors, self.metadata)[8:]
+        except InvalidRequestError:
+            return False
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes of the tensors to be written."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class CutBlocks:
+    """What is kept of a stored tensor, block after block."""
+
+    stored: Stored
+    kept: list[Mask]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        done = 0
+        for block in self.stored.blocks():
+            if self.kept:
+                stop = done + len(block)
+                block, done = cut(block, [self.kept[0][done:stop], *self.kept[1:]]), stop
+            yield block
+
+
+def _fingerprint(checkpoint: Checkpoint, result: Slimmed) -> str:
+    """Return what tells a job from every other: of another plan, form or source."""
+    parts = [shard.digest() for shard in checkpoint.shards.values()]
+    text = json.dumps([result.plan.to_json(), result.form, *parts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _already_there(
+    source: Path, target: Path, files: Mapping[str, ToShrink], fingerprint: str
+) -> list[str]:
+    """Return the names of the files that an earlier run of the same job wrote.
+
+    Raises:
+        InvalidRequestError: the target is the source, or holds weights of something else.
+
+    """
+    if target.resolve() in (
+        source.resolve(),
+        *([] if source.is_dir() else [source.resolve().parent]),
+    ):
+        raise InvalidRequestError(
+            f"{target} is where the source is, which would be overwritten; name another folder"
+        )
+    there = sorted(path.name for path in target.glob("*.safetensors"))
+    others = [name for name in there if name not in files or not files[name].is_at(target / name)]
+    if (target / INDEX).exists() and fingerprint not in (target / INDEX).read_text():
+        others.append(INDEX)
+    if others:
+        raise InvalidRequestError(
+            f"{target} holds {listed(others)} of another model, plan or source; name an empty folder, or "
+            "remove them"
+        )
+    return there
+
+
+def _check_space(target: Path, needed: int) -> None:
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InvalidRequestError(
+            f"{target} needs {needed:,} bytes more, and {free:,} are free there; name a folder on another "
+            "disk"
+        )
+
+
+def _copied(source: Path, target: Path) -> dict[str, Any] | None:
+    """Copy what is beside the weights of a folder, and return its config."""
+    if not source.is_dir():
+        return None
+    for path in sorted(source.iterdir()):
+        ours = path.name in (CONFIG, ORIGINAL_CONFIG, PLAN_FILE)
+        if path.is_file() and not ours and not path.name.endswith(_WEIGHTS):
+            with path.open("rb") as file, written_whole(target / path.name) as copy:
+                shutil.copyfileobj(file, copy)
+    if not (source / CONFIG).exists():
+        return None
+    try:
+        return dict(json.loads((source / CONFIG).read_text()))
+    except (ValueError, TypeError) as error:
+        raise InvalidRequestError(f"{source / CONFIG} is no config: {error}") from error
+
+
+def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result: Slimmed) -> bool:
+    """Write a config of the new sizes, or the old one under another name; say whether the first."""
+    changed, why = slim_config(config, empty, result)
+    if changed is not None:
+        _write_json(target / CONFIG, changed)
+        return True
+    _write_json(target / ORIGINAL_CONFIG, config)
+    with written_whole(target / CONFIG) as file:
+        file.write(_NO_CONFIG)
+    warn(
+        f"no config.json says the sizes of the slim model ({why}), so from_pretrained cannot build it: "
+        f"that of the source is {ORIGINAL_CONFIG}; load with graphprune.load({str(target)!r}, model)"
+    )
+    return False
+
+
+def _index(
+    checkpoint: Checkpoint, files: Mapping[str, ToShrink], result: Slimmed, fingerprint: str
+) -> dict[str, Any]:
+    index = dict(checkpoint.index or {})
+    metadata = dict(index.get("metadata") or {})
+    metadata["total_size"] = sum(file.bytes for file in files.values())
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = count_parameters(result.model)
+    weight_map = {name: file for file, held in files.items() for name in held.tensors}
+    return {
+        **index,
+        "metadata": {**metadata, FINGERPRINT: fingerprint},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())

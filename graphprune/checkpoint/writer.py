@@ -1,0 +1,85 @@
+"""Files that are whole or not there, and safetensors files that are written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from graphprune.shards import DTYPES
+
+PART = ".part"
+
+# The data begin at a multiple of this.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """A tensor of a file to write: its type as the format names it, its shape, and its blocks of rows."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Iterable[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def header_of(tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the data of a safetensors file: the length of a header, and the header."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.bytes
+        entries[name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, holding no more than a block of a tensor."""
+    with written_whole(path) as file:
+        file.write(header_of(tensors, metadata))
+        for tensor in tensors.values():
+            for block in tensor.blocks:
+                file.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to, that stands at `path` once all is written and on the disk, never before.
+
+    What was written of it until a failure is removed.
+    """
+    beside = path.with_name(path.name + PART)
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # that the name is there is on the disk, too
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
