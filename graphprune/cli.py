@@ -12,6 +12,7 @@ from typing import Annotated, Any, Unpack
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -101,14 +102,19 @@ def slim(
     shapes: Shapes = [],  # noqa: B006 (typer reads the default and never changes it)
     as_json: AsJson = False,
 ) -> None:
-    """Write a smaller, checked copy of a model; or of a checkpoint, without loading it."""
-    with told():
+    """Write a smaller, checked copy of a model; or of a checkpoint, without loading it.
+
+    Under torchrun each process looks at its share of the data, and the first writes.
+    """
+    with told(), group() as writes:
         if checkpoint is not None:
             needs_a_model = {
                 "--data": data, "--loss": loss, "--compensate": compensate, "--latency-ms": latency_ms,
                 "--of latency": of == "latency", "--report": report,
             }  # fmt: skip
             _refuse_with_checkpoint([name for name, given in needs_a_model.items() if given])
+            if not writes:
+                return
             original, inputs = without_weights(model, checkpoint), example_inputs(shapes)
             slim_checkpoint(
                 original, checkpoint, out, inputs, ratio, as_json=as_json, of=of,
@@ -132,6 +138,8 @@ def slim(
                 provider=provider,
                 threads=threads,
             )
+        if not writes:
+            return
         write(result.model, inputs or result.inputs, out)
         if report is not None:
             with working("exporting and timing"):
@@ -434,6 +442,19 @@ def _example_input(text: str) -> torch.Tensor:
     except ValueError:
         raise InvalidRequestError(f"--input {text!r} is not a shape such as 2,3,224,224") from None
     return torch.zeros(shape, dtype=torch.int64) if kind == "int" else torch.randn(shape)
+
+
+@contextmanager
+def group() -> Iterator[bool]:
+    """Join the process group of torchrun, where that started this; say whether this process writes."""
+    if not dist.is_torchelastic_launched():
+        yield True
+        return
+    dist.init_process_group()
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,35 @@ def test_slim_chooses_and_repairs_on_data(tmp_path: Path) -> None:
     assert of_callable.shape == as_cut.shape == repaired.shape == (8, 16, 3, 3)
     assert not torch.equal(as_cut, repaired)
     assert not torch.equal(as_cut, of_callable)
+
+
+def test_slim_uses_the_processes_of_torchrun(tmp_path: Path) -> None:
+    command = ["slim", BUILDER, "--importance", "taylor", "--compensate", "--json"]
+    command += ["--data", "tests.test_cli:batches", "--loss", "tests.test_cli:loss"]
+    run(*command, "--out", str(tmp_path / "one.pt"))
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    script = Path(sys.executable).with_name("graphprune")
+    done = subprocess.run(
+        [*torchrun, "--no-python", script, *command, "--out", tmp_path / "two.pt"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert report["file"] == str(tmp_path / "two.pt")
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_slim_writes_onnx_and_prints_a_table(tmp_path: Path) -> None:
