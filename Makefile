@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## set up and run the main job: slim, verify, export and time
 	$(BIN)/graphprune demo
 
 test: $(INSTALLED) ## set up and run the tests
-	$(BIN)/python -m pytest -n 2 -m "not sweep and not full and not cuda"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not sweep and not full and not cuda"
 
 check: format lint types test ## what continuous integration runs
 

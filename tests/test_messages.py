@@ -28,6 +28,8 @@ from tests.message_cases import CASES, Case
 for more in ("outside", "processes", "checkpoints"):  # these add their own
     importlib.import_module(f"tests.message_cases_{more}")
 
+pytestmark = pytest.mark.xdist_group("messages")  # that share what was heard
+
 ROOT = Path(gp.__file__).parent
 INTERNAL = ("layout.py", "kernels.py")  # what they raise is for the library's own code
 

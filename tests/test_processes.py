@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("processes")  # that share what a group came to
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 8
 
