@@ -30,6 +30,7 @@ from graphprune.shards import INDEX, row_blocks
 
 RESULTS = Path(__file__).parent / "results" / "checkpoints.md"
 RATIO = 0.25
+THREADS = 1  # threads that wait for each other on a busy machine would be most of the time
 SHARD = 500_000_000  # bytes
 TOKENS = {"input_ids": torch.tensor([[1, 5, 7, 2, 3, 9, 4, 8]])}
 
@@ -181,7 +182,7 @@ def page(reports: dict[str, dict[str, Any]]) -> str:
         "reads every weight and runs the slim model for its shapes; and shrunk by `gp.shrink_checkpoint`.",
         "Memory is the most that the process held until then (VmHWM), mapped files included; at the",
         "start it has imported torch and transformers and built the model. Of the last model there is no",
-        "checkpoint, only a plan by chance.",
+        f"checkpoint, only a plan by chance. {THREADS} thread, on a machine with other work.",
         "",
         "| model | parameters, M | slim, M | GB | slim, GB | analysis, s | plan, s | shrinking, s "
         "| start, MiB | analysed, MiB | planned, MiB | shrunk, MiB |",
@@ -228,6 +229,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(THREADS)
     if len(sys.argv) > 1:
         steps = {"shrink": shrink, "equal": equal, "generate": generate}
         print(json.dumps(steps[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))))

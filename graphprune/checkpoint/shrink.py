@@ -32,8 +32,8 @@ CONFIG = "config.json"
 ORIGINAL_CONFIG = "config.original.json"
 
 # Without a config.json, transformers would build a model of default sizes, which takes a while to fail.
-_NO_CONFIG = b"""No config says the sizes of the weights in this folder, which were cut unevenly:
-load it with graphprune.load(folder, model). config.original.json is that of the model before.
+_NO_CONFIG = b"""No config says the sizes of the weights in this folder: load it with
+graphprune.load(folder, model). config.original.json is that of the model before it was cut.
 """
 
 _WEIGHTS = (

@@ -125,9 +125,8 @@ def _sums_along(subject: Subject, name: str, order: Literal[1, 2]) -> list[npt.N
     for block in subject.blocks(name):
         entries = (block.abs() if block.is_complex() else block).double()
         powers = entries.square() if order == 2 else entries.abs()
-        windows = (
-            powers.flatten(2).sum(2) if powers.dim() > 2 else powers
-        )  # for channels in and out
+        # once for channels in and out
+        windows = powers.flatten(2).sum(2) if powers.dim() > 2 else powers
         for dim in range(1, powers.dim()):
             sums[dim] += _sums(windows if dim < 2 else powers, dim).numpy()
         sums[0][done : done + len(block)] = _sums(windows, 0).numpy()
