@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphprune.calibration import Share
+from graphprune.processes import Ranks
 
 # Shares of the features' own squares that are added to them: from next to nothing, where there are
 # more samples than features, to a choice that hardly moves the weights.
@@ -54,6 +55,7 @@ class NormalEquations:
     """
 
     def __init__(self) -> None:
+        self.ranks = Ranks()
         self.squares: Tensor | None = None
         self.products = self.residuals = torch.empty(0)
         self.portions = torch.zeros(2)
@@ -91,6 +93,7 @@ class NormalEquations:
 
     def gather(self, batches: Share) -> None:
         """Add what the other processes were given."""
+        self.ranks = batches.ranks
         mine = [self.products, self.residuals, self.portions]
         if self.known:
             self.products, self.residuals, self.portions = batches.total(mine)
@@ -120,13 +123,16 @@ class NormalEquations:
         """
         halves = self.halves
         pairs = [(halves[0], halves[-1]), (halves[-1], halves[0])]
-        errors = {
-            ridge: sum(_error(other, _solved(one, free, ridge)) for one, other in pairs)
-            for ridge in RIDGES
-        }
-        best = min(errors, key=errors.__getitem__)
-        if errors[best] < sum(float(other.residuals.sum()) for _, other in pairs):
-            return _solved(self.total, free, best)
+        errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+        for number in range(
+            self.ranks.rank, len(RIDGES), self.ranks.size
+        ):  # the others try the others
+            ridge = RIDGES[number]
+            errors[number] = sum(_error(other, _solved(one, free, ridge)) for one, other in pairs)
+        (errors,) = self.ranks.total([errors])
+        best = int(errors.argmin())
+        if float(errors[best]) < sum(float(other.residuals.sum()) for _, other in pairs):
+            return _solved(self.total, free, RIDGES[best])
         return torch.zeros_like(self.products[0])
 
     def moments(self, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphprune.importance.readings import Place, surroundings
+from graphprune.importance.readings import Place, shared_out, surroundings
 from graphprune.importance.subject import Scores, Subject
-from graphprune.progress import track
 
 
 @torch.no_grad()
@@ -26,8 +25,7 @@ def interpolative(subject: Subject) -> Scores:
     Source: Chee et al., Model preserving compression for neural networks, section 3 (arXiv 2108.00065).
     """
     found = surroundings(subject)
-    places = track(list(found.places.items()), "scoring channels")
-    return {**found.unread, **{name: _pivoted(its) for name, its in places}}
+    return {**found.unread, **dict(shared_out(found.places, _pivoted, subject.data.ranks))}
 
 
 def _pivoted(places: Sequence[Place]) -> npt.NDArray[np.float64]:

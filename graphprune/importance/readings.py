@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from graphprune.importance.magnitude import l2
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inference import infer
 from graphprune.layout import Axis, Layout, free_axes, slots_of
+from graphprune.processes import Ranks
 from graphprune.progress import track
 from graphprune.state import evaluating
+
+Result = TypeVar("Result")
 
 # The least share of the features' own squares that is added to them: channels that are the same in all
 # samples leave the inverse finite.
@@ -136,6 +140,18 @@ def surroundings(subject: Subject) -> Surroundings:
             squares = np.square(by_weight[group.name])
             unread[group.name] = squares / max(float(squares.sum()), np.finfo(float).tiny)
     return Surroundings(graph_module, places, unread)
+
+
+def shared_out(
+    places: Mapping[str, list[Place]], function: Callable[[list[Place]], Result], ranks: Ranks
+) -> Iterator[tuple[str, Result]]:
+    """Yield what a function makes of each group's places, every process doing its share of the groups."""
+    names = list(places)
+    rounds = [names[start : start + ranks.size] for start in range(0, len(names), ranks.size)]
+    for each in track(rounds, "scoring channels"):
+        own = each[ranks.rank] if ranks.rank < len(each) else None
+        results = ranks.gathered(None if own is None else function(places[own]))
+        yield from zip(each, results, strict=False)
 
 
 def _readings(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.calibration import Batch, Layer, Run, Share, held_by
-from graphprune.importance.readings import Place, surroundings
+from graphprune.importance.readings import Place, shared_out, surroundings
 from graphprune.importance.subject import Scores, Subject
-from graphprune.progress import track
 from graphprune.state import evaluating
 
 # Samples that are set aside to see on them what an error in a layer does, at most this share of all.
@@ -100,18 +99,35 @@ def reconstruction(subject: Subject) -> Scores:
     scores = dict(found.unread)
     with evaluating(found.graph_module):
         measure = _Measure.of(found.graph_module, aside)
-        for name, places in track(list(found.places.items()), "scoring channels"):
-            scores[name] = _eliminated([Part.of(place) for place in places], measure)
+        for name, way in shared_out(found.places, _eliminated, aside.ranks):
+            scores[name] = way.costs * measure.unit(found.places[name], way)
     return scores
 
 
-def _eliminated(parts: Sequence[Part], measure: _Measure) -> npt.NDArray[np.float64]:
-    """Take out channel after channel, the cheapest first; return what each cost.
+class _Way(NamedTuple):
+    """The way from all channels of a group to none.
+
+    Attributes:
+        costs: what each channel cost when it went.
+        halfway: what all had cost when half of them were gone.
+        weights: at that time, of each place.
+
+    """
+
+    costs: npt.NDArray[np.float64]
+    halfway: float
+    weights: list[Tensor]
+
+
+def _eliminated(places: Sequence[Place]) -> _Way:
+    """Take out channel after channel, the cheapest first.
 
     A channel that costs less than one before it is scored just above that one: it goes later.
     """
-    count = len(parts[0].place.features)
-    scores, most, total, unit = np.zeros(count), 0.0, 0.0, 1.0
+    parts = [Part.of(place) for place in places]
+    count = len(places[0].features)
+    scores, most, total, halfway = np.zeros(count), 0.0, 0.0, 0.0
+    weights: list[Tensor] = []
     left = np.ones(count, dtype=bool)
     for step in range(1, count + 1):
         costs = torch.stack([part.costs() for part in parts]).sum(0).cpu().numpy()
@@ -122,9 +138,9 @@ def _eliminated(parts: Sequence[Part], measure: _Measure) -> npt.NDArray[np.floa
         left[channel] = False
         for part in parts:
             part.eliminate(channel)
-        if step == (count + 1) // 2 and total > 0 and measure.has_numbers:
-            unit = max(measure.error(parts) / total, _LEAST)
-    return scores * unit
+        if step == (count + 1) // 2:
+            halfway, weights = total, [part.weights.clone() for part in parts]
+    return _Way(scores, halfway, weights)
 
 
 @dataclass(frozen=True)
@@ -141,20 +157,20 @@ class _Measure:
         outputs = [_outputs(Run(graph_module, batch.inputs, order)) for batch in batches]
         return cls(graph_module, batches, outputs)
 
-    @property
-    def has_numbers(self) -> bool:
-        """Whether anything comes out whose error can be taken."""
-        return any(self.outputs)
+    def unit(self, places: Sequence[Place], way: _Way) -> float:
+        """Return what scores are scaled by: the error that is seen halfway over what was expected."""
+        if way.halfway == 0 or not any(self.outputs):
+            return 1.0
+        return max(self.error(places, way.weights) / way.halfway, _LEAST)
 
-    def error(self, parts: Sequence[Part]) -> float:
+    def error(self, places: Sequence[Place], weights: Sequence[Tensor]) -> float:
         """Return the squared error of the output with such weights, over the output's square."""
         changes: dict[fx.Node, tuple[Layer, Tensor]] = {}
-        for part in parts:
-            reading, number = part.place.reading, part.place.number
-            node = reading.layer.node
-            weights = changes.get(node, (reading.layer, F.pad(reading.matrix, (0, 1))))[1].clone()
-            weights[number] += part.weights - F.pad(part.place.matrix, (0, 1))
-            changes[node] = reading.layer, weights
+        for place, own in zip(places, weights, strict=True):
+            layer, matrix = place.reading.layer, F.pad(place.reading.matrix, (0, 1))
+            changed = changes.get(layer.node, (layer, matrix))[1].clone()
+            changed[place.number] += own - F.pad(place.matrix, (0, 1))
+            changes[layer.node] = layer, changed
         missed = whole = 0.0
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
             given = _outputs(_Refitted(self.graph_module, batch, changes))
