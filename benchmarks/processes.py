@@ -184,7 +184,8 @@ def main() -> None:
         "# Scoring and repair by two processes\n\n"
         f"`python benchmarks/processes.py`, {datetime.date.today()}, torch {torch.__version__}, "
         f"{platform.machine()}, {os.cpu_count()} cores, gloo, one thread a process; medians of "
-        f"{asked.rounds} rounds, one process and two in turns. What is sent: by each process, in float64."
+        f"{asked.rounds} rounds, one process and two in turns. What is sent: by each process, in float64. "
+        "Every process traces the network for itself, but for taylor and fisher; the decoder takes 3 s."
         "\n\n"
     )
     page = head + table(asked.rounds) + "\n"

@@ -37,11 +37,14 @@ def _pivoted(places: Sequence[Place]) -> npt.NDArray[np.float64]:
         gram += (own / own.trace().clamp_min(torch.finfo(own.dtype).tiny)).cpu()
     scores = np.zeros(count)
     left = torch.ones(count, dtype=torch.bool)
-    for _ in range(count):
-        rest = torch.where(left, gram.diagonal(), -torch.inf)
+    own, explained = gram.diagonal().clone(), torch.zeros_like(gram)
+    for step in range(count):
+        rest = torch.where(left, own, -torch.inf)
         first = int(rest.argmax())
         scores[first] = max(float(rest[first]), 0.0) / len(places)
         left[first] = False
         if rest[first] > 0:
-            gram = gram - torch.outer(gram[:, first], gram[first]) / gram[first, first]
+            known = explained[:step]
+            explained[step] = (gram[first] - known[:, first] @ known) / rest[first].sqrt()
+            own -= explained[step].square()
     return scores
