@@ -189,14 +189,14 @@ def _peer(task: Task) -> dict[str, Any]:
 
 
 def curves(task: Task, kept: Kept) -> None:
-    """Compute score and latency against MACs: ours with default widths, and the peer's best."""
-    criterion = _best(kept, task.name, "auto")
+    """Compute score and latency against MACs: ours with default widths where tried, and the peer's best."""
+    criterion, align = _best(kept, task.name)
     its = kept.figures[f"{task.name}/peer"]["criteria"]
     worked = {name: one["statistics"] for name, one in its.items() if "statistics" in one}
     for ratio in RATIOS:
 
         def of_mine(ratio: float = ratio) -> dict[str, Any]:
-            return _point(task, ours(task, criterion, "auto", ratio)[1])
+            return _point(task, ours(task, criterion, align, ratio)[1])
 
         kept.get(f"{task.name}/curve/ours/{ratio}", of_mine)
         if worked:
@@ -213,14 +213,16 @@ def _point(task: Task, slim: nn.Module) -> dict[str, Any]:
     return {"macs": share(task, slim), "score": task.score(slim), "latency": latency(task, slim)}
 
 
-def _best(kept: Kept, name: str, align: str) -> str:
-    """Return the criterion of ours with the best score after repair at an alignment."""
-    scores = {
-        key.split("/")[2]: entry["repaired"]
+def _best(kept: Kept, name: str) -> tuple[str, Any]:
+    """Return the criterion of ours with the best score after repair, with default widths where tried."""
+    rows = {
+        tuple(key.split("/")[2:]): entry["repaired"]
         for key, entry in kept.figures.items()
-        if key.startswith(f"{name}/ours/") and key.endswith(f"/{align}")
+        if key.startswith(f"{name}/ours/")
     }
-    return max(scores, key=scores.__getitem__)
+    auto = {row: score for row, score in rows.items() if row[1] == "auto"} or rows
+    criterion, align = max(auto, key=auto.__getitem__)
+    return criterion, align if align == "auto" else int(align)
 
 
 def plot(kept: Kept) -> None:

@@ -70,9 +70,10 @@ class Ranks:
         mine = [tensor.detach().double() for tensor in tensors]
         if self.size == 1 or not mine:
             return mine
-        flat = torch.cat([tensor.flatten() for tensor in mine])
-        sums = self._all_reduced(flat).to(flat.device).split([tensor.numel() for tensor in mine])
-        return [one.view(its.shape) for one, its in zip(sums, mine, strict=True)]
+        device = next((tensor.device for tensor in mine if not tensor.is_cpu), mine[0].device)
+        flat = torch.cat([tensor.flatten().to(device) for tensor in mine])
+        sums = self._all_reduced(flat).split([tensor.numel() for tensor in mine])
+        return [one.to(its.device).view(its.shape) for one, its in zip(sums, mine, strict=True)]
 
     def gathered(self, mine: Any) -> list[Any]:
         """Return what each process gives, by rank.

@@ -124,9 +124,8 @@ class NormalEquations:
         halves = self.halves
         pairs = [(halves[0], halves[-1]), (halves[-1], halves[0])]
         errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-        for number in range(
-            self.ranks.rank, len(RIDGES), self.ranks.size
-        ):  # the others try the others
+        mine = range(self.ranks.rank, len(RIDGES), self.ranks.size)
+        for number in mine:  # other processes try the others
             ridge = RIDGES[number]
             errors[number] = sum(_error(other, _solved(one, free, ridge)) for one, other in pairs)
         (errors,) = self.ranks.total([errors])

@@ -110,7 +110,7 @@ class _Way(NamedTuple):
     Attributes:
         costs: what each channel cost when it went.
         halfway: what all had cost when half of them were gone.
-        weights: at that time, of each place.
+        weights: at that time, of each place; on the CPU, for other processes to take.
 
     """
 
@@ -139,7 +139,7 @@ def _eliminated(places: Sequence[Place]) -> _Way:
         for part in parts:
             part.eliminate(channel)
         if step == (count + 1) // 2:
-            halfway, weights = total, [part.weights.clone() for part in parts]
+            halfway, weights = total, [part.weights.to("cpu", copy=True) for part in parts]
     return _Way(scores, halfway, weights)
 
 
@@ -169,7 +169,7 @@ class _Measure:
         for place, own in zip(places, weights, strict=True):
             layer, matrix = place.reading.layer, F.pad(place.reading.matrix, (0, 1))
             changed = changes.get(layer.node, (layer, matrix))[1].clone()
-            changed[place.number] += own - F.pad(place.matrix, (0, 1))
+            changed[place.number] += own.to(changed) - F.pad(place.matrix, (0, 1))
             changes[layer.node] = layer, changed
         missed = whole = 0.0
         for batch, wanted in zip(self.batches, self.outputs, strict=True):
