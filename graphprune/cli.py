@@ -447,7 +447,7 @@ def _example_input(text: str) -> torch.Tensor:
 @contextmanager
 def group() -> Iterator[bool]:
     """Join the process group of torchrun, where that started this; say whether this process writes."""
-    if not dist.is_torchelastic_launched():
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield True
         return
     dist.init_process_group()
