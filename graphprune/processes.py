@@ -34,6 +34,8 @@ _PATIENCE = 0.9
 # at least this share of the time that the call has taken: they may have more to do.
 _GRACE, _GRACE_SHARE = 2.0, 0.2
 
+_STORE_GONE = "the process that keeps the group's store is gone (rank 0, or the launcher)"
+
 
 @dataclass
 class Ranks:
@@ -44,6 +46,8 @@ class Ranks:
         size: how many there are.
         store: where they note how they fare; None for a process that is alone.
         call: the number of the call that they work at, the same in all.
+        step: how many collectives this process has come to in it.
+        started: when it began, on this process's clock.
 
     """
 
@@ -87,12 +91,11 @@ class Ranks:
         message = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(message)
-        ends = self._all_reduced(lengths).cpu().cumsum(0).tolist()
-        starts = [0, *ends]
-        everything = torch.zeros(ends[-1], dtype=torch.uint8)
-        everything[starts[self.rank] : ends[self.rank]] = message
-        sent = self._all_reduced(everything).cpu().numpy()
-        return [pickle.loads(sent[a:b].tobytes()) for a, b in zip(starts, ends, strict=False)]
+        sizes = self._all_reduced(lengths).tolist()
+        everything = torch.zeros(sum(sizes), dtype=torch.uint8)
+        everything.split(sizes)[self.rank].copy_(message)
+        parts = self._all_reduced(everything).cpu().split(sizes)
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
     def agree(self, what: str, digest: str) -> None:
         """See that all processes arrived at the same.
@@ -132,26 +135,22 @@ class Ranks:
             now = time.monotonic()
             if now - looked > _LOOK:
                 looked = now
-                self._raise_what_others_note()
+                noted = self._failure()
+                if noted is not None:
+                    raise DistributedError(noted)
                 if now - began > self.timeout:
                     raise DistributedError(self._missed(f"within {self.timeout:.3g} s"))
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         work.wait()
 
-    def _raise_what_others_note(self) -> None:
-        noted = self._noted("failed")
-        if noted is not None:
-            raise DistributedError(noted)
-
     def _lost(self) -> DistributedError:
         """Return what to say when a connection broke, once the others had time to note how they fare."""
         grace = max(_GRACE, _GRACE_SHARE * (time.monotonic() - self.started))
         until = time.monotonic() + min(grace, self.timeout)
-        while self._behind() and time.monotonic() < until and self._noted("failed") is None:
+        while self._behind() and time.monotonic() < until and self._failure() is None:
             time.sleep(_LOOK)
-        noted = self._noted("failed")
-        return DistributedError(noted or self._missed("before its connection broke"))
+        return DistributedError(self._failure() or self._missed("before its connection broke"))
 
     def _missed(self, when: str) -> str:
         behind = self._behind()
@@ -169,24 +168,24 @@ class Ranks:
     def _note(self, key: str, text: str) -> None:
         self.store.set(self._key(key), text)
 
-    def _noted(self, key: str) -> str | None:
-        """Return what a process noted; of a store that is gone, that its process is."""
+    def _noted(self, key: str, gone: str | None = None) -> str | None:
+        """Return what a process noted, or None; `gone` where the store is."""
         try:
             known = self.store.check([self._key(key)])
             return self.store.get(self._key(key)).decode() if known else None
         except RuntimeError:
-            return (
-                None
-                if key != "failed"
-                else ("the process that keeps the group's store is gone (rank 0, or the launcher)")
-            )
+            return gone
+
+    def _failure(self) -> str | None:
+        """Return what a process noted when it failed, or that the one with the store did; or None."""
+        return self._noted("failed", _STORE_GONE)
 
     def _key(self, key: str) -> str:
         return f"graphprune/{self.call}/{key}"
 
     def fail(self, error: BaseException) -> None:
         """Note that this process fails, for the others to see."""
-        if self.store is None or self._noted("failed") is not None:
+        if self.store is None or self._failure() is not None:
             return
         gave_up = isinstance(error, DistributedError)
         text = f"gave up: {error}" if gave_up else f"failed: {in_a_line(error)}"

@@ -67,7 +67,7 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
     if isinstance(original, DistributedDataParallel):
         options: dict[str, Any] = {} if original.broadcast_buffers else {"broadcast_buffers": False}
         return DistributedDataParallel(
-            wrapped_like(slimmer, original.module) if _is_wrapped(original.module) else slimmer,
+            slimmer,
             device_ids=original.device_ids,
             output_device=original.output_device,
             dim=original.dim,
@@ -84,11 +84,12 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
         )
     names = {module: name for name, module in original.named_modules()}
     own = dict(slimmer.named_modules())
-    lacking = [names[module] for module in states if names[module] not in own]
-    if lacking or isinstance(slimmer, fx.GraphModule):
+    parts = [names[module] for module in states if names[module]]
+    lacking = [part for part in parts if part not in own or isinstance(slimmer, fx.GraphModule)]
+    if lacking:
         raise InvalidRequestError(
-            f"the slim model has no module {lacking[0] if lacking else next(iter(names.values()))!r} "
-            "to shard as the original's is; slim it with form='module', or call fully_shard yourself"
+            f"the slim model has no module {lacking[0]!r} to shard as the original's is; slim it with "
+            "form='module', or call fully_shard yourself"
         )
     from torch.distributed.fsdp import fully_shard
 
@@ -104,10 +105,6 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
             modules if len(modules) > 1 else modules[0], mp_policy=state._mp_policy, **options
         )
     return slimmer
-
-
-def _is_wrapped(model: nn.Module) -> bool:
-    return isinstance(model, DistributedDataParallel) or any(_sharded(model))
 
 
 def _is_of(value: Any, module: str, name: str) -> bool:

@@ -150,5 +150,5 @@ def test_nobody_waits_longer_than_the_time_out(folder: Path) -> None:
 def test_processes_that_differ_say_so(folder: Path) -> None:
     for told in outcomes(folder, "others_differ", 2):
         data, model = told
-        assert "rank 1 was given another first batch of data, or another number" in data
+        assert "rank 1 came with another first batch of data, or another number" in data
         assert "rank 1 arrived at another plan" in model

@@ -93,10 +93,6 @@ class Share:
         """Iterate over the batches of this process."""
         return iter(self.batches)
 
-    def __len__(self) -> int:
-        """Return how many batches this process has."""
-        return len(self.batches)
-
     def __getitem__(self, number: int) -> Batch:
         """Return a batch of this process."""
         return self.batches[number]
@@ -152,12 +148,12 @@ def batches_of(data: Any) -> Share:
 
     """
     with together() as ranks:
+        is_own = isinstance(data, OwnShare) or _is_shared_out(data)
+        given = data.data if isinstance(data, OwnShare) else data
         if ranks.size == 1:
-            batches = tuple(each_batch(data.data if isinstance(data, OwnShare) else data))
-            return Share(batches, tuple(range(len(batches))), _sizes(enumerate(batches)))
-        if isinstance(data, OwnShare) or _is_shared_out(data):
-            return _own(data.data if isinstance(data, OwnShare) else data, ranks)
-        return _dealt(data, ranks)
+            batches = dict(enumerate(each_batch(given)))
+            return Share(tuple(batches.values()), tuple(batches), _sizes(batches))
+        return _own(given, ranks) if is_own else _dealt(given, ranks)
 
 
 def _dealt(data: Any, ranks: Ranks) -> Share:
@@ -172,7 +168,7 @@ def _dealt(data: Any, ranks: Ranks) -> Share:
             mine[place] = batch
     assert first is not None
     ranks.agree(
-        "was given another first batch of data, or another number of batches,",
+        "came with another first batch of data, or another number of batches,",
         _digest(first, len(sizes)),
     )
     return _share(mine, sizes, first, ranks)
@@ -182,13 +178,13 @@ def _own(data: Any, ranks: Ranks) -> Share:
     """Return the share of a process where each is given its own."""
     batches = enumerate(_each_batch(data))
     mine = {number * ranks.size + ranks.rank: batch for number, batch in batches}
-    sizes = [_sizes(mine.items()), *ranks.gathered(_sizes(mine.items()))]
+    sizes = ranks.gathered(_sizes(mine))
     known = {place: size for each in sizes for place, size in each.items()}
     if not known:
         raise InvalidRequestError("data holds no batch in any process; pass at least one to one")
-    if all(sizes[1:]):
+    if all(sizes):
         return _share(mine, known, None, ranks)
-    giver = next(rank for rank, its in enumerate(sizes[1:]) if its)
+    giver = next(rank for rank, its in enumerate(sizes) if its)
     sent = None
     if giver == ranks.rank:
         first = mine[min(mine)]
@@ -206,8 +202,8 @@ def _share(
     return Share(tuple(mine.values()), tuple(mine), sizes, False, ranks)
 
 
-def _sizes(batches: Iterable[tuple[int, Batch]]) -> dict[int, int]:
-    return {place: batch.size for place, batch in batches}
+def _sizes(batches: Mapping[int, Batch]) -> dict[int, int]:
+    return {place: batch.size for place, batch in batches.items()}
 
 
 def _is_shared_out(data: Any) -> bool:
