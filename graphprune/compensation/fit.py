@@ -28,24 +28,6 @@ class Sums(NamedTuple):
     residuals: Tensor
 
 
-class Portion(NamedTuple):
-    """Some samples at one time: a batch, by its place among all, or a piece of it.
-
-    Attributes:
-        place: of the batch.
-        piece: of the batch.
-
-    """
-
-    place: int
-    piece: int = 0
-
-    @property
-    def half(self) -> int:
-        """Which half of the samples it belongs to; the same whatever process it is in."""
-        return (self.place + self.piece) % 2
-
-
 class NormalEquations:
     """Sums over samples from which a layer `W f` can be changed; memory does not grow with samples.
 
@@ -62,18 +44,18 @@ class NormalEquations:
         self.known = False
 
     def add(
-        self, portion: Portion, features: Callable[[], Tensor], products: Tensor, residuals: Tensor
+        self, number: int, features: Callable[[], Tensor], products: Tensor, residuals: Tensor
     ) -> None:
         """Take in a portion.
 
         Args:
-            portion: which one.
+            number: even ones are one half of the samples, odd ones the other.
             features: gives them, `[G, samples, F]` in float64; asked the first time that it is added.
             products: its sum of r f'.
             residuals: its sum of r squared.
 
         """
-        half = portion.half
+        half = number % 2
         if not self.portions.any():
             self.products = products.new_zeros(2, *products.shape)
             self.residuals = residuals.new_zeros(2, *residuals.shape)

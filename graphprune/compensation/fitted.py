@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphprune.calibration import Run, Share, held_by
-from graphprune.compensation.fit import NormalEquations, Portion
+from graphprune.compensation.fit import NormalEquations
 from graphprune.compensation.norm import BatchNorm
 from graphprune.compensation.sites import Site
 
@@ -83,7 +83,7 @@ class FittedLayer:
             if self.has_bias:
                 products = torch.cat([products, residuals.sum(1).unsqueeze(-1)], dim=-1)
             features = partial(self._features, data[rows])
-            self.equations.add(Portion(place, piece), features, products, residuals.square().sum(1))
+            self.equations.add(place + piece, features, products, residuals.square().sum(1))
 
     def _features(self, data: Tensor) -> Tensor:
         features = self.layer.features(data, self.weight, self.arguments).double()

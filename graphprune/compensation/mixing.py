@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphprune.calibration import Share
 from graphprune.calibration.layers import ConvolutionLayer, Layer
-from graphprune.compensation.fit import NormalEquations, Portion
+from graphprune.compensation.fit import NormalEquations
 from graphprune.layout import Axis, Layout, Mask, Product, mask_of, resolve, size_of, touches
 
 
@@ -90,7 +90,7 @@ class Mixing:
                 missing = self.channels(its[rows]).double() - features @ start.to(features).mT
                 residuals = missing.square().sum(0)
                 equations.add(
-                    Portion(place, piece),
+                    place + piece,
                     partial(features.unsqueeze, 0),
                     (missing.mT @ features)[None],
                     residuals[None],

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphprune.calibration import Run, Share, held_by
-from graphprune.compensation.fit import NormalEquations, Portion
+from graphprune.compensation.fit import NormalEquations
 from graphprune.layout import Axis, Layout, Mask, mask_of
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
@@ -315,7 +315,7 @@ class _Fit:
             if bias is not None:
                 features = F.pad(features, (0, 1), value=1.0)
             equations.add(
-                Portion(place),
+                place,
                 partial(features.unsqueeze, 0),
                 (missing.mT @ features)[None],
                 missing.square().sum(0)[None],
