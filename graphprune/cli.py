@@ -312,9 +312,7 @@ def without_weights(name: str, folder: Path) -> nn.Module:
             f"{name!r} gives no model under torch.device('meta'), where --checkpoint builds it to save "
             f"memory: {in_a_line(error)}"
         ) from error
-    if not isinstance(model, nn.Module):
-        raise InvalidRequestError(f"{name} gives a {type(model).__name__}, not a model")
-    return model
+    return _as_model(model, name)
 
 
 def _of_config(folder: Path) -> nn.Module:
@@ -382,9 +380,13 @@ def loaded(name: str) -> nn.Module:
         )
     else:
         model = _called(name, "a model")
-    if not isinstance(model, (nn.Module, torch.export.ExportedProgram)):
-        raise InvalidRequestError(f"{name} gives a {type(model).__name__}, not a model")
-    return model  # type: ignore[return-value]
+    return _as_model(model, name)
+
+
+def _as_model(value: Any, name: str) -> nn.Module:
+    if not isinstance(value, (nn.Module, torch.export.ExportedProgram)):
+        raise InvalidRequestError(f"{name} gives a {type(value).__name__}, not a model")
+    return value  # type: ignore[return-value]
 
 
 def _called(name: str, what: str) -> Any:
