@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from latency import header
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import graphprune as gp
 from graphprune.checkpoint.writer import ToWrite, write_safetensors
@@ -35,35 +34,24 @@ SHARD = 500_000_000  # bytes
 TOKENS = {"input_ids": torch.tensor([[1, 5, 7, 2, 3, 9, 4, 8]])}
 
 # Heads such that those that are left divide the width, as LlamaConfig wants it.
-SIZES: dict[str, dict[str, int]] = {
-    "0.1B": {
-        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-        "num_attention_heads": 16, "vocab_size": 16_000,
-    },
-    "0.5B": {
-        "hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 16,
-        "num_attention_heads": 16, "vocab_size": 32_000,
-    },
-    "1B": {
-        "hidden_size": 2304, "intermediate_size": 6144, "num_hidden_layers": 15,
-        "num_attention_heads": 16, "vocab_size": 32_000,
-    },
-    "2B": {
-        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 19,
-        "num_attention_heads": 32, "vocab_size": 32_000,
-    },
-    "70B": {
-        "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "vocab_size": 128_256,
-    },
-}  # fmt: skip
+NAMES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+)  # fmt: skip
+SIZES = {
+    "0.1B": (768, 2048, 12, 16, 16_000),
+    "0.5B": (1536, 4096, 16, 16, 32_000),
+    "1B": (2304, 6144, 15, 16, 32_000),
+    "2B": (3072, 8192, 19, 32, 32_000),
+    "70B": (8192, 28_672, 80, 64, 128_256),
+}
 
 
 def empty(name: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        config = LlamaConfig(**SIZES[name], num_key_value_heads=8, dtype="bfloat16")  # type: ignore[arg-type]
+        sizes: dict[str, Any] = dict(zip(NAMES, SIZES[name], strict=True))
+        config = LlamaConfig(**sizes, num_key_value_heads=8, dtype="bfloat16")
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
@@ -170,9 +158,6 @@ def in_a_process(what: str, name: str, folder: Path) -> dict[str, Any]:
 
 
 def page(reports: dict[str, dict[str, Any]]) -> str:
-
-    from latency import header
-
     steps = ("analysis", "plan", "shrinking")
     lines = [
         *header("Checkpoints shrunk on disk", [Runtime()]),
