@@ -25,8 +25,8 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from tests.message_cases import CASES, Case
 
-for more in ("outside", "processes", "checkpoints"):  # these add their own
-    importlib.import_module(f"tests.message_cases_{more}")
+for more in sorted(Path(__file__).parent.glob("message_cases_*.py")):  # these add their own
+    importlib.import_module(f"tests.{more.stem}")
 
 pytestmark = pytest.mark.xdist_group("messages")  # that share what was heard
 
