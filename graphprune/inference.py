@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +20,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Reason, fix, flattened, size_of
+from graphprune.layout import (
+    Axis,
+    Reason,
+    fix,
+    flattened,
+    free_axes,
+    given_axes,
+    is_fixed,
+    leaves,
+    size_of,
+)
+from graphprune.other_sizes import other_inputs, reconcile
 from graphprune.rules import (
     Call,
     Layouts,
@@ -30,6 +43,8 @@ from graphprune.rules import (
 )
 from graphprune.state import copy_with, double_copy, double_of, named_tensors
 from graphprune.switches import hushed
+
+aten = torch.ops.aten
 
 UNKNOWN = "an operator without a rule"
 
@@ -88,6 +103,7 @@ class Inference:
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
+        other: what a run at other sizes of the inputs found; None where none was needed or possible.
 
     """
 
@@ -102,6 +118,24 @@ class Inference:
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     with_data: bool = False
+    other: OtherRun | None = None
+
+
+@dataclass
+class OtherRun:
+    """What the rules find at other sizes of the inputs.
+
+    Attributes:
+        inputs: the example inputs at those sizes.
+        inference: what a run on them found.
+        axes: by each axis of the first run that may be cut, the same axis in this one; an axis is left
+            out where nothing here reads it.
+
+    """
+
+    inputs: Inputs
+    inference: Inference
+    axes: dict[Axis, Axis]
 
 
 class LayoutInference(Interpretation):
@@ -216,32 +250,47 @@ def _opaque(call: Call, why: str) -> list[Layouts]:
 
 
 @torch.inference_mode(False)
-def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Inference:
+def infer(
+    model: nn.Module, inputs: Inputs, *, with_data: bool = False, at_other_sizes: bool = False
+) -> Inference:
     """Return the layouts of a model's tensors, found by running it on tensors without data.
 
     Where the model's Python code asks for values (data-dependent control flow), it is run on its
-    real tensors instead.
+    real tensors instead. Where it reads a part of a dimension, it is run once more, on inputs of
+    other sizes, and what depends on these is fixed.
 
     Args:
         model: any module; it is not changed, and its weights are not read unless values are asked for.
         inputs: example inputs; only shapes and types matter, unless values are asked for.
         with_data: run it on its real tensors at once.
+        at_other_sizes: run it once more in any case.
 
     Raises:
         CaptureError: the model does not run on the inputs.
 
     """
+    found = _infer_once(model, inputs, with_data)
+    if at_other_sizes or _reads_in_part(found):
+        found.other = _other_run(model, inputs, found)
+    return found
+
+
+def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
     if with_data:
         return _infer_with_data(model, inputs)
     try:
-        with without_data(model, inputs) as (stand_in, its_inputs):
-            return _infer(stand_in, its_inputs)
+        return _infer_without_data(model, inputs)
     except CaptureError:
         raise
     except Exception as failure:
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
             raise not_runnable(model, inputs, failure) from failure
     return _infer_with_data(model, inputs)
+
+
+def _infer_without_data(model: nn.Module, inputs: Inputs) -> Inference:
+    with without_data(model, inputs) as (stand_in, its_inputs):
+        return _infer(stand_in, its_inputs)
 
 
 def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
@@ -307,11 +356,14 @@ def _infer(model: nn.Module, inputs: Inputs) -> Inference:
             tensor, [Axis(n, why) for n in tensor.shape], name
         ).layouts
     _run(model.eval(), inputs, mode)
-    read = _read(found)
+    steps = list(found.steps)
+    read = _names_read(steps)
     read |= _follow_replaced(model, mode, read)
     if found.trainable - read and not isinstance(model, fx.GraphModule):
-        read |= _read_in_training(model, inputs, mode)
+        steps += _steps_in_training(model, inputs, mode)
+        read |= _names_read(steps)
     _fix_unused(found, read)
+    _fix_unread(found, steps)
     return found
 
 
@@ -347,16 +399,16 @@ def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) ->
     return followed
 
 
-def _read(found: Inference) -> set[str]:
-    """Return the names of parameters, buffers and attributes that the recorded operators read."""
-    sources = (value.source for step in found.steps for value in step.inputs)
+def _names_read(steps: Sequence[Step]) -> set[str]:
+    """Return the names of parameters, buffers and attributes that the operators read."""
+    sources = (value.source for step in steps for value in step.inputs)
     return {source for source in sources if isinstance(source, str)}
 
 
-def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> set[str]:
-    """Tie what only training reads (an auxiliary head, say) to its surroundings; return what is read.
+def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> list[Step]:
+    """Tie what only training reads (an auxiliary head, say) to its surroundings; return its operators.
 
-    No step of this run is kept: the slim model is described and compared as it is in evaluation. A
+    None of them is recorded: the slim model is described and compared as it is in evaluation. A
     model that does not train on these inputs is left as it was found.
     """
     found = mode.found
@@ -368,9 +420,9 @@ def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -
             module.training = False
     try:
         _run(model, inputs, mode)
-        return _read(found)
+        return found.steps[steps:]
     except Exception:
-        return set()
+        return []
     finally:
         del found.steps[steps:], found.unknown[unknown:]
         found.outputs = outputs
@@ -383,3 +435,111 @@ def _fix_unused(found: Inference, read: set[str]) -> None:
             found.unused.append(name)
             for layout in layouts:
                 fix(layout, Reason("not used in this run of the model", name))
+
+
+# What gives a part of its first operand.
+_TAKES_A_PART = {aten.slice, aten.select, aten.constant_pad_nd}
+
+# What is given sizes, so that it may take a table apart by the size of an input.
+_TAKES_SIZES = {
+    aten.view, aten._unsafe_view, aten.split, aten.split_with_sizes, aten.expand, aten.repeat,
+}  # fmt: skip
+
+
+def _fix_unread(found: Inference, steps: Sequence[Step]) -> None:
+    """Fix slots that no operator reads: on other inputs it may, as longer ones the rest of a table.
+
+    A slot is read where its way ends because it is summed over or compared: the operator's operand has
+    it and its results do not. A slot that is only carried along, until a slice leaves it out, is not.
+    """
+    read: set[Axis] = set()
+    for step in steps:
+        if step.func.overloadpacket not in _TAKES_A_PART:
+            read |= _axes_of(step.inputs) - _axes_of(step.outputs)
+    for name, layouts in found.parameters.items():
+        for axis in (axis for layout in layouts for axis in free_axes(layout)):
+            if axis not in read and axis.fixed is None:
+                why = "not used in this run of the model"
+                fix(axis, _reason_at(_first_taking_apart(steps, axis), why, name))
+
+
+def _axes_of(values: Sequence[Value]) -> set[Axis]:
+    return {axis for value in values for layout in value.layouts for axis in leaves(layout)}
+
+
+def _first_taking_apart(steps: Sequence[Step], axis: Axis) -> Step | None:
+    """Return the first operator that gives a part, or other sizes, of what has the axis."""
+    partial_or_resized = _TAKES_A_PART | _TAKES_SIZES
+    return next(
+        (
+            step
+            for step in steps
+            if step.func.overloadpacket in partial_or_resized and axis in _axes_of(step.inputs)
+        ),
+        None,
+    )
+
+
+def _reason_at(step: Step | None, why: str, name: str) -> Reason:
+    return Reason(why, name) if step is None else replace(step.place, why=why)
+
+
+# Sizes of the inputs that are tried at most, each by running the model without data.
+_SIZES_TRIED = 8
+
+
+def _other_run(model: nn.Module, inputs: Inputs, found: Inference) -> OtherRun | None:
+    """Analyse the model at other sizes, where it takes any, and fix what is not alike in both runs."""
+    run = _infer_with_data if found.with_data else _infer_without_data
+    for candidate in islice(other_inputs(inputs, _tied_to_parameters(found)), _SIZES_TRIED):
+        try:
+            second = run(model, candidate)
+        except Exception:  # a model refuses sizes in whatever way it likes
+            continue
+        used = {n: layouts for n, layouts in second.parameters.items() if n not in second.unused}
+        axes = reconcile(found.parameters, used, partial(_why_not_alike, found))
+        return OtherRun(candidate, second, axes)
+    return None
+
+
+def _tied_to_parameters(found: Inference) -> set[tuple[int, int]]:
+    """Return the dimensions of the inputs that were made the same as a whole one of a parameter."""
+    of_parameters = {
+        axis
+        for layouts in found.parameters.values()
+        for layout in layouts
+        for axis in given_axes(layout)
+    }
+    return {
+        (number, dim)
+        for number, layouts in enumerate(found.inputs.values())
+        for dim, axis in enumerate(layouts)
+        if isinstance(axis, Axis)
+        and any(not of_parameters.isdisjoint(given_axes(other)) for other, _ in axis.ties)
+    }
+
+
+def _why_not_alike(found: Inference, name: str, dim: int) -> Reason:
+    why = "what is read of it depends on the size of an input"
+    axes = free_axes(found.parameters[name][dim])
+    steps = (_first_taking_apart(found.steps, axis) for axis in axes)
+    return _reason_at(next(filter(None, steps), None), why, name)
+
+
+def _reads_in_part(found: Inference) -> bool:
+    """Say whether an operator takes a dimension apart that could be cut, perhaps by an input's size."""
+    from_inputs: list[bool] = []
+    for step in found.steps:
+        sources = [value.source for value in step.inputs]
+        from_inputs.append(
+            any(from_inputs[s] if isinstance(s, int) else s in found.inputs for s in sources)
+        )
+        packet = step.func.overloadpacket
+        if packet in (aten.slice, aten.select):
+            layouts = step.inputs[0].layouts
+            if not is_fixed(layouts[step.arguments["dim"] % len(layouts)]):
+                return True
+        if packet in _TAKES_SIZES and not from_inputs[-1]:
+            if not all(is_fixed(layout) for layout in step.inputs[0].layouts):
+                return True
+    return False

@@ -33,6 +33,7 @@ LAYERS = [
     "caches",
     "kernels",
     "interpretation",
+    "other_sizes",
     "inference",
     "capture",
     "explain",

@@ -1,0 +1,172 @@
+"""Other sizes of the inputs: what holds at those of the example alone is no fact about the model.
+
+A table of positions of which a run reads the first `x.shape[1]` rows looks, at one length, like two
+sets of rows, read and unread. At another length the cut between them lies elsewhere. So a model is
+analysed at a second set of sizes, and dimensions whose layouts differ keep all of their slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from graphprune.inputs import Inputs
+from graphprune.layout import Axis, Layout, Product, Reason, fix, is_fixed, resolve, size_of
+from graphprune.rules import Layouts
+
+# Sizes that networks halve again and again are multiples of a power of two, at most this one.
+_MOST_HALVINGS = 32
+
+# Inputs with more elements than this are made smaller first, so that a second run costs little.
+_MANY_ELEMENTS = 4096
+
+Dim: TypeAlias = tuple[int, int]
+"""The number of an input tensor, and of one of its dimensions."""
+
+
+def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> Iterator[Inputs]:
+    """Yield the inputs at other sizes, those that differ in most first; the model may refuse any.
+
+    Dimensions of one size are taken to be the same one and change together: a sequence and its mask
+    stay as long as each other. The values are the example's, repeated, so that numbers of tokens
+    stay numbers of tokens.
+
+    Args:
+        inputs: the example inputs.
+        tied_to_parameters: dimensions that a parameter has too, as channels, so that none can change.
+
+    """
+    tensors = inputs.tensors()
+    free = {
+        (number, dim): size
+        for number, tensor in enumerate(tensors)
+        for dim, size in enumerate(tensor.shape)
+        if (number, dim) not in tied_to_parameters
+    }
+    batch = {d: 2 if n > 4 else n + 1 for d, n in free.items() if d[1] == 0 and _is_batch(d, tensors)}
+    lengths = sorted({n for d, n in free.items() if d not in batch and n > 1})
+    few = sum(tensor.numel() for tensor in tensors) <= _MANY_ELEMENTS
+    resizes = (_longer, _shorter) if few else (_shorter, _longer)
+    for with_batch in (batch, {}):
+        for chosen in [lengths] + ([[n] for n in lengths] if len(lengths) > 1 else []):
+            for resize in resizes if chosen else ():
+                changed = {d: resize(n) for d, n in free.items() if d not in batch and n in chosen}
+                yield _resized(inputs, changed | with_batch)
+        if with_batch:
+            yield _resized(inputs, with_batch)
+
+
+def _is_batch(dim: Dim, tensors: Sequence[Tensor]) -> bool:
+    """Say whether a first dimension is as large as the first input's, which most models take as the batch."""
+    return tensors[dim[0]].shape[0] == tensors[0].shape[0]
+
+
+def _longer(size: int) -> int:
+    return size + math.gcd(size, _MOST_HALVINGS)
+
+
+def _shorter(size: int) -> int:
+    step = math.gcd(size, _MOST_HALVINGS)
+    half = step * max(1, size // (2 * step))
+    return half if half < size else max(1, size // 2)
+
+
+def _resized(inputs: Inputs, sizes: Mapping[Dim, int]) -> Inputs:
+    """Return the inputs with some dimensions of other sizes, their slots left out or repeated."""
+    numbers = iter(range(len(inputs.tensors())))
+
+    def resize(tensor: Tensor) -> Tensor:
+        number = next(numbers)
+        for dim, size in enumerate(tensor.shape):
+            wanted = sizes.get((number, dim), size)
+            if wanted != size:
+                slots = torch.arange(wanted, device=tensor.device) % size
+                tensor = tensor.index_select(dim, slots)
+        return tensor
+
+    return inputs.map(resize)
+
+
+def reconcile(
+    first: Mapping[str, Layouts],
+    second: Mapping[str, Layouts],
+    reason_for: Callable[[str, int], Reason],
+) -> dict[Axis, Axis]:
+    """Fix, in both, what two analyses of a model see in different ways; pair the axes that are left.
+
+    Args:
+        first: layouts of the model's tensors by name.
+        second: those of the same tensors, found at other sizes of the inputs.
+        reason_for: why a dimension of a tensor keeps all of its slots.
+
+    Returns:
+        By each free axis of the first, the axis that it is in the second.
+
+    """
+    while True:
+        pairing = _Pairing()
+        unlike = [
+            (name, dim)
+            for name in first
+            if name in second
+            for dim, (a, b) in enumerate(zip(first[name], second[name], strict=True))
+            if not pairing.fits(_outline(a), _outline(b))
+        ]
+        if not unlike:
+            return pairing.forward
+        for name, dim in unlike:
+            reason = reason_for(name, dim)
+            fix(first[name][dim], reason)
+            fix(second[name][dim], reason)
+
+
+_Outline: TypeAlias = "Axis | int | tuple[str, tuple[_Outline, ...]]"
+"""A layout in which what is fixed is a number of slots: where else it is cut does not matter."""
+
+
+def _outline(layout: Layout) -> _Outline:
+    layout = resolve(layout)
+    if is_fixed(layout):
+        return size_of(layout)
+    if isinstance(layout, Axis):
+        return layout
+    if isinstance(layout, Product):
+        return "product", tuple(map(_outline, layout.factors))
+    return "concat", tuple(_merged(map(_outline, layout.parts)))
+
+
+def _merged(parts: Iterator[_Outline]) -> Iterator[_Outline]:
+    """Yield the parts of a concatenation, neighbours that are fixed as one."""
+    fixed = 0
+    for part in parts:
+        if isinstance(part, int):
+            fixed += part
+            continue
+        if fixed:
+            yield fixed
+        fixed = 0
+        yield part
+    if fixed:
+        yield fixed
+
+
+class _Pairing:
+    """Which free axis of one analysis is which of another: one to one."""
+
+    def __init__(self) -> None:
+        self.forward: dict[Axis, Axis] = {}
+        self.backward: dict[Axis, Axis] = {}
+
+    def fits(self, a: _Outline, b: _Outline) -> bool:
+        """Say whether two layouts are the same once their axes are paired, and pair these."""
+        if isinstance(a, Axis) and isinstance(b, Axis):
+            paired = self.forward.setdefault(a, b) is b and self.backward.setdefault(b, a) is a
+            return paired and a.size == b.size
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            same_form = a[0] == b[0] and len(a[1]) == len(b[1])
+            return same_form and all(self.fits(x, y) for x, y in zip(a[1], b[1], strict=True))
+        return isinstance(a, int) and isinstance(b, int) and a == b
