@@ -312,6 +312,24 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
             )
 
 
+def difference_on(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> str:
+    """Return how a graph of a model differs from it on some inputs; "" where it does not.
+
+    Inputs that the model itself does not take make no difference.
+    """
+    quiet = working_copy(model).eval()
+    with without_caches(model), plain_kernels(), hushed(), same_chance():
+        try:
+            call(quiet, inputs)
+        except Exception:
+            return ""
+        try:
+            _check_same(quiet, graph_module, inputs, free=False)
+        except Exception as failure:
+            return in_a_line(failure)
+    return ""
+
+
 def _plain_outputs(forward: Any) -> Any:
     """Return the forward with everything but tensors in containers left out of its result."""
 

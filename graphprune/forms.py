@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 from torch import fx, nn
 
 from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
-from graphprune.capture import graph_of, is_aten_graph
+from graphprune.capture import difference_on, graph_of, is_aten_graph
 from graphprune.compensation import Compensation
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
+    InvalidRequestError,
     OtherOperatorsError,
     PlanError,
     VerificationError,
@@ -23,10 +24,10 @@ from graphprune.errors import (
 )
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Scores
-from graphprune.inference import infer
+from graphprune.inference import OtherRun, infer
 from graphprune.inputs import Inputs
 from graphprune.latency import Reached
-from graphprune.layout import counts_of
+from graphprune.layout import Axis, Mask, counts_of
 from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
@@ -111,8 +112,9 @@ def in_form(form: Form, job: Job) -> Slimmed:
     if is_aten_graph(job.module):
         return as_graph(job, "the model is a graph")
     if form == "graph":
-        return as_graph(job, "asked for")
-    graph = DependencyGraph(infer(job.module, job.inputs))
+        others = infer(job.module, job.inputs, at_other_sizes=True).others if job.check else []
+        return as_graph(job, "asked for", others)
+    graph = DependencyGraph(infer(job.module, job.inputs, at_other_sizes=job.check))
     chosen = job.plan_for(graph)
     try:
         return as_module(job, graph, chosen)
@@ -122,7 +124,7 @@ def in_form(form: Form, job: Job) -> Slimmed:
                 raise
             return as_module(job, graph, chosen, other_operators=True)
         try:
-            return as_graph(job, str(failure))
+            return as_graph(job, str(failure), graph.inference.others)
         except CaptureError as untraceable:
             return as_module_with_sizes(job, graph, chosen, untraceable)
 
@@ -212,8 +214,13 @@ def as_module_with_sizes(
     return result
 
 
-def as_graph(job: Job, why: str) -> Slimmed:
+def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
     """Return a graph of the model with smaller tensors and every size in it rewritten.
+
+    Args:
+        job: the model and its inputs.
+        why: what asks for a graph.
+        others: runs of the model at other sizes of its inputs, at which the graph should be right too.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -224,7 +231,7 @@ def as_graph(job: Job, why: str) -> Slimmed:
         module = graph_of(job.module, job.inputs)
     except GraphPruneError as failure:
         raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
-    graph = DependencyGraph(infer(module, job.inputs))
+    graph = DependencyGraph(infer(module, job.inputs, at_other_sizes=job.check))
     plan = job.plan_for(graph)
     masks = plan.masks(graph)
     slimmer = shrunk(module, graph.inference, masks)
@@ -234,7 +241,19 @@ def as_graph(job: Job, why: str) -> Slimmed:
     slimmer.train(job.module.training)
     if module is not job.module:
         _warn_of_unused(graph, "the graph holds them but has no code that uses them")
+        _warn_of_sizes(job, module, others)
     return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
+
+
+def _warn_of_sizes(job: Job, graph_module: fx.GraphModule, others: Sequence[OtherRun]) -> None:
+    """Warn where a graph, before the cut, is not what the model is at other sizes of the inputs."""
+    for other in others:
+        difference = difference_on(job.module, graph_module, other.inputs)
+        if difference:
+            warn(
+                f"the graph form fits inputs like the example's, {job.inputs}: on {other.inputs}, which "
+                f"the model takes, {difference}; pass example_inputs of the sizes that you need"
+            )
 
 
 def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
@@ -262,7 +281,8 @@ def _verified(
     """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
     masks = plan.masks(graph)
     try:
-        return verify(module, slimmer, job.inputs, graph.inference, masks)
+        seen = verify(module, slimmer, job.inputs, graph.inference, masks)
+        return _verified_at_other_sizes(module, slimmer, graph, masks, seen)
     except OtherOperatorsError as other:
         silenced = silenced_copy(module, graph.inference, masks, {})
         on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
@@ -272,6 +292,43 @@ def _verified(
         except PlanError:  # sizes follow values too
             raise other from None
         return verify(module, slimmer, job.inputs, on_data.inference, masks, as_it_is=True)
+
+
+def _verified_at_other_sizes(
+    module: nn.Module,
+    slimmer: nn.Module,
+    graph: DependencyGraph,
+    masks: Mapping[Axis, Mask],
+    seen: Verification,
+) -> Verification:
+    """Verify at other sizes of the inputs as well, where the original takes any.
+
+    Raises:
+        VerificationError: the slim model is what it should be at the sizes of the example alone.
+
+    """
+    for other in graph.inference.others:
+        there = {other.axes[axis]: mask for axis, mask in masks.items() if axis in other.axes}
+        _check_same_axes(graph, masks, other)
+        try:
+            seen = seen.joined(verify(module, slimmer, other.inputs, other.inference, there))
+        except (OtherOperatorsError, CaptureError, InvalidRequestError):
+            continue  # the values at these sizes take the original another way, or nowhere
+    return seen
+
+
+def _check_same_axes(graph: DependencyGraph, masks: Mapping[Axis, Mask], other: OtherRun) -> None:
+    unlike = [
+        graph.by_axis[axis].name
+        for axis in masks
+        if axis not in other.axes
+        and any(m.parameter not in other.inference.unused for m in graph.by_axis[axis].members)
+    ]
+    if unlike:
+        raise VerificationError(
+            f"{listed(unlike)} are cut, but their channels go together only at the sizes of the example "
+            f"inputs, not on {other.inputs}"
+        )
 
 
 def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:

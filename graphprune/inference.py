@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import (
     Axis,
+    Layout,
     Reason,
     fix,
     flattened,
@@ -31,7 +31,7 @@ from graphprune.layout import (
     leaves,
     size_of,
 )
-from graphprune.other_sizes import other_inputs, reconcile
+from graphprune.other_sizes import all_lengths_vary, other_inputs, reconcile
 from graphprune.rules import (
     Call,
     Layouts,
@@ -103,7 +103,7 @@ class Inference:
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
-        other: what a run at other sizes of the inputs found; None where none was needed or possible.
+        others: what runs at other sizes of the inputs found, where these were needed and possible.
 
     """
 
@@ -118,7 +118,7 @@ class Inference:
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     with_data: bool = False
-    other: OtherRun | None = None
+    others: list[OtherRun] = field(default_factory=list)
 
 
 @dataclass
@@ -271,7 +271,7 @@ def infer(
     """
     found = _infer_once(model, inputs, with_data)
     if at_other_sizes or _reads_in_part(found):
-        found.other = _other_run(model, inputs, found)
+        found.others = _other_runs(model, inputs, found)
     return found
 
 
@@ -484,21 +484,38 @@ def _reason_at(step: Step | None, why: str, name: str) -> Reason:
     return Reason(why, name) if step is None else replace(step.place, why=why)
 
 
-# Sizes of the inputs that are tried at most, each by running the model without data.
-_SIZES_TRIED = 8
+# Sizes of the inputs that are tried in each direction at most, each by running the model without data.
+_SIZES_TRIED = 5
 
 
-def _other_run(model: nn.Module, inputs: Inputs, found: Inference) -> OtherRun | None:
-    """Analyse the model at other sizes, where it takes any, and fix what is not alike in both runs."""
-    run = _infer_with_data if found.with_data else _infer_without_data
-    for candidate in islice(other_inputs(inputs, _tied_to_parameters(found)), _SIZES_TRIED):
+def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[OtherRun]:
+    """Analyse the model at other sizes, where it takes any, and fix what is not alike in all runs."""
+    tied = _tied_to_parameters(found)
+    candidates = other_inputs(inputs, tied)
+    runs = [_first_that_runs(model, some, found.with_data) for some in candidates]
+    others = [run for run in runs if run is not None]
+    read = [
+        {name: x for name, x in second.parameters.items() if name not in second.unused}
+        for _, second in others
+    ]
+    if not all_lengths_vary(inputs, [there for there, _ in others], tied):
+        _fix_parts_of_tables(found)
+    partners = reconcile(found.parameters, read, partial(_why_not_alike, found))
+    return [
+        OtherRun(there, second, axes)
+        for (there, second), axes in zip(others, partners, strict=True)
+    ]
+
+
+def _first_that_runs(
+    model: nn.Module, candidates: Sequence[Inputs], with_data: bool
+) -> tuple[Inputs, Inference] | None:
+    run = _infer_with_data if with_data else _infer_without_data
+    for candidate in candidates[:_SIZES_TRIED]:
         try:
-            second = run(model, candidate)
+            return candidate, run(model, candidate)
         except Exception:  # a model refuses sizes in whatever way it likes
             continue
-        used = {n: layouts for n, layouts in second.parameters.items() if n not in second.unused}
-        axes = reconcile(found.parameters, used, partial(_why_not_alike, found))
-        return OtherRun(candidate, second, axes)
     return None
 
 
@@ -528,18 +545,32 @@ def _why_not_alike(found: Inference, name: str, dim: int) -> Reason:
 
 def _reads_in_part(found: Inference) -> bool:
     """Say whether an operator takes a dimension apart that could be cut, perhaps by an input's size."""
+    if any(not is_fixed(layout) for _, layout in _dimensions_sliced(found.steps)):
+        return True
+    resized = (step for step in _steps_on_tables(found) if step.func.overloadpacket in _TAKES_SIZES)
+    return any(not is_fixed(layout) for step in resized for layout in step.inputs[0].layouts)
+
+
+def _fix_parts_of_tables(found: Inference) -> None:
+    """Fix what is read of tables in part, for a model that takes no other sizes which would tell why."""
+    for step, layout in _dimensions_sliced(_steps_on_tables(found)):
+        fix(layout, replace(step.place, why="read in part, perhaps by the size of an input"))
+
+
+def _dimensions_sliced(steps: Iterable[Step]) -> Iterator[tuple[Step, Layout]]:
+    for step in steps:
+        if step.func.overloadpacket in (aten.slice, aten.select):
+            layouts = step.inputs[0].layouts
+            yield step, layouts[step.arguments["dim"] % len(layouts)]
+
+
+def _steps_on_tables(found: Inference) -> Iterator[Step]:
+    """Yield the operators that no input of the model flows into."""
     from_inputs: list[bool] = []
     for step in found.steps:
         sources = [value.source for value in step.inputs]
         from_inputs.append(
             any(from_inputs[s] if isinstance(s, int) else s in found.inputs for s in sources)
         )
-        packet = step.func.overloadpacket
-        if packet in (aten.slice, aten.select):
-            layouts = step.inputs[0].layouts
-            if not is_fixed(layouts[step.arguments["dim"] % len(layouts)]):
-                return True
-        if packet in _TAKES_SIZES and not from_inputs[-1]:
-            if not all(is_fixed(layout) for layout in step.inputs[0].layouts):
-                return True
-    return False
+        if not from_inputs[-1]:
+            yield step

@@ -28,18 +28,44 @@ Dim: TypeAlias = tuple[int, int]
 """The number of an input tensor, and of one of its dimensions."""
 
 
-def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> Iterator[Inputs]:
-    """Yield the inputs at other sizes, those that differ in most first; the model may refuse any.
+def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> list[list[Inputs]]:
+    """Return the inputs at other sizes: candidates for longer and for shorter ones.
 
-    Dimensions of one size are taken to be the same one and change together: a sequence and its mask
-    stay as long as each other. The values are the example's, repeated, so that numbers of tokens
-    stay numbers of tokens.
+    Each list begins with what differs most. A model may refuse any of them, and the first that it
+    takes is the one to look at. Dimensions of one size are taken to be the same one and change together:
+    a sequence and its mask stay as long as each other. The values are the example's, repeated, so that
+    numbers of tokens stay numbers of tokens.
 
     Args:
         inputs: the example inputs.
         tied_to_parameters: dimensions that a parameter has too, as channels, so that none can change.
 
     """
+    batch, lengths = _changeable(inputs, tied_to_parameters)
+    new_batch = {dim: 2 if size > 4 else size + 1 for dim, size in batch.items()}
+    few = sum(tensor.numel() for tensor in inputs.tensors()) <= _MANY_ELEMENTS
+    resizes = (_longer, _shorter) if few else (_shorter,)
+    by_direction = [list(_changes(new_batch, lengths, resize)) for resize in resizes]
+    if batch:
+        by_direction[0].append(new_batch)
+    return [[_resized(inputs, sizes) for sizes in changes] for changes in by_direction]
+
+
+def all_lengths_vary(
+    inputs: Inputs, others: Sequence[Inputs], tied_to_parameters: Container[Dim]
+) -> bool:
+    """Say whether each length that could be another one is another one in some of the other inputs."""
+    _, lengths = _changeable(inputs, tied_to_parameters)
+    return all(
+        any(other.tensors()[number].shape[dim] != size for other in others)
+        for (number, dim), size in lengths.items()
+    )
+
+
+def _changeable(
+    inputs: Inputs, tied_to_parameters: Container[Dim]
+) -> tuple[dict[Dim, int], dict[Dim, int]]:
+    """Return the sizes of what most models have as the batch, and of other dimensions that can change."""
     tensors = inputs.tensors()
     free = {
         (number, dim): size
@@ -47,22 +73,21 @@ def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> Iterator
         for dim, size in enumerate(tensor.shape)
         if (number, dim) not in tied_to_parameters
     }
-    batch = {d: 2 if n > 4 else n + 1 for d, n in free.items() if d[1] == 0 and _is_batch(d, tensors)}
-    lengths = sorted({n for d, n in free.items() if d not in batch and n > 1})
-    few = sum(tensor.numel() for tensor in tensors) <= _MANY_ELEMENTS
-    resizes = (_longer, _shorter) if few else (_shorter, _longer)
-    for with_batch in (batch, {}):
-        for chosen in [lengths] + ([[n] for n in lengths] if len(lengths) > 1 else []):
-            for resize in resizes if chosen else ():
-                changed = {d: resize(n) for d, n in free.items() if d not in batch and n in chosen}
-                yield _resized(inputs, changed | with_batch)
-        if with_batch:
-            yield _resized(inputs, with_batch)
+    batch = {d: size for d, size in free.items() if d[1] == 0 and size == tensors[0].shape[0]}
+    return batch, {d: size for d, size in free.items() if d not in batch and size > 1}
 
 
-def _is_batch(dim: Dim, tensors: Sequence[Tensor]) -> bool:
-    """Say whether a first dimension is as large as the first input's, which most models take as the batch."""
-    return tensors[dim[0]].shape[0] == tensors[0].shape[0]
+def _changes(
+    batch: dict[Dim, int], lengths: dict[Dim, int], resize: Callable[[int], int]
+) -> Iterator[dict[Dim, int]]:
+    """Yield new sizes: of all lengths, then of those of one size alone, each with the batch and without."""
+    sizes = sorted(set(lengths.values()))
+    choices = [sizes] + ([[size] for size in sizes] if len(sizes) > 1 else [])
+    for chosen in choices if sizes else ():
+        changed = {dim: resize(size) for dim, size in lengths.items() if size in chosen}
+        yield changed | batch
+        if batch:
+            yield changed
 
 
 def _longer(size: int) -> int:
@@ -93,35 +118,36 @@ def _resized(inputs: Inputs, sizes: Mapping[Dim, int]) -> Inputs:
 
 def reconcile(
     first: Mapping[str, Layouts],
-    second: Mapping[str, Layouts],
+    others: Sequence[Mapping[str, Layouts]],
     reason_for: Callable[[str, int], Reason],
-) -> dict[Axis, Axis]:
-    """Fix, in both, what two analyses of a model see in different ways; pair the axes that are left.
+) -> list[dict[Axis, Axis]]:
+    """Fix, in all, what analyses of a model see in different ways; pair the axes that are left.
 
     Args:
         first: layouts of the model's tensors by name.
-        second: those of the same tensors, found at other sizes of the inputs.
+        others: those of the same tensors (or of some), each found at other sizes of the inputs.
         reason_for: why a dimension of a tensor keeps all of its slots.
 
     Returns:
-        By each free axis of the first, the axis that it is in the second.
+        For each of the others, by each free axis of the first, the axis that it is there.
 
     """
     while True:
-        pairing = _Pairing()
+        pairings = [_Pairing() for _ in others]
         unlike = [
             (name, dim)
-            for name in first
-            if name in second
-            for dim, (a, b) in enumerate(zip(first[name], second[name], strict=True))
-            if not pairing.fits(_outline(a), _outline(b))
+            for second, pairing in zip(others, pairings, strict=True)
+            for name, layouts in second.items()
+            for dim, layout in enumerate(layouts)
+            if not pairing.fits(_outline(first[name][dim]), _outline(layout))
         ]
         if not unlike:
-            return pairing.forward
+            return [pairing.partners for pairing in pairings]
         for name, dim in unlike:
             reason = reason_for(name, dim)
-            fix(first[name][dim], reason)
-            fix(second[name][dim], reason)
+            for layouts_by_name in (first, *others):
+                if name in layouts_by_name:
+                    fix(layouts_by_name[name][dim], reason)
 
 
 _Outline: TypeAlias = "Axis | int | tuple[str, tuple[_Outline, ...]]"
@@ -158,13 +184,13 @@ class _Pairing:
     """Which free axis of one analysis is which of another: one to one."""
 
     def __init__(self) -> None:
-        self.forward: dict[Axis, Axis] = {}
-        self.backward: dict[Axis, Axis] = {}
+        self.partners: dict[Axis, Axis] = {}
+        self.originals: dict[Axis, Axis] = {}
 
     def fits(self, a: _Outline, b: _Outline) -> bool:
         """Say whether two layouts are the same once their axes are paired, and pair these."""
         if isinstance(a, Axis) and isinstance(b, Axis):
-            paired = self.forward.setdefault(a, b) is b and self.backward.setdefault(b, a) is a
+            paired = self.partners.setdefault(a, b) is b and self.originals.setdefault(b, a) is a
             return paired and a.size == b.size
         if isinstance(a, tuple) and isinstance(b, tuple):
             same_form = a[0] == b[0] and len(a[1]) == len(b[1])

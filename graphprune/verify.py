@@ -54,11 +54,18 @@ class Verification:
     Attributes:
         difference: largest absolute difference of an output, over the largest absolute value in it.
         outputs: number of output tensors compared.
+        inputs: what both were run on: the example inputs, and those of other sizes that the model takes.
 
     """
 
     difference: float
     outputs: int
+    inputs: tuple[Inputs, ...]
+
+    def joined(self, other: Verification) -> Verification:
+        """Return what both verifications of one slim model saw."""
+        difference = max(self.difference, other.difference)
+        return replace(self, difference=difference, inputs=(*self.inputs, *other.inputs))
 
 
 class Silencing(Interpretation):
@@ -209,7 +216,7 @@ def verify(
     worst = 0.0
     for (name, wanted), (_, given) in zip(expected, found, strict=True):
         worst = max(worst, _difference(name, wanted, given))
-    return Verification(worst, len(expected))
+    return Verification(worst, len(expected), (inputs,))
 
 
 def check_runs(

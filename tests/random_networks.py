@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from tests.models import randomise
 from tests.random_blocks import Block, divisor
 from tests.random_images import IMAGE, IMAGE_HEADS
+from tests.random_tables import (
+    masked_scores,
+    positions_of_an_image,
+    table,
+    table_of_the_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -298,18 +304,23 @@ def of_the_last(width: int, detail: int) -> Block:
 VECTOR: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (linear, gated, regrouped, summed, joined, layer_norm, batch_normed, tied, head_norms,
-              experts, each_group, outer, parameters, unit_length, swapped)
+              experts, each_group, outer, parameters, unit_length, swapped, table_of_the_batch)
 }  # fmt: skip
 SEQUENCE: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (linear, gated, attention, fused_attention, multihead, layer_norm, convolved, recurrent,
               channel_mixed, regrouped, summed, joined, directions, tied, head_norms,
-              paired_rotation, context, time_mixed, experts, each_group, parameters, swapped)
+              paired_rotation, context, time_mixed, experts, each_group, parameters, swapped, table,
+              masked_scores)
 }  # fmt: skip
 SEQUENCE_HEADS = (of_each, of_the_mean, of_the_last, two_outputs)
 VECTOR_HEADS = (of_each, of_each, two_outputs)
 KINDS = {
-    "image": (lambda width: nn.Conv2d(3, width, 3, padding=1), IMAGE, IMAGE_HEADS),
+    "image": (
+        lambda width: nn.Conv2d(3, width, 3, padding=1),
+        IMAGE | {"positions_of_an_image": positions_of_an_image},
+        IMAGE_HEADS,
+    ),
     "sequence": (lambda width: nn.Embedding(11, width), SEQUENCE, SEQUENCE_HEADS),
     "features": (lambda width: nn.Linear(6, width), SEQUENCE, SEQUENCE_HEADS),
     "vector": (lambda width: nn.Linear(6, width), VECTOR, VECTOR_HEADS),
