@@ -247,13 +247,14 @@ def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
 
 def _warn_of_sizes(job: Job, graph_module: fx.GraphModule, others: Sequence[OtherRun]) -> None:
     """Warn where a graph, before the cut, is not what the model is at other sizes of the inputs."""
-    for other in others:
-        difference = difference_on(job.module, graph_module, other.inputs)
+    differences = ((o.inputs, difference_on(job.module, graph_module, o.inputs)) for o in others)
+    for inputs, difference in differences:
         if difference:
             warn(
-                f"the graph form fits inputs like the example's, {job.inputs}: on {other.inputs}, which "
-                f"the model takes, {difference}; pass example_inputs of the sizes that you need"
+                f"the graph form fits inputs like the example's, {job.inputs}: on {inputs}, which the model "
+                f"takes, {difference}; pass example_inputs of the sizes that you need"
             )
+            return
 
 
 def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:

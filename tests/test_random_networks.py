@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ def check(network: Network, ratio: float, renormalised: bool, align: int | str) 
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model[0].train()  # a flag that has no effect on these layers, to see that it stays
     flags = {name: module.training for name, module in model.named_modules()}
-    result = gp.slimmed(
-        model, ratio, x, importance="random", renormalised=renormalised, align=align, seed=1
-    )  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", gp.GraphPruneWarning)
+        result = gp.slimmed(
+            model, ratio, x, importance="random", renormalised=renormalised, align=align, seed=1
+        )  # type: ignore[arg-type]
     assert result.verification is not None
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -56,7 +59,8 @@ def check(network: Network, ratio: float, renormalised: bool, align: int | str) 
         assert torch.allclose(
             two, three[:2], rtol=1e-3, atol=1e-3 * float(two.detach().abs().max())
         )
-    if not renormalised:
+    fits_one_size = any("fits inputs like the example's" in str(w.message) for w in heard)
+    if not renormalised and not fits_one_size:
         for size in OTHER_SIZES[network.kind]:
             check_at(resized(x, size), model, result)
     return result
