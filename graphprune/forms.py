@@ -251,8 +251,8 @@ def _warn_of_sizes(job: Job, graph_module: fx.GraphModule, others: Sequence[Othe
     for inputs, difference in differences:
         if difference:
             warn(
-                f"the graph form fits inputs like the example's, {job.inputs}: on {inputs}, which the model "
-                f"takes, {difference}; pass example_inputs of the sizes that you need"
+                f"the graph form fits inputs like the example's, {job.inputs}: on {inputs}, which the "
+                f"model takes, {difference}; pass example_inputs of the sizes that you need"
             )
             return
 
