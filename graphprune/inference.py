@@ -19,7 +19,9 @@ from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Reason, fix, flattened, size_of
+from graphprune.precision import Precision
 from graphprune.rules import (
+    Ask,
     Call,
     Layouts,
     Rule,
@@ -28,7 +30,7 @@ from graphprune.rules import (
     pointwise,
     tensors_in,
 )
-from graphprune.state import copy_with, double_copy, double_of, named_tensors
+from graphprune.state import copy_with, named_tensors
 from graphprune.switches import hushed
 
 UNKNOWN = "an operator without a rule"
@@ -41,11 +43,13 @@ class Value:
     Attributes:
         layouts: one layout a dimension.
         source: the name of a parameter, buffer, attribute or input, or the number of a step.
+        asks: what is to be done once something reads it.
 
     """
 
     layouts: Layouts
     source: str | int
+    asks: list[Ask] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Inference:
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
+        in_double: whether it ran in float64; in its own types if it does not run so.
 
     """
 
@@ -102,14 +107,15 @@ class Inference:
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     with_data: bool = False
+    in_double: bool = True
 
 
 class LayoutInference(Interpretation):
     """Gives every tensor its layouts by the rule of the operator that makes it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = Inference()
+    def __init__(self, precision: Precision | None = None) -> None:
+        super().__init__(precision)
+        self.found = Inference(in_double=self.precision.double)
         self.values: Any = WeakTensorKeyDictionary()
         self.in_training = False
 
@@ -127,6 +133,13 @@ class LayoutInference(Interpretation):
             value = self.declare(tensor, [Axis(size, why) for size in tensor.shape], "constant")
         return value  # type: ignore[no-any-return]
 
+    def read(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor that something reads, once that is taken into account."""
+        value = self.value_of(tensor)
+        while value.asks:
+            value.asks.pop()()
+        return value
+
     def layouts_of(self, tensor: Tensor) -> Layouts:
         """Return the layouts of a tensor."""
         return self.value_of(tensor).layouts
@@ -135,7 +148,7 @@ class LayoutInference(Interpretation):
         """Run the operator, apply its rule and record both."""
         arguments = bind_arguments(func, args, kwargs)
         operands = list(tensors_in(arguments.values()))
-        inputs = [self.value_of(tensor) for tensor in operands]
+        inputs = [self.read(tensor) for tensor in operands]
         strides = operands[0].stride() if operands else ()
         result = self.run(func, args, kwargs)
         outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
@@ -153,6 +166,8 @@ class LayoutInference(Interpretation):
                 self.declare(tensor, list(map(flattened, dims)), len(self.found.steps))
                 for tensor, dims in zip(outputs, layouts, strict=True)
             ]
+            for index, asks in call.asks.items():
+                values[index].asks.extend(asks)
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
@@ -169,7 +184,7 @@ class LayoutInference(Interpretation):
         self.found.unknown.append(place)
         for leaf in pytree.tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
-                for layout in self.layouts_of(leaf):
+                for layout in self.read(leaf).layouts:
                     fix(layout, Reason(UNKNOWN, place.operator, place.module, place.source))
         return result
 
@@ -202,6 +217,10 @@ class LayoutInference(Interpretation):
             return before
         return self.declare(tensor, before.layouts, len(self.found.steps))
 
+    def read_by_code(self, tensor: Tensor) -> None:
+        """Take into account that the model's code looks at the values of a tensor."""
+        self.read(tensor)
+
     def after_node(self, node: fx.Node, result: Any) -> None:
         """Keep the layouts of what a graph node gave."""
         self.found.nodes[node.name] = pytree.tree_map_only(Tensor, self.layouts_of, result)
@@ -231,44 +250,48 @@ def infer(model: nn.Module, inputs: Inputs, *, with_data: bool = False) -> Infer
         CaptureError: the model does not run on the inputs.
 
     """
-    if with_data:
-        return _infer_with_data(model, inputs)
-    try:
-        with without_data(model, inputs) as (stand_in, its_inputs):
-            return _infer(stand_in, its_inputs)
-    except CaptureError:
-        raise
-    except Exception as failure:
-        if any(tensor.is_meta for tensor in named_tensors(model).values()):
-            raise not_runnable(model, inputs, failure) from failure
-    return _infer_with_data(model, inputs)
+    for precision in (Precision(), Precision(double=False)):
+        try:
+            return _infer_in(precision, model, inputs, with_data)
+        except CaptureError:
+            raise
+        except Exception as error:
+            failure = error
+    raise not_runnable(model, inputs, failure) from failure
 
 
-def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
-    real_model = copy_with(model, lambda _, tensor: double_copy(tensor))
-    try:
-        found = _infer(real_model, inputs.map(double_copy))
-    except CaptureError:
-        raise
-    except Exception as failure:
-        raise not_runnable(model, inputs, failure) from failure
+def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
+    """Infer in one precision: without data where that is allowed and works."""
+    if not with_data:
+        try:
+            with without_data(model, inputs, precision) as (stand_in, its_inputs):
+                return _infer(stand_in, its_inputs, precision)
+        except CaptureError:
+            raise
+        except Exception:
+            if any(tensor.is_meta for tensor in named_tensors(model).values()):
+                raise
+    real_model = copy_with(model, lambda _, tensor: precision.copy(tensor))
+    found = _infer(real_model, inputs.map(precision.copy), precision)
     found.with_data = True
     return found
 
 
 @contextmanager
-def without_data(model: nn.Module, inputs: Inputs) -> Iterator[tuple[nn.Module, Inputs]]:
-    """Give a copy of the model and of its inputs, of the same shapes in float64, that hold no data."""
+def without_data(
+    model: nn.Module, inputs: Inputs, precision: Precision
+) -> Iterator[tuple[nn.Module, Inputs]]:
+    """Give a copy of the model and of its inputs, of the same shapes, that hold no data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake))
-    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake))
+    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake, precision))
+    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake, precision))
     with fake, hushed():
         yield stand_in, its_inputs
 
 
-def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+def _stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -> Tensor:
     """Return a tensor of the same shape on the CPU that holds no data, a parameter for a parameter."""
-    dtype = double_of(tensor.dtype)
+    dtype = precision.type_of(tensor.dtype)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     if strides is None:
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -288,8 +311,8 @@ def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> Captur
     )
 
 
-def _infer(model: nn.Module, inputs: Inputs) -> Inference:
-    mode = LayoutInference()
+def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
+    mode = LayoutInference(precision)
     found = mode.found
     holders: dict[int, str] = {}
     for name, tensor in named_tensors(model).items():
@@ -323,7 +346,7 @@ def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
             "tuples, lists, dicts or dataclasses of them"
         )
     for name, tensor in outputs:
-        value = mode.value_of(tensor)
+        value = mode.read(tensor)
         mode.found.outputs[name] = value.layouts
         mode.found.output_sources[name] = value.source
         maker = (
@@ -342,7 +365,7 @@ def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) ->
         if now is None or name in read or now.source == name or name not in parameters:
             continue
         if list(map(size_of, now.layouts)) == list(map(size_of, parameters[name])):
-            parameters[name] = now.layouts
+            parameters[name] = mode.read(tensor).layouts
             followed.add(name)
     return followed
 

@@ -32,6 +32,7 @@ LAYERS = [
     "shards",
     "caches",
     "kernels",
+    "precision",
     "interpretation",
     "inference",
     "capture",
