@@ -56,13 +56,19 @@ def check_not_quantised(model: nn.Module) -> None:
         InvalidRequestError: some are.
 
     """
-    names = [name or "the model" for name, module in model.named_modules() if _is_packed(module)]
-    names += [name for name, tensor in model.named_parameters() if _is_wrapped(tensor)]
+    packed = [_owner(name) for name, module in model.named_modules() if _is_packed(module)]
+    wrapped = [name for name, tensor in model.named_parameters() if _is_wrapped(tensor)]
+    names = list(dict.fromkeys([*packed, *wrapped]))
     if names:
         raise InvalidRequestError(
             f"{listed(names)} {'hold' if len(names) > 1 else 'holds'} quantised weights, whose channels "
             "cannot be cut; slim the model first and quantise the slim one"
         )
+
+
+def _owner(name: str) -> str:
+    """Return the path of the module that a private part of one belongs to."""
+    return f".{name}".partition("._")[0].removeprefix(".") or "the model"
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from graphprune.block_sparse.recurrent import OPERATOR
+from tests.deformable import deformable_convolution
 from tests.models import import_transformers
 
 aten = torch.ops.aten
@@ -46,15 +47,6 @@ CANNOT_RUN = {
     "aten::_scaled_dot_product_attention_math_for_mps": "an MPS kernel",
     "aten::cudnn_batch_norm": "a cuDNN kernel",
 }
-
-# Libraries that need not be installed, by the namespace of their operators, and what kept each from
-# being imported, if anything; then its operators have no case, and the tests that say so are skipped.
-OPTIONAL = {"torchvision": ""}
-for library in OPTIONAL:
-    try:
-        importlib.import_module(library)
-    except Exception as failure:
-        OPTIONAL[library] = f"{type(failure).__name__}: {failure}"
 
 
 def exact(func: OpOverload, *args: Any, **kwargs: Any) -> None:
@@ -572,7 +564,8 @@ for observe, unread in (
     for on in (0, 1):
         switches = torch.tensor([on]), _ON
         held = x(6).float() - 3, x(6).float() + 3, _STEPS.clone(), _ZEROS.clone()
-        exact(observe, x(6, 4).float(), *switches, *held, 0.1, -128, 127, 0, True, True)
+        operands = (x(6, 4).float(), *switches, *held, 1.0, -128, 127, 0, True, True)
+        CASES.append(Case(observe, operands, {}, "exact", unread))
         held = torch.tensor(-1.0), torch.tensor(1.0), torch.tensor([0.1]), _ZEROS[:1].clone()
         operands = (x(4, 6).float(), *switches, *held, 1.0, 0, 127, 0, False)
         CASES.append(Case(observe, operands, {}, "exact", unread))
@@ -583,20 +576,12 @@ def deformed(groups: int, offset_groups: int, *, masked: bool = True) -> None:
     offset, mask = x(2, offset_groups * 12, 4, 4), positive(2, offset_groups * 6, 4, 4)
     tensors = x(2, 12, 6, 5), x(8, 12 // groups, 3, 2), offset, mask if masked else x(2, 1), x(8)
     settings = (1, 1, 0, 0, 1, 1, groups, offset_groups, masked)
-    exact(torch.ops.torchvision.deform_conv2d.default, *tensors, *settings)
+    exact(deformable_convolution(), *tensors, *settings)
 
 
-if not OPTIONAL["torchvision"]:
-    deformed(1, 1)
-    deformed(1, 1, masked=False)
-    deformed(4, 1)
-    deformed(1, 3)
-    deformed(2, 4)
-    deformed(4, 2)
-    deformed(4, 3)
-    boxes = torch.tensor([[0.0, 0, 0, 4, 4], [1, 1, 1, 5, 4]]).double()
-    exact(torch.ops.torchvision.roi_align.default, x(2, 4, 6, 6), boxes, 1.0, 2, 2, 2, False)
-    exact(torch.ops.torchvision.roi_pool.default, x(2, 4, 6, 6), boxes, 1.0, 2, 2)
+for groups, offset_groups in ((1, 1), (4, 1), (1, 3), (2, 4), (4, 2), (4, 3)):
+    deformed(groups, offset_groups)
+deformed(1, 1, masked=False)
 
 # Chance.
 for draw in (aten.uniform.default, aten.exponential.default, aten.random.default):

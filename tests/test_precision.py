@@ -26,6 +26,7 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture
 def only() -> Iterator[Callable[[torch.dtype], Any]]:
     """Give an operator that doubles tensors of one type and refuses all others."""
+    operators = []
     with torch.library._scoped_library("precision", "FRAGMENT") as library:
 
         def made(dtype: torch.dtype) -> Any:
@@ -40,10 +41,12 @@ def only() -> Iterator[Callable[[torch.dtype], Any]]:
             library.impl(name, twice, "CPU")
             library.impl(name, torch.empty_like, "Meta")
             operator = getattr(torch.ops.precision, name)
-            gp.pattern("*a -> *a", operator.default)
+            gp.pattern("*a -> *a", operator)
+            operators.append(operator)
             return operator
 
         yield made
+    gp.rules.unregister(*operators)
 
 
 class Through(nn.Module):
@@ -128,7 +131,7 @@ def test_what_an_operator_writes_to_its_arguments_is_written_though_it_ran_on_co
 
         library.define("count(Tensor x, Tensor(a!) seen) -> Tensor")
         library.impl("count", count, "CPU")
-        gp.pattern("*a c, c -> *a c", torch.ops.precision.count.default)
+        gp.pattern("*a c, c -> *a c", torch.ops.precision.count)
 
         class Counting(Through):
             def __init__(self) -> None:
@@ -140,6 +143,7 @@ def test_what_an_operator_writes_to_its_arguments_is_written_though_it_ran_on_co
                 return self.b(counted * self.seen)  # type: ignore[no-any-return]
 
         result = quietly(Counting().eval(), torch.randn(2, 6))
+        gp.rules.unregister(torch.ops.precision.count)
     assert result.model.seen.shape == (8,)
 
 
@@ -236,3 +240,50 @@ def test_the_numbers_of_a_maximum_are_read_where_code_looks_at_them() -> None:
 
     with pytest.warns(gp.GraphPruneWarning, match="no channels of this model can be removed"):
         gp.slim(Through(stated).eval(), 0.5, torch.randn(2, 6), renormalised=True)
+
+
+def test_weights_that_torchao_quantised_are_refused_by_name() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(gp.InvalidRequestError, match=r"0\.weight, 2\.weight hold quantised"):
+        gp.slim(model, 0.5, torch.randn(2, 64))
+
+
+def test_a_recurrent_layer_of_packed_weights_is_refused_by_its_own_name() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization", reason="torch has it no more")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = quantization.quantize_dynamic(nn.ModuleDict({"gates": nn.LSTM(4, 8)}), {nn.LSTM})
+    with pytest.raises(gp.InvalidRequestError, match=r"^gates holds quantised weights"):
+        gp.slim(model, 0.5, torch.randn(2, 3, 4))
+
+
+# ----------------------------------------------------------------------- infinities and not-a-numbers
+
+NUMBERS = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])
+
+
+@pytest.mark.parametrize("other", [7.0, torch.inf, torch.finfo(torch.float64).max])
+@pytest.mark.parametrize("at", range(4))
+def test_what_is_no_finite_number_has_to_stand_at_the_same_places(at: int, other: float) -> None:
+    from graphprune.verify import _difference
+
+    assert _difference("x", NUMBERS.double(), NUMBERS.double(), 1e-7) == 0
+    changed = NUMBERS.double()
+    if float(changed[at]) == other:
+        other = -other
+    changed[at] = other
+    with pytest.raises(gp.VerificationError, match="x of the slim model"):
+        _difference("x", NUMBERS.double(), changed, 1e-7)
+
+
+def test_outputs_that_are_masked_by_infinities_are_compared_where_they_are_finite() -> None:
+    class Masked(Through):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    result = gp.slimmed(Masked(torch.relu).eval(), 0.5, torch.randn(2, 6), align=1)
+    assert result.verification is not None
+    assert result.verification.difference < 1e-7

@@ -46,7 +46,7 @@ from graphprune.rules import (
     rule_for,
     tensors_in,
 )
-from tests.rule_cases import CANNOT_RUN, CASES, OPTIONAL, Case, bits, whole, x
+from tests.rule_cases import CANNOT_RUN, CASES, Case, bits, whole, x
 
 aten = torch.ops.aten
 
@@ -282,22 +282,9 @@ def test_the_rule_of_an_operator_agrees_with_it(case: Case) -> None:
 
 def test_every_rule_has_a_case() -> None:
     called = {case.func for case in CASES} | {case.func._schema.name for case in CASES}
-    missing = [
-        str(op)
-        for op in registered()
-        if op not in called and op not in CANNOT_RUN and str(op).split("::")[0] not in OPTIONAL
-    ]
+    missing = [str(op) for op in registered() if op not in called and op not in CANNOT_RUN]
     assert not missing, f"rules without a case in rule_cases.py: {', '.join(missing)}"
     assert set(CANNOT_RUN) <= set(registered()) - called
-
-
-@pytest.mark.parametrize("library", OPTIONAL)
-def test_every_rule_for_a_library_that_is_installed_has_a_case(library: str) -> None:
-    operators = {str(op) for op in registered() if str(op).startswith(f"{library}::")}
-    assert operators
-    if OPTIONAL[library]:
-        pytest.skip(f"{', '.join(sorted(operators))}: {OPTIONAL[library]}")
-    assert operators <= {case.func._schema.name for case in CASES}
 
 
 @pytest.mark.parametrize(

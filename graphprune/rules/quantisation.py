@@ -37,7 +37,8 @@ def observed(call: Call) -> Sequence[Layouts]:
     """Round with a scale that follows the range of the values, channel by channel or for the tensor.
 
     A range always holds zero, so silenced slots do not widen it. They may count in the moving average
-    where all other values are above zero, or all below, so it is compared on the kept slots.
+    where all other values are above zero, or all below; for a whole tensor, which may be of activations,
+    it is therefore compared on the kept slots.
     """
     held = ["running_min", "running_max", "scale", "zero_point"]
     if call["per_row_fake_quant"]:

@@ -7,11 +7,7 @@ from math import prod
 
 from graphprune.layout import Axis, Product, size_of
 from graphprune.rules.contraction import CONVOLUTION
-from graphprune.rules.pattern import pattern
 from graphprune.rules.registry import Call, Layouts, rule
-
-pattern("0 c *s, n 0 -> n c *t", "torchvision::roi_align")
-pattern("0 c *s, n 0 -> n c *t, n c *t", "torchvision::roi_pool")
 
 
 @rule("torchvision::deform_conv2d")
