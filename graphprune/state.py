@@ -74,7 +74,8 @@ def _owner(name: str) -> str:
 def _is_packed(module: nn.Module) -> bool:
     """Say whether a module holds weights as an object of torch's quantised operators."""
     objects = (value for value in vars(module).values() if isinstance(value, torch.ScriptObject))
-    return any(".classes.quantized." in value._type().qualified_name() for value in objects)
+    names = (value._type().qualified_name() for value in objects)
+    return any(".classes.quantized." in name or ".classes.rnn." in name for name in names)
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
