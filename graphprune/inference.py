@@ -156,24 +156,33 @@ class LayoutInference(Interpretation):
             return result
         call = Call(func, arguments, self.layouts_of, outputs, self.place(func), strides)
         layouts = self._apply(rule, call)
-        if torch.Tag.inplace_view in func.tags:
-            values = [self.declare(operands[0], layouts[0], len(self.found.steps))]
-        elif is_in_place(func):
-            self._write_back(call, operands[0], layouts)
-            values = [self._written(operands[0], inputs[0])]
-        else:
-            values = [
-                self.declare(tensor, list(map(flattened, dims)), len(self.found.steps))
-                for tensor, dims in zip(outputs, layouts, strict=True)
-            ]
-            for index, asks in call.asks.items():
-                values[index].asks.extend(asks)
+        values = self._results(call, layouts, inputs)
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
             Step(func, call.reason, inputs, values, recorded, call.renormalises, node)
         )
         return result
+
+    def _results(self, call: Call, layouts: list[Layouts], before: Sequence[Value]) -> list[Value]:
+        """Return what is known of the tensors that a call made, or of the one that it wrote over."""
+        number = len(self.found.steps)
+        changes_view = torch.Tag.inplace_view in call.func.tags
+        if not (changes_view or is_in_place(call.func)):
+            values = [
+                self.declare(tensor, list(map(flattened, dims)), number)
+                for tensor, dims in zip(call.outputs, layouts, strict=True)
+            ]
+            for index, asks in call.asks.items():
+                values[index].asks.extend(asks)
+            return values
+        for asks in call.asks.values():
+            for ask in asks:  # what is written over may be the model's own, which is read elsewhere
+                ask()
+        if changes_view:
+            return [self.declare(call.tensors[0], layouts[0], number)]
+        self._write_back(call, call.tensors[0], layouts)
+        return [self._written(call.tensors[0], before[0])]
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
