@@ -324,8 +324,8 @@ def silenced_outputs(
     constants: Mapping[str, float],
     precision: Precision | None = None,
 ) -> list[tuple[str, Tensor]]:
-    """Return the outputs of the original with the removed slots silenced, by default in float64."""
-    precision = precision or Precision()
+    """Return the outputs of the original with the removed slots silenced, by default as it was inferred."""
+    precision = precision or Precision(inference.in_double)
     reference = silenced_copy(model, inference, masks, constants, precision).eval()
     mode = Silencing(reference, inference, masks, precision)
     try:
@@ -345,17 +345,18 @@ def silenced_copy(
     constants: Mapping[str, float],
     precision: Precision | None = None,
 ) -> nn.Module:
-    """Return a copy of the model, by default in float64, with the removed entries of its tensors at zero.
+    """Return a copy of the model with the removed entries of its tensors at zero.
 
     Args:
         model: the original.
         inference: the layouts of its tensors.
         masks: which slots of each cut axis stay.
         constants: by name, a number to fill a parameter with.
-        precision: in which types it holds them.
+        precision: in which types it holds them; by default in those that were inferred in.
 
     """
-    copied = partial(_filled_copy, constants=constants, precision=precision or Precision())
+    precision = precision or Precision(inference.in_double)
+    copied = partial(_filled_copy, constants=constants, precision=precision)
     return without(model, inference, masks, copied)
 
 

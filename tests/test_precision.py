@@ -95,6 +95,16 @@ def test_a_model_whose_code_refuses_float64_runs_in_its_own_type() -> None:
     assert result.model.a.out_features == 8
 
 
+def test_a_model_in_its_own_type_may_take_ways_that_depend_on_values() -> None:
+    def chosen(x: Tensor) -> Tensor:
+        return checked_by_code(x) if x.sum() > 1e4 else checked_by_code(x).exp()
+
+    result = quietly(Through(chosen).eval(), torch.randn(2, 6))
+    assert result.graph.inference.with_data
+    assert result.verification is not None
+    assert result.model.a.out_features == 8
+
+
 def test_what_runs_in_float64_is_compared_in_float64() -> None:
     result = gp.slimmed(Through(torch.relu).eval(), 0.5, torch.randn(2, 6), align=1)
     assert result.verification is not None
