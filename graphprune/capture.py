@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphprune.caches import without_caches
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.state import copy_with, named_tensors, working_copy
+from graphprune.state import check_not_quantised, copy_with, named_tensors, working_copy
 from graphprune.switches import hushed, plain_kernels, same_chance
 from graphprune.wrappers import unwrapped
 
@@ -66,6 +66,7 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
                 f"{name or 'the model'} is a TorchScript module, which has no Python code to trace; "
                 "pass the nn.Module that it was made from"
             )
+    check_not_quantised(model)
     if not named_tensors(model):
         raise InvalidRequestError(
             f"{type(model).__name__} holds no parameters, so there is nothing to cut"

@@ -32,7 +32,9 @@ from graphprune.layout import (
     size_of,
 )
 from graphprune.other_sizes import all_lengths_vary, other_inputs, reconcile
+from graphprune.precision import Precision
 from graphprune.rules import (
+    Ask,
     Call,
     Layouts,
     Rule,
@@ -41,7 +43,7 @@ from graphprune.rules import (
     pointwise,
     tensors_in,
 )
-from graphprune.state import copy_with, double_copy, double_of, named_tensors
+from graphprune.state import copy_with, named_tensors
 from graphprune.switches import hushed
 
 aten = torch.ops.aten
@@ -56,11 +58,13 @@ class Value:
     Attributes:
         layouts: one layout a dimension.
         source: the name of a parameter, buffer, attribute or input, or the number of a step.
+        asks: what is to be done once something reads it.
 
     """
 
     layouts: Layouts
     source: str | int
+    asks: list[Ask] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass
@@ -104,6 +108,7 @@ class Inference:
         unused: names of parameters that the run never read.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
         others: what runs at other sizes of the inputs found, where these were needed and possible.
+        in_double: whether it ran in float64; in its own types if it does not run so.
 
     """
 
@@ -118,6 +123,7 @@ class Inference:
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     with_data: bool = False
+    in_double: bool = True
     others: list[OtherRun] = field(default_factory=list)
 
 
@@ -141,9 +147,9 @@ class OtherRun:
 class LayoutInference(Interpretation):
     """Gives every tensor its layouts by the rule of the operator that makes it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = Inference()
+    def __init__(self, precision: Precision | None = None) -> None:
+        super().__init__(precision)
+        self.found = Inference(in_double=self.precision.double)
         self.values: Any = WeakTensorKeyDictionary()
         self.in_training = False
 
@@ -161,6 +167,13 @@ class LayoutInference(Interpretation):
             value = self.declare(tensor, [Axis(size, why) for size in tensor.shape], "constant")
         return value  # type: ignore[no-any-return]
 
+    def read(self, tensor: Tensor) -> Value:
+        """Return what is known of a tensor that something reads, once that is taken into account."""
+        value = self.value_of(tensor)
+        while value.asks:
+            value.asks.pop()()
+        return value
+
     def layouts_of(self, tensor: Tensor) -> Layouts:
         """Return the layouts of a tensor."""
         return self.value_of(tensor).layouts
@@ -169,7 +182,7 @@ class LayoutInference(Interpretation):
         """Run the operator, apply its rule and record both."""
         arguments = bind_arguments(func, args, kwargs)
         operands = list(tensors_in(arguments.values()))
-        inputs = [self.value_of(tensor) for tensor in operands]
+        inputs = [self.read(tensor) for tensor in operands]
         strides = operands[0].stride() if operands else ()
         result = self.run(func, args, kwargs)
         outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
@@ -177,22 +190,33 @@ class LayoutInference(Interpretation):
             return result
         call = Call(func, arguments, self.layouts_of, outputs, self.place(func), strides)
         layouts = self._apply(rule, call)
-        if torch.Tag.inplace_view in func.tags:
-            values = [self.declare(operands[0], layouts[0], len(self.found.steps))]
-        elif is_in_place(func):
-            self._write_back(call, operands[0], layouts)
-            values = [self._written(operands[0], inputs[0])]
-        else:
-            values = [
-                self.declare(tensor, list(map(flattened, dims)), len(self.found.steps))
-                for tensor, dims in zip(outputs, layouts, strict=True)
-            ]
+        values = self._results(call, layouts, inputs)
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
             Step(func, call.reason, inputs, values, recorded, call.renormalises, node)
         )
         return result
+
+    def _results(self, call: Call, layouts: list[Layouts], before: Sequence[Value]) -> list[Value]:
+        """Return what is known of the tensors that a call made, or of the one that it wrote over."""
+        number = len(self.found.steps)
+        changes_view = torch.Tag.inplace_view in call.func.tags
+        if not (changes_view or is_in_place(call.func)):
+            values = [
+                self.declare(tensor, list(map(flattened, dims)), number)
+                for tensor, dims in zip(call.outputs, layouts, strict=True)
+            ]
+            for index, asks in call.asks.items():
+                values[index].asks.extend(asks)
+            return values
+        for asks in call.asks.values():
+            for ask in asks:  # what is written over may be the model's own, which is read elsewhere
+                ask()
+        if changes_view:
+            return [self.declare(call.tensors[0], layouts[0], number)]
+        self._write_back(call, call.tensors[0], layouts)
+        return [self._written(call.tensors[0], before[0])]
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
@@ -203,7 +227,7 @@ class LayoutInference(Interpretation):
         self.found.unknown.append(place)
         for leaf in pytree.tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
-                for layout in self.layouts_of(leaf):
+                for layout in self.read(leaf).layouts:
                     fix(layout, Reason(UNKNOWN, place.operator, place.module, place.source))
         return result
 
@@ -235,6 +259,10 @@ class LayoutInference(Interpretation):
         if isinstance(before.source, str):
             return before
         return self.declare(tensor, before.layouts, len(self.found.steps))
+
+    def read_by_code(self, tensor: Tensor) -> None:
+        """Take into account that the model's code looks at the values of a tensor."""
+        self.read(tensor)
 
     def after_node(self, node: fx.Node, result: Any) -> None:
         """Keep the layouts of what a graph node gave."""
@@ -276,48 +304,46 @@ def infer(
 
 
 def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
-    if with_data:
-        return _infer_with_data(model, inputs)
-    try:
-        return _infer_without_data(model, inputs)
-    except CaptureError:
-        raise
-    except Exception as failure:
-        if any(tensor.is_meta for tensor in named_tensors(model).values()):
-            raise not_runnable(model, inputs, failure) from failure
-    return _infer_with_data(model, inputs)
+    """Infer in float64, else in the model's own types; without data where that is allowed and works."""
+    only_shapes = any(tensor.is_meta for tensor in named_tensors(model).values())
+    ways = [True] if with_data else [False] if only_shapes else [False, True]
+    for precision in (Precision(), Precision(double=False)):
+        for on_data in ways:
+            try:
+                return _infer_in(precision, model, inputs, on_data)
+            except CaptureError:
+                raise
+            except Exception as error:
+                failure = error
+    raise not_runnable(model, inputs, failure) from failure
 
 
-def _infer_without_data(model: nn.Module, inputs: Inputs) -> Inference:
-    with without_data(model, inputs) as (stand_in, its_inputs):
-        return _infer(stand_in, its_inputs)
-
-
-def _infer_with_data(model: nn.Module, inputs: Inputs) -> Inference:
-    real_model = copy_with(model, lambda _, tensor: double_copy(tensor))
-    try:
-        found = _infer(real_model, inputs.map(double_copy))
-    except CaptureError:
-        raise
-    except Exception as failure:
-        raise not_runnable(model, inputs, failure) from failure
+def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
+    """Infer in one precision, on the model's real tensors or on tensors without data."""
+    if not with_data:
+        with without_data(model, inputs, precision) as (stand_in, its_inputs):
+            return _infer(stand_in, its_inputs, precision)
+    real_model = copy_with(model, lambda _, tensor: precision.copy(tensor))
+    found = _infer(real_model, inputs.map(precision.copy), precision)
     found.with_data = True
     return found
 
 
 @contextmanager
-def without_data(model: nn.Module, inputs: Inputs) -> Iterator[tuple[nn.Module, Inputs]]:
-    """Give a copy of the model and of its inputs, of the same shapes in float64, that hold no data."""
+def without_data(
+    model: nn.Module, inputs: Inputs, precision: Precision
+) -> Iterator[tuple[nn.Module, Inputs]]:
+    """Give a copy of the model and of its inputs, of the same shapes, that hold no data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake))
-    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake))
+    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake, precision))
+    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake, precision))
     with fake, hushed():
         yield stand_in, its_inputs
 
 
-def _stand_in(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+def _stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -> Tensor:
     """Return a tensor of the same shape on the CPU that holds no data, a parameter for a parameter."""
-    dtype = double_of(tensor.dtype)
+    dtype = precision.type_of(tensor.dtype)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     if strides is None:
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -337,8 +363,8 @@ def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> Captur
     )
 
 
-def _infer(model: nn.Module, inputs: Inputs) -> Inference:
-    mode = LayoutInference()
+def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
+    mode = LayoutInference(precision)
     found = mode.found
     holders: dict[int, str] = {}
     for name, tensor in named_tensors(model).items():
@@ -375,7 +401,7 @@ def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
             "tuples, lists, dicts or dataclasses of them"
         )
     for name, tensor in outputs:
-        value = mode.value_of(tensor)
+        value = mode.read(tensor)
         mode.found.outputs[name] = value.layouts
         mode.found.output_sources[name] = value.source
         maker = (
@@ -394,7 +420,7 @@ def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) ->
         if now is None or name in read or now.source == name or name not in parameters:
             continue
         if list(map(size_of, now.layouts)) == list(map(size_of, parameters[name])):
-            parameters[name] = now.layouts
+            parameters[name] = mode.read(tensor).layouts
             followed.add(name)
     return followed
 
@@ -492,7 +518,8 @@ def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[Othe
     """Analyse the model at other sizes, where it takes any, and fix what is not alike in all runs."""
     tied = _tied_to_parameters(found)
     candidates = other_inputs(inputs, tied)
-    runs = [_first_that_runs(model, some, found.with_data) for some in candidates]
+    precision = Precision(found.in_double)
+    runs = [_first_that_runs(precision, model, some, found.with_data) for some in candidates]
     others = [run for run in runs if run is not None]
     read = [
         {name: x for name, x in second.parameters.items() if name not in second.unused}
@@ -508,12 +535,11 @@ def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[Othe
 
 
 def _first_that_runs(
-    model: nn.Module, candidates: Sequence[Inputs], with_data: bool
+    precision: Precision, model: nn.Module, candidates: Sequence[Inputs], with_data: bool
 ) -> tuple[Inputs, Inference] | None:
-    run = _infer_with_data if with_data else _infer_without_data
     for candidate in candidates[:_SIZES_TRIED]:
         try:
-            return candidate, run(model, candidate)
+            return candidate, _infer_in(precision, model, candidate, with_data)
         except Exception:  # a model refuses sizes in whatever way it likes
             continue
     return None

@@ -1,4 +1,4 @@
-"""Running a model and seeing every ATen operator that it calls, in order and in double precision.
+"""Running a model and seeing every ATen operator that it calls, in order and in float64 where it can.
 
 Inference and verification are two interpretations of the same stream of operators: one gives each
 tensor its layouts, the other sets the removed slots of each tensor to zero.
@@ -25,25 +25,34 @@ from graphprune import kernels
 from graphprune.caches import without_caches
 from graphprune.inputs import Inputs
 from graphprune.layout import Reason
-from graphprune.rules import Rule, functional_twin, is_in_place, rule_for
+from graphprune.precision import Precision
+from graphprune.rules import Rule, functional_twin, is_in_place, rule_for, tensors_in
 from graphprune.rules.recurrent import overload_of
-from graphprune.state import as_double, double_of
 from graphprune.switches import plain_kernels, same_chance
 
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(f)) for f in (torch.__file__, __file__))
+# Folders of code that is not the user's; a folder beside one may begin with its name (torchvision).
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(file)), "") for file in (torch.__file__, __file__)
+)
+_GENERATED = (
+    "<eval_with_key>",
+    "<frozen ",
+)  # a notebook's cells may be called "<ipython-input-...>"
 
 
 class Interpretation(TorchDispatchMode):
     """A dispatch mode that hands each operator, with its rule, to `step`.
 
     An operator that has no rule but is defined by simpler ones is replaced by those. Whatever makes
-    a floating-point tensor makes it in float64, so that rounding never hides or feigns a difference.
+    a floating-point tensor makes it in float64, so that rounding never hides or feigns a difference;
+    an operator that cannot do so is run on rounded copies, which `precision` notes.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, precision: Precision | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.precision = precision or Precision()
         self.module_path: list[str] = []
         self.node: fx.Node | None = None
 
@@ -56,7 +65,7 @@ class Interpretation(TorchDispatchMode):
     ) -> Any:
         if isinstance(func, HigherOrderOperator):
             return self.higher_order(func, args, kwargs or {})
-        kwargs = _in_double(func, args, kwargs or {})
+        kwargs = self._with_held_type(func, args, kwargs or {})
         rule = rule_for(func)
         if rule is None:
             with self:
@@ -70,10 +79,48 @@ class Interpretation(TorchDispatchMode):
 
         Were they to lie as the kernel pleases, two runs could differ in where a reshape has to copy.
         """
-        result = kernels.run(func, args, kwargs)
+        result = self._run_as_it_can(func, args, kwargs)
         if is_in_place(func) or func.is_view:
             return result
-        return pytree.tree_map_only(Tensor, _normal, result)
+        if not self.precision.double or kernels.takes_doubles(args, kwargs):
+            for tensor in tensors_in(result if isinstance(result, (tuple, list)) else [result]):
+                self.precision.note(func, tensor.dtype)
+        return pytree.tree_map_only(Tensor, self._normal, result)
+
+    def _run_as_it_can(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call the operator; where it does not take float64, on copies in a type that it takes."""
+        try:
+            return kernels.run(func, args, kwargs)
+        except Exception:
+            if func.is_view or not kernels.takes_doubles(args, kwargs):
+                raise
+            for dtype in kernels.ROUNDED:
+                try:
+                    result = kernels.run_rounded(func, args, kwargs, dtype)
+                except Exception:
+                    continue
+                self.precision.note(func, dtype)
+                return result
+            raise
+
+    def _normal(self, tensor: Tensor) -> Tensor:
+        held = self.precision.held(tensor)
+        if held.layout is not torch.strided or held.is_contiguous():
+            return held
+        return held.contiguous()
+
+    def _with_held_type(
+        self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments by name, with the type asked for or needed by a number as it is held."""
+        dtype = kwargs.get("dtype")
+        if dtype is None and func is torch.ops.aten.full.default and self.precision.double:
+            number = args[1] if len(args) > 1 else kwargs["fill_value"]
+            dtype = torch.float64 if isinstance(number, float) else None
+        return kwargs if dtype is None else {**kwargs, "dtype": self.precision.type_of(dtype)}
+
+    def read_by_code(self, tensor: Tensor) -> None:
+        """See that the model's code looks at the values of a tensor."""
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
@@ -92,6 +139,10 @@ class Interpretation(TorchDispatchMode):
         return Reason("", name, path, _source_line())
 
 
+# Reads values without calling an operator.
+_READING = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
+
+
 class _BeforeDispatch(TorchFunctionMode):
     """Sees what is called before torch takes it apart.
 
@@ -108,29 +159,16 @@ class _BeforeDispatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         number = args[0] if args else kwargs.get("data")
-        if func is torch.tensor and isinstance(number, float) and kwargs.get("dtype") is None:
+        untyped = func is torch.tensor and kwargs.get("dtype") is None
+        if untyped and isinstance(number, float) and self.mode.precision.double:
             return func(*args, **{**kwargs, "dtype": torch.float64})
+        if func in _READING:
+            self.mode.read_by_code(args[0])
         whole = overload_of(func, args)
         if whole is None:
             return func(*args, **kwargs)
         with _disable_current_modes():
             return self.mode.step(whole, rule_for(whole), args, kwargs)
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    double = as_double(tensor)
-    if double.layout is not torch.strided or double.is_contiguous():
-        return double
-    return double.contiguous()
-
-
-def _in_double(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments by name with the type that is asked for, or that a number needs, doubled."""
-    dtype = kwargs.get("dtype")
-    if dtype is None and func is torch.ops.aten.full.default:
-        number = args[1] if len(args) > 1 else kwargs["fill_value"]
-        dtype = torch.float64 if isinstance(number, float) else None
-    return kwargs if dtype is None else {**kwargs, "dtype": double_of(dtype)}
 
 
 def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -150,7 +188,7 @@ def _source_line() -> str:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+        if not name.startswith(_LIBRARIES + _GENERATED):
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
-from graphprune.rules import bind_arguments
+from graphprune.rules import bind_arguments, tensors_in
 from graphprune.rules.recurrent import GATES
 
 aten = torch.ops.aten
@@ -30,6 +31,42 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if kernel is None:
         return func(*args, **kwargs)
     return kernel(func, bind_arguments(func, args, kwargs))
+
+
+# Tried in turn for an operator that has no float64 kernel.
+ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes_doubles(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether float64 tensors are among the arguments."""
+    return any(tensor.dtype == torch.float64 for tensor in tensors_in((*args, *kwargs.values())))
+
+
+def run_rounded(
+    func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """Return what the operator gives on copies of its float64 tensors in another type.
+
+    What it writes to its arguments is written back to them.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rounded(tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float64:
+            return tensor
+        return copies.setdefault(id(tensor), (tensor, tensor.to(dtype)))[1]
+
+    copied_args, copied_kwargs = pytree.tree_map_only(Tensor, rounded, (args, kwargs))
+    result = run(func, copied_args, copied_kwargs)
+    bound = bind_arguments(func, args, kwargs)
+    written = (
+        bound[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write
+    )
+    for tensor in tensors_in(written):
+        if id(tensor) in copies:
+            tensor.copy_(copies[id(tensor)][1])
+    originals = {id(copy): tensor for tensor, copy in copies.values()}
+    return pytree.tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
 
 def _recurrent(func: OpOverload, given: dict[str, Any]) -> Any:

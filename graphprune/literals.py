@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from graphprune.attributes import kept_groups
 from graphprune.inference import Inference, Step
@@ -130,13 +131,19 @@ def rewrite_literals(
         before = (node.target, node.args, dict(node.kwargs))
         if node.target is aten.sym_size.int:
             _restore_size(node, inference, kept)
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in _REWRITES:
-            _REWRITES[packet](_Site(node, inference, kept))
+        rewrite = _rewrite_of(node.target)
+        if rewrite is not None:
+            rewrite(_Site(node, inference, kept))
         if before != (node.target, node.args, dict(node.kwargs)):
             changed.append(node)
     graph_module.recompile()
     return changed
+
+
+def _rewrite_of(target: Any) -> Callable[[_Site], None] | None:
+    packet = getattr(target, "overloadpacket", None)
+    name = target._schema.name if isinstance(target, OpOverload) else None
+    return _REWRITES.get(packet) or _REWRITES.get(name)
 
 
 def _restore_size(node: fx.Node, inference: Inference, kept: Mapping[Axis, int]) -> None:
@@ -292,6 +299,12 @@ def _convolution_groups(site: _Site) -> None:
         site.set("groups", site.left(outer[1]) // site.left(weight[1]))
 
 
+def _deformed_groups(site: _Site) -> None:
+    _convolution_groups(site)
+    window = math.prod(size_of(layout) for layout in site.layouts("weight")[2:])
+    site.set("offset_groups", site.left(site.layouts("offset")[1]) // (2 * window))
+
+
 def _attention_scale(site: _Site) -> None:
     size = site.layouts("query")[-1]
     if site.is_cut(size) and site.arguments["scale"] is None:
@@ -330,6 +343,7 @@ _REWRITES: dict[Any, Callable[[_Site], None]] = {
     **dict.fromkeys(
         [aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d], _convolution_groups
     ),
+    "torchvision::deform_conv2d": _deformed_groups,  # by name, as it may not be loaded
     aten.scaled_dot_product_attention: _attention_scale,
     **dict.fromkeys([aten.channel_shuffle, aten.native_channel_shuffle], _shuffle_groups),
 }

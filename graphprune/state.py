@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graphprune.errors import CaptureError, InvalidRequestError
+from graphprune.errors import CaptureError, InvalidRequestError, listed
 from graphprune.switches import hushed
 
 if TYPE_CHECKING:
@@ -46,6 +47,40 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in held.items():
             if isinstance(value, Tensor):
                 yield name, value
+
+
+def check_not_quantised(model: nn.Module) -> None:
+    """See that no weights of a model are integers that its operators unpack, whose channels nobody can cut.
+
+    Raises:
+        InvalidRequestError: some are.
+
+    """
+    packed = [_owner(name) for name, module in model.named_modules() if _is_packed(module)]
+    wrapped = [name for name, tensor in model.named_parameters() if _is_wrapped(tensor)]
+    names = list(dict.fromkeys([*packed, *wrapped]))
+    if names:
+        raise InvalidRequestError(
+            f"{listed(names)} {'hold' if len(names) > 1 else 'holds'} quantised weights, whose channels "
+            "cannot be cut; slim the model first and quantise the slim one"
+        )
+
+
+def _owner(name: str) -> str:
+    """Return the path of the module that a private part of one belongs to."""
+    return f".{name}".partition("._")[0].removeprefix(".") or "the model"
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Say whether a module holds weights as an object of torch's quantised operators."""
+    objects = (value for value in vars(module).values() if isinstance(value, torch.ScriptObject))
+    names = (value._type().qualified_name() for value in objects)
+    return any(".classes.quantized." in name or ".classes.rnn." in name for name in names)
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Say whether a tensor is computed from others that it holds, as torchao's quantised ones are."""
+    return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor")
 
 
 def parameter_names(model: nn.Module) -> dict[str, nn.Parameter]:

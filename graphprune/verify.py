@@ -1,9 +1,10 @@
 """Translation validation: the slim model against the original with the removed slots silenced.
 
-The original is run operator by operator in float64. Every removed entry of a parameter or buffer,
-and every removed slot of what an operator makes, is set to zero; an operator that takes a statistic
-along a cut axis is given the kept slots alone. Its result, without the removed slots, must be the
-slim model's. Slicing and rewritten literals play no part on this side, so they are what is checked.
+The original is run operator by operator, in float64 wherever that works. Every removed entry of a
+parameter or buffer, and every removed slot of what an operator makes, is set to zero; an operator
+that takes a statistic along a cut axis is given the kept slots alone. Its result, without the removed
+slots, must be the slim model's. Slicing and rewritten literals play no part on this side, so they are
+what is checked.
 
 A parameter that is zero everywhere (a residual branch before its training) would hide whatever it
 multiplies, so both sides take another constant for it.
@@ -23,25 +24,25 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import (
+    CaptureError,
     GraphPruneError,
     InvalidRequestError,
     OtherOperatorsError,
     VerificationError,
+    listed,
+    warn,
 )
 from graphprune.inference import Inference, Step, Value, not_runnable, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import Axis, Layout, Mask, counts_of, kept_size, mask_of, size_of, touches
 from graphprune.literals import restricted_arguments
+from graphprune.precision import Precision
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import copy_with, double_copy, evaluating, named_tensors, parameter_names
+from graphprune.state import copy_with, evaluating, named_tensors, parameter_names
 
 aten = torch.ops.aten
-
-# Two float64 computations of the same thing in another order of summation differ by about 1e-15 for
-# each operation in a row; a wrong slot differs by far more than this.
-TOLERANCE = 1e-7
 
 Call: TypeAlias = tuple[OpOverload, list[tuple[int, ...]]]
 """An operator, and the shapes of the tensors that it gave."""
@@ -55,12 +56,15 @@ class Verification:
         difference: largest absolute difference of an output, over the largest absolute value in it.
         outputs: number of output tensors compared.
         inputs: what both were run on: the example inputs, and those of other sizes that the model takes.
+        dtype: the coarsest type that something was computed in: float64 but for models and operators
+            that do not run in it.
 
     """
 
     difference: float
     outputs: int
     inputs: tuple[Inputs, ...]
+    dtype: torch.dtype = torch.float64
 
     def joined(self, other: Verification) -> Verification:
         """Return what both verifications of one slim model saw."""
@@ -75,11 +79,18 @@ class Silencing(Interpretation):
         model: what is run, whose own tensors the operators should read as recorded.
         inference: what was recorded.
         masks: which slots of each cut axis stay.
+        precision: in which types it is run.
 
     """
 
-    def __init__(self, model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: nn.Module,
+        inference: Inference,
+        masks: Mapping[Axis, Mask],
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(precision)
         self.inference = inference
         self.masks = masks
         self.names: dict[int, str] = {}
@@ -193,7 +204,7 @@ def verify(
     *,
     as_it_is: bool = False,
 ) -> Verification:
-    """Compare a slim model with the silenced original in float64.
+    """Compare a slim model with the silenced original, in float64 unless the original does not run so.
 
     Args:
         model: the original.
@@ -210,13 +221,32 @@ def verify(
 
     """
     constants = {} if as_it_is else _constants_for_zeros(model)
-    expected = silenced_outputs(model, inputs, inference, masks, constants)
+    precision = Precision(inference.in_double)
+    try:
+        expected = silenced_outputs(model, inputs, inference, masks, constants, precision)
+    except CaptureError:
+        if not precision.double:
+            raise
+        precision = Precision(double=False)
+        expected = silenced_outputs(model, inputs, inference, masks, constants, precision)
     _check_comparable(model, expected)
-    found = _slim_outputs(slimmer, inputs, constants)
+    found = _slim_outputs(slimmer, inputs, constants, _Counting(precision))
     worst = 0.0
     for (name, wanted), (_, given) in zip(expected, found, strict=True):
-        worst = max(worst, _difference(name, wanted, given))
-    return Verification(worst, len(expected), (inputs,))
+        worst = max(worst, _difference(name, wanted, given, precision.tolerance))
+    if precision.operators:
+        _say_how_precisely(model, precision)
+    return Verification(worst, len(expected), (inputs,), precision.dtype)
+
+
+def _say_how_precisely(model: nn.Module, precision: Precision) -> None:
+    what = listed(sorted(precision.operators)) if precision.double else type(model).__name__
+    verb = "do" if precision.double and len(precision.operators) > 1 else "does"
+    kind = str(precision.dtype).removeprefix("torch.")
+    warn(
+        f"{what} {verb} not compute in float64, so the slim model was compared with the original in "
+        f"{kind}, to {precision.tolerance:g} of the largest value instead of rounding"
+    )
 
 
 def check_runs(
@@ -239,12 +269,13 @@ def check_runs(
             its operators gives something else than the original's does, without what is removed.
 
     """
-    mode = _InDouble()
+    precision = Precision(inference.in_double)
+    mode = _Counting(precision)
     wanted = {name: list(map(size_of, layouts)) for name, layouts in inference.outputs.items()}
     if inference.with_data:
         outputs = _slim_outputs(slimmer, inputs, {}, mode)
     else:
-        with without_data(slimmer, inputs) as (stand_in, its_inputs):
+        with without_data(slimmer, inputs, precision) as (stand_in, its_inputs):
             outputs = _outputs(stand_in, its_inputs, mode)
     for name, tensor in outputs:
         if list(tensor.shape) != wanted[name]:
@@ -278,11 +309,18 @@ def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
 
 
 def _check_comparable(model: nn.Module, outputs: list[tuple[str, Tensor]]) -> None:
-    if not any(bool(torch.isfinite(tensor).any()) for _, tensor in outputs if tensor.numel()):
-        raise InvalidRequestError(
-            f"{type(model).__name__} gives no finite number on the example inputs, so there is nothing "
-            "to compare; pass other example_inputs, or verify=False to leave the result unchecked"
-        )
+    if any(bool(torch.isfinite(tensor).any()) for _, tensor in outputs if tensor.numel()):
+        return
+    odd = [name for name, tensor in named_tensors(model).items() if _has_no_number(tensor)]
+    cause = f", since {listed(odd)} {'hold' if len(odd) > 1 else 'holds'} NaN" if odd else ""
+    raise InvalidRequestError(
+        f"{type(model).__name__} gives no finite number on the example inputs{cause}, so there is "
+        "nothing to compare; pass other example_inputs, or verify=False to leave the result unchecked"
+    )
+
+
+def _has_no_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def silenced_outputs(
@@ -291,12 +329,14 @@ def silenced_outputs(
     inference: Inference,
     masks: Mapping[Axis, Mask],
     constants: Mapping[str, float],
+    precision: Precision | None = None,
 ) -> list[tuple[str, Tensor]]:
-    """Return the outputs of the original, in float64, with the removed slots silenced."""
-    reference = silenced_copy(model, inference, masks, constants).eval()
-    mode = Silencing(reference, inference, masks)
+    """Return the outputs of the original with the removed slots silenced, by default as it was inferred."""
+    precision = precision or Precision(inference.in_double)
+    reference = silenced_copy(model, inference, masks, constants, precision).eval()
+    mode = Silencing(reference, inference, masks, precision)
     try:
-        outputs = list(output_tensors(interpret(reference, inputs.map(double_copy), mode)))
+        outputs = list(output_tensors(interpret(reference, inputs.map(precision.copy), mode)))
         mode.check_at_end()
         return outputs
     except GraphPruneError:
@@ -310,17 +350,21 @@ def silenced_copy(
     inference: Inference,
     masks: Mapping[Axis, Mask],
     constants: Mapping[str, float],
+    precision: Precision | None = None,
 ) -> nn.Module:
-    """Return a copy of the model in float64 with the removed entries of its tensors at zero.
+    """Return a copy of the model with the removed entries of its tensors at zero.
 
     Args:
         model: the original.
         inference: the layouts of its tensors.
         masks: which slots of each cut axis stay.
         constants: by name, a number to fill a parameter with.
+        precision: in which types it holds them; by default in those that were inferred in.
 
     """
-    return without(model, inference, masks, partial(_double, constants=constants))
+    precision = precision or Precision(inference.in_double)
+    copied = partial(_filled_copy, constants=constants, precision=precision)
+    return without(model, inference, masks, copied)
 
 
 def _own_copy(_: str, tensor: Tensor) -> Tensor:
@@ -351,11 +395,11 @@ def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mas
             tensor.index_fill_(dim, gone, 0)
 
 
-class _InDouble(Interpretation):
-    """Runs a model in float64, and keeps which operators computed what shapes."""
+class _Counting(Interpretation):
+    """Runs a model, and keeps which operators computed what shapes."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, precision: Precision) -> None:
+        super().__init__(precision)
         self.seen: list[Call] = []
 
     def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -367,22 +411,21 @@ class _InDouble(Interpretation):
         return result
 
 
-def _double(name: str, tensor: Tensor, constants: Mapping[str, float]) -> Tensor:
-    double = double_copy(tensor)
-    return double.fill_(constants[name]) if name in constants else double
+def _filled_copy(
+    name: str, tensor: Tensor, constants: Mapping[str, float], precision: Precision
+) -> Tensor:
+    copied = precision.copy(tensor)
+    return copied.fill_(constants[name]) if name in constants else copied
 
 
 def _slim_outputs(
-    slimmer: nn.Module,
-    inputs: Inputs,
-    constants: Mapping[str, float],
-    mode: _InDouble | None = None,
+    slimmer: nn.Module, inputs: Inputs, constants: Mapping[str, float], mode: _Counting
 ) -> list[tuple[str, Tensor]]:
-    double = copy_with(slimmer, lambda name, tensor: _double(name, tensor, constants))
-    return _outputs(double, inputs.map(double_copy), mode or _InDouble())
+    filled = partial(_filled_copy, constants=constants, precision=mode.precision)
+    return _outputs(copy_with(slimmer, filled), inputs.map(mode.precision.copy), mode)
 
 
-def _outputs(slimmer: nn.Module, inputs: Inputs, mode: _InDouble) -> list[tuple[str, Tensor]]:
+def _outputs(slimmer: nn.Module, inputs: Inputs, mode: _Counting) -> list[tuple[str, Tensor]]:
     try:
         with evaluating(slimmer):  # not by eval(): it is run as it will be
             return list(output_tensors(interpret(slimmer, inputs, mode)))
@@ -398,8 +441,11 @@ def _other_shape(name: str, given: list[int], wanted: list[int]) -> Verification
     return VerificationError(f"{name} of the slim model has shape {given}, not {wanted}")
 
 
-def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
-    """Return the largest difference over the largest value; raise where it is not rounding."""
+def _difference(name: str, wanted: Tensor, given: Tensor, tolerance: float) -> float:
+    """Return the largest difference over the largest value; raise where it is not rounding.
+
+    Infinities and numbers that are none have to stand at the same places on both sides.
+    """
     if wanted.shape != given.shape:
         raise _other_shape(name, list(given.shape), list(wanted.shape))
     if wanted.is_complex() and given.is_complex():
@@ -411,15 +457,24 @@ def _difference(name: str, wanted: Tensor, given: Tensor) -> float:
                 f"{name} of the slim model differs in {count} of {wanted.numel()} entries"
             )
         return 0.0
-    if wanted.numel() == 0 or torch.equal(wanted, given):
-        return 0.0
     finite = torch.isfinite(wanted)
-    same_elsewhere = torch.equal(wanted[~finite].nan_to_num(7.0), given[~finite].nan_to_num(7.0))
-    scale = float(wanted[finite].abs().max()) if bool(finite.any()) else 0.0
-    gap = float((wanted - given)[finite].abs().max()) if bool(finite.any()) else 0.0
-    if not same_elsewhere or not gap <= TOLERANCE * max(scale, 1e-30):
+    alike = torch.where(finite, torch.isfinite(given), _equal_or_nan(wanted, given))
+    if not bool(alike.all()):
+        raise VerificationError(
+            f"{name} of the slim model is infinite or no number at other places than the original with "
+            f"the removed channels silenced, in {int((~alike).sum())} of {wanted.numel()} entries"
+        )
+    if not bool(finite.any()):
+        return 0.0
+    wanted, given = wanted[finite].double(), given[finite].double()
+    scale, gap = float(wanted.abs().max()), float((wanted - given).abs().max())
+    if gap > tolerance * max(scale, 1e-30):
         raise VerificationError(
             f"{name} of the slim model differs by {gap:.3g} from the original with the removed channels "
             f"silenced, whose largest value is {scale:.3g}"
         )
     return gap / scale if scale else 0.0
+
+
+def _equal_or_nan(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())

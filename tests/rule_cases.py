@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from graphprune.block_sparse.recurrent import OPERATOR
+from tests.deformable import deformable_convolution
 from tests.models import import_transformers
 
 aten = torch.ops.aten
@@ -24,12 +25,16 @@ _GENERATOR = torch.Generator().manual_seed(0)
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an operator, and the best that its rule should find: exact, renormalised, fixed."""
+    """One call of an operator, and the best that its rule should find: exact, renormalised, fixed.
+
+    Outputs in `unread` are those that nothing reads.
+    """
 
     func: OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     finds: str
+    unread: tuple[int, ...] = ()
 
 
 CASES: list[Case] = []
@@ -296,11 +301,13 @@ for choice in (aten.argmax.default, aten.argmin.default):
     exact(choice, x(4, 6), -1)
     exact(choice, x(4, 6), 0, True)
     fixed(choice, x(4, 6))
-for choice in (aten.max, aten.min, aten.median):
-    exact(choice.dim, x(4, 6), -1)
-    exact(choice.dim, x(4, 6), 0, True)
-    fixed(choice.default, x(4, 6))
-exact(aten.mode.default, x(4, 6), 0, True)
+    CASES.append(Case(choice, (x(4, 6),), {}, "exact", unread=(0,)))
+for choice in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default):
+    exact(choice, x(4, 6), -1)
+    exact(choice, x(4, 6), 0, True)
+    CASES.append(Case(choice, (x(4, 6), 1), {}, "renormalised", unread=(1,)))
+for choice in (aten.max, aten.min, aten.median, aten.nanmedian):
+    renormalised(choice.default, x(4, 6))
 exact(aten.kthvalue.default, x(4, 6), 2)
 exact(aten.sort.default, x(4, 6), 0)
 exact(aten.sort.stable, x(4, 6), stable=True, dim=-1)
@@ -532,6 +539,49 @@ import_transformers()  # brings an operator for products of groups of rows of it
 importlib.import_module("transformers.integrations.moe")
 grouped = torch.ops.transformers.grouped_mm_fallback.default
 exact(grouped, x(8, 6), x(3, 6, 5), torch.tensor([2, 5, 8], dtype=torch.int32))
+
+# Fake quantisation; float32 is what the kernels with tensors of scales take.
+_STEPS, _ZEROS, _ON = positive(6).float(), whole(9, 6).int(), torch.tensor([1])
+exact(aten.fake_quantize_per_tensor_affine_cachemask.default, x(4, 6), 0.1, 3, 0, 15)
+exact(
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams.default,
+    x(4, 6), torch.tensor(0.1), torch.tensor(3), _ON, 0, 15,
+)  # fmt: skip
+learnt = aten._fake_quantize_learnable_per_tensor_affine.default
+exact(learnt, x(4, 6).float(), torch.tensor([0.1]), torch.tensor([3.0]), 0, 15)
+for axis, shape in ((1, (4, 6, 3)), (0, (6, 4))):
+    per_channel = aten.fake_quantize_per_channel_affine_cachemask.default
+    exact(per_channel, x(*shape).float(), _STEPS, _ZEROS, axis, 0, 15)
+learnt = aten._fake_quantize_learnable_per_channel_affine.default
+exact(learnt, x(4, 6).float(), _STEPS, _ZEROS.float(), 1, 0, 15)
+for observe, unread in (
+    (aten._fused_moving_avg_obs_fq_helper.default, ()),
+    (
+        aten._fused_moving_avg_obs_fq_helper_functional.default,
+        (2, 3),
+    ),  # averages that rounding clamps
+):
+    for on in (0, 1):
+        switches = torch.tensor([on]), _ON
+        held = x(6).float() - 3, x(6).float() + 3, _STEPS.clone(), _ZEROS.clone()
+        operands = (x(6, 4).float(), *switches, *held, 1.0, -128, 127, 0, True, True)
+        CASES.append(Case(observe, operands, {}, "exact", unread))
+        held = torch.tensor(-1.0), torch.tensor(1.0), torch.tensor([0.1]), _ZEROS[:1].clone()
+        operands = (x(4, 6).float(), *switches, *held, 1.0, 0, 127, 0, False)
+        CASES.append(Case(observe, operands, {}, "exact", unread))
+
+
+def deformed(groups: int, offset_groups: int, *, masked: bool = True) -> None:
+    """Add a call of the deformable convolution: a window of 3 x 2, 12 channels to 8."""
+    offset, mask = x(2, offset_groups * 12, 4, 4), positive(2, offset_groups * 6, 4, 4)
+    tensors = x(2, 12, 6, 5), x(8, 12 // groups, 3, 2), offset, mask if masked else x(2, 1), x(8)
+    settings = (1, 1, 0, 0, 1, 1, groups, offset_groups, masked)
+    exact(deformable_convolution(), *tensors, *settings)
+
+
+for groups, offset_groups in ((1, 1), (4, 1), (1, 3), (2, 4), (4, 2), (4, 3)):
+    deformed(groups, offset_groups)
+deformed(1, 1, masked=False)
 
 # Chance.
 for draw in (aten.uniform.default, aten.exponential.default, aten.random.default):

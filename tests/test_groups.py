@@ -7,7 +7,9 @@ import importlib
 import pkgutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, library, nn
 
@@ -32,6 +34,7 @@ LAYERS = [
     "shards",
     "caches",
     "kernels",
+    "precision",
     "interpretation",
     "other_sizes",
     "inference",
@@ -122,6 +125,34 @@ def test_what_is_fixed_says_why_and_where() -> None:
     assert reason.operator == "aten.sort"
     assert reason.source.startswith("test_groups.py:")
     assert "slots are sorted (aten.sort, test_groups.py:" in str(graph.explain("a.weight", 0))
+
+
+BESIDE = """
+from torch import nn
+
+class Sorted(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).sort(-1).values)
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [(f"{Path(torch.__file__).parent}like", "layers.py:6"), (f"{Path(gp.__file__).parent}", "")],
+)
+def test_code_in_a_folder_beside_torch_is_nobody_elses(folder: str, source: str) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(BESIDE, f"{folder}/layers.py", "exec"), names)
+    model = names["Sorted"](nn.Linear(6, 8), nn.Linear(8, 3))
+    for form in (
+        model,
+        torch.export.export(model, (torch.randn(2, 6),)).module(check_guards=False),
+    ):
+        graph = gp.analyze(form, torch.randn(2, 6))
+        found = {f.reason.source for f in graph.fixed if f.reason.why == "slots are sorted"}
+        expected = source if source or form is not model else next(iter(found))
+        assert found == {expected}
+        assert "layers.py" not in str(found) or source
 
 
 def test_an_operator_without_a_rule_is_named_and_one_line_frees_it() -> None:

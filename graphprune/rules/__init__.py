@@ -7,13 +7,16 @@ from graphprune.rules import (
     indexing,
     normalisation,
     pointwise,
+    quantisation,
     recurrent,
     reduction,
     spatial,
     views,
+    vision,
 )
 from graphprune.rules.pattern import Pattern, pattern
 from graphprune.rules.registry import (
+    Ask,
     Call,
     Layouts,
     Operator,
@@ -32,6 +35,7 @@ from graphprune.rules.registry import (
 )
 
 __all__ = [
+    "Ask",
     "Call",
     "Layouts",
     "Operator",
@@ -48,6 +52,7 @@ __all__ = [
     "normalisation",
     "pattern",
     "pointwise",
+    "quantisation",
     "recurrent",
     "reduction",
     "register",
@@ -58,5 +63,6 @@ __all__ = [
     "tensors_in",
     "unregister",
     "views",
+    "vision",
     "writes",
 ]

@@ -111,9 +111,38 @@ def scan(call: Call) -> Sequence[Layouts]:
     return [layouts] * len(call.outputs)
 
 
-@rule(aten.argmax, aten.argmin, aten.max, aten.min, aten.median, aten.mode, aten.kthvalue)
+@rule(aten.max, aten.min, aten.median, aten.nanmedian, aten.mode)
 def choice(call: Call) -> Sequence[Layouts]:
-    """Reduce to a slot's value or number, so that slots must keep their numbers: fixed."""
+    """Reduce to the value of one of the slots that are there; who reads which one, reads numbers."""
+    layouts, dims = call.layouts("self"), _dims(call)
+    for dim in dims:
+        call.renormalise(layouts[dim], "a statistic over these channels")
+    if len(call.outputs) > 1:
+        _keep_numbers(call, 1)
+    return _without(call, layouts, dims)
+
+
+@rule(aten.argmax, aten.argmin)
+def number(call: Call) -> Sequence[Layouts]:
+    """Reduce to the number of a slot, which whoever reads it relies on."""
+    _keep_numbers(call, 0)
+    return _without(call, call.layouts("self"), _dims(call))
+
+
+def _keep_numbers(call: Call, output: int) -> None:
+    """Fix what the call runs along, should anything read the numbers that an output holds."""
+    layouts, dims = call.layouts_of(_operand(call)), _dims(call)
+
+    def fix_numbered() -> None:
+        for dim in dims:
+            call.fix(layouts[dim], "slots are compared and numbered")
+
+    call.when_read(output, fix_numbered)
+
+
+@rule(aten.kthvalue)
+def ranked(call: Call) -> Sequence[Layouts]:
+    """Reduce to the slot of some rank among all of them: fixed."""
     layouts, dims = call.layouts("self"), _dims(call)
     for dim in dims:
         call.fix(layouts[dim], "slots are compared and numbered")

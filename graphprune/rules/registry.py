@@ -27,6 +27,9 @@ Operator: TypeAlias = OpOverload | OpOverloadPacket | str
 """An overload, a packet (all of its overloads), or a packet's name, `library::operator`, which need
 not be loaded yet."""
 
+Ask: TypeAlias = Callable[[], None]
+"""What an output of a call asks for, such as to fix a dimension."""
+
 
 @dataclass
 class Call:
@@ -39,7 +42,9 @@ class Call:
         outputs: the tensors that came back, in order.
         reason: where the call stands in the model, to name in reasons.
         strides: of the first tensor argument, as they were before the call.
-        renormalises: set once a statistic along an axis that could be cut was declared.
+        renormalises: set once a statistic along an axis that could be cut was declared; it is then
+            compared on the kept slots alone.
+        asks: by the number of an output, what it asks for once it is read.
 
     """
 
@@ -50,6 +55,7 @@ class Call:
     reason: Reason
     strides: tuple[int, ...] = ()
     renormalises: bool = field(default=False, init=False)
+    asks: dict[int, list[Ask]] = field(default_factory=dict, init=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -84,6 +90,16 @@ class Call:
     def fixed(self, size: int, why: str) -> Axis:
         """Return a dimension that is born fixed."""
         return Axis(size, self.why(why))
+
+    def when_read(self, output: int, ask: Ask) -> None:
+        """Do something, `fix` say, only if an output is read: by an operator, or as one of the model's.
+
+        Args:
+            output: its number.
+            ask: does it; called once, later in the run.
+
+        """
+        self.asks.setdefault(output, []).append(ask)
 
     def renormalise(self, layout: Layout, what: str) -> None:
         """Declare that a statistic is taken along a dimension, so that cutting it is inexact."""
