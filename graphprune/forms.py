@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -15,7 +15,6 @@ from graphprune.compensation import Compensation
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
-    InvalidRequestError,
     OtherOperatorsError,
     PlanError,
     VerificationError,
@@ -32,7 +31,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived
-from graphprune.verify import Verification, check_runs, silenced_copy, verify
+from graphprune.verify import Run, Verification, check_runs, silenced_copy, verify
 
 if TYPE_CHECKING:
     from graphprune.comparison import Comparison
@@ -282,8 +281,8 @@ def _verified(
     """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
     masks = plan.masks(graph)
     try:
-        seen = verify(module, slimmer, job.inputs, graph.inference, masks)
-        return _verified_at_other_sizes(module, slimmer, graph, masks, seen)
+        run = Run(job.inputs, graph.inference, masks)
+        return verify(module, slimmer, run, list(_at_other_sizes(graph, masks)))
     except OtherOperatorsError as other:
         silenced = silenced_copy(module, graph.inference, masks, {})
         on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
@@ -292,30 +291,20 @@ def _verified(
             masks = used.masks(on_data)
         except PlanError:  # sizes follow values too
             raise other from None
-        return verify(module, slimmer, job.inputs, on_data.inference, masks, as_it_is=True)
+        return verify(module, slimmer, Run(job.inputs, on_data.inference, masks), as_it_is=True)
 
 
-def _verified_at_other_sizes(
-    module: nn.Module,
-    slimmer: nn.Module,
-    graph: DependencyGraph,
-    masks: Mapping[Axis, Mask],
-    seen: Verification,
-) -> Verification:
-    """Verify at other sizes of the inputs as well, where the original takes any.
+def _at_other_sizes(graph: DependencyGraph, masks: Mapping[Axis, Mask]) -> Iterator[Run]:
+    """Yield what to verify at other sizes of the inputs, where the original takes any.
 
     Raises:
         VerificationError: the slim model is what it should be at the sizes of the example alone.
 
     """
     for other in graph.inference.others:
-        there = {other.axes[axis]: mask for axis, mask in masks.items() if axis in other.axes}
         _check_same_axes(graph, masks, other)
-        try:
-            seen = seen.joined(verify(module, slimmer, other.inputs, other.inference, there))
-        except (OtherOperatorsError, CaptureError, InvalidRequestError):
-            continue  # the values at these sizes take the original another way, or nowhere
-    return seen
+        there = {other.axes[axis]: mask for axis, mask in masks.items() if axis in other.axes}
+        yield Run(other.inputs, other.inference, there)
 
 
 def _check_same_axes(graph: DependencyGraph, masks: Mapping[Axis, Mask], other: OtherRun) -> None:

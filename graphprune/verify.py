@@ -40,7 +40,13 @@ from graphprune.literals import restricted_arguments
 from graphprune.precision import Precision
 from graphprune.rules import Rule, is_in_place, tensors_in
 from graphprune.shrink import sliced
-from graphprune.state import copy_with, evaluating, named_tensors, parameter_names
+from graphprune.state import (
+    copy_with,
+    evaluating,
+    named_tensors,
+    parameter_names,
+    working_copy,
+)
 
 aten = torch.ops.aten
 
@@ -195,12 +201,27 @@ def _tensors(result: Any) -> list[Tensor]:
     return list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a model is run on to be verified.
+
+    Attributes:
+        inputs: example inputs.
+        inference: the layouts of the original's tensors, as found on these inputs.
+        masks: which slots of each cut axis stay.
+
+    """
+
+    inputs: Inputs
+    inference: Inference
+    masks: Mapping[Axis, Mask]
+
+
 def verify(
     model: nn.Module,
     slimmer: nn.Module,
-    inputs: Inputs,
-    inference: Inference,
-    masks: Mapping[Axis, Mask],
+    run: Run,
+    others: Sequence[Run] = (),
     *,
     as_it_is: bool = False,
 ) -> Verification:
@@ -209,9 +230,8 @@ def verify(
     Args:
         model: the original.
         slimmer: the slim model.
-        inputs: what both are run on.
-        inference: the layouts of the original's tensors.
-        masks: which slots of each cut axis stay.
+        run: what both are run on.
+        others: what both are run on besides, as far as the original takes it.
         as_it_is: leave parameters that are zero everywhere at zero, for a model whose control flow
             depends on them.
 
@@ -221,22 +241,65 @@ def verify(
 
     """
     constants = {} if as_it_is else _constants_for_zeros(model)
-    precision = Precision(inference.in_double)
+    in_double = _Sides(model, slimmer, run, constants, Precision(run.inference.in_double))
     try:
-        expected = silenced_outputs(model, inputs, inference, masks, constants, precision)
+        sides, seen = in_double, in_double.compared_on(run)
     except CaptureError:
-        if not precision.double:
+        if not in_double.precision.double:
             raise
-        precision = Precision(double=False)
-        expected = silenced_outputs(model, inputs, inference, masks, constants, precision)
-    _check_comparable(model, expected)
-    found = _slim_outputs(slimmer, inputs, constants, _Counting(precision))
-    worst = 0.0
-    for (name, wanted), (_, given) in zip(expected, found, strict=True):
-        worst = max(worst, _difference(name, wanted, given, precision.tolerance))
-    if precision.operators:
-        _say_how_precisely(model, precision)
-    return Verification(worst, len(expected), (inputs,), precision.dtype)
+        sides = _Sides(model, slimmer, run, constants, Precision(double=False))
+        seen = sides.compared_on(run)
+    for other in others:
+        try:
+            seen = seen.joined(sides.compared_on(other))
+        except (CaptureError, InvalidRequestError, OtherOperatorsError):
+            continue  # the values of these inputs take the original another way, or nowhere
+    if sides.precision.operators:
+        _say_how_precisely(model, sides.precision)
+    return replace(seen, dtype=sides.precision.dtype)
+
+
+class _Sides:
+    """Copies of both models for any number of runs: the silenced original, and the slim model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slimmer: nn.Module,
+        run: Run,
+        constants: Mapping[str, float],
+        precision: Precision,
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.original = silenced_copy(model, run.inference, run.masks, constants, precision)
+        filled = partial(_filled_copy, constants=constants, precision=precision)
+        self.slim = copy_with(slimmer, filled)
+
+    def compared_on(self, run: Run) -> Verification:
+        """Run both, each from the state that it was given in, and compare their outputs."""
+        expected = self._silenced_outputs(run)
+        _check_comparable(self.model, expected)
+        inputs = run.inputs.map(self.precision.copy)
+        outputs = _outputs(working_copy(self.slim), inputs, _Counting(self.precision))
+        differences = (
+            _difference(name, wanted, given, self.precision.tolerance)
+            for (name, wanted), (_, given) in zip(expected, outputs, strict=True)
+        )
+        return Verification(max(differences), len(expected), (run.inputs,))
+
+    def _silenced_outputs(self, run: Run) -> list[tuple[str, Tensor]]:
+        original = working_copy(self.original).eval()
+        mode = Silencing(original, run.inference, run.masks, self.precision)
+        try:
+            inputs = run.inputs.map(self.precision.copy)
+            outputs = list(output_tensors(interpret(original, inputs, mode)))
+            mode.check_at_end()
+            return outputs
+        except GraphPruneError:
+            raise
+        except Exception as failure:
+            raise not_runnable(self.model, run.inputs, failure) from failure
 
 
 def _say_how_precisely(model: nn.Module, precision: Precision) -> None:
@@ -321,28 +384,6 @@ def _check_comparable(model: nn.Module, outputs: list[tuple[str, Tensor]]) -> No
 
 def _has_no_number(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.isnan().any())
-
-
-def silenced_outputs(
-    model: nn.Module,
-    inputs: Inputs,
-    inference: Inference,
-    masks: Mapping[Axis, Mask],
-    constants: Mapping[str, float],
-    precision: Precision | None = None,
-) -> list[tuple[str, Tensor]]:
-    """Return the outputs of the original with the removed slots silenced, by default as it was inferred."""
-    precision = precision or Precision(inference.in_double)
-    reference = silenced_copy(model, inference, masks, constants, precision).eval()
-    mode = Silencing(reference, inference, masks, precision)
-    try:
-        outputs = list(output_tensors(interpret(reference, inputs.map(precision.copy), mode)))
-        mode.check_at_end()
-        return outputs
-    except GraphPruneError:
-        raise
-    except Exception as failure:
-        raise not_runnable(model, inputs, failure) from failure
 
 
 def silenced_copy(
