@@ -1,0 +1,135 @@
+"""Why no config says the sizes of a slim model, and which groups it would have to leave whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from itertools import islice
+
+from graphprune.configs import Architecture, Place, Shapes, shapes
+from graphprune.errors import listed
+from graphprune.fitting import Dim, Fit, Search
+from graphprune.forms import Slimmed
+from graphprune.layout import Layout, counts_of, free_axes, kept_size
+from graphprune.plan import Plan
+
+# Groups are left whole in so many rounds at most; more at a time follow from what the first ones leave.
+_ROUNDS = 4
+
+
+def why_none(result: Slimmed, fit: Fit) -> str:
+    """Return the reason that a search found nothing, and what would let it find something."""
+    architecture, search = Architecture(result.model), fit.search
+    why = fit.difference.text if fit.difference is not None else _odd_sizes(result, search)
+    text = f"no {architecture.name} says the sizes of the slim model: {why}"
+    left = _groups_to_leave(result, architecture, fit)
+    if not left:
+        return text
+    patterns = patterns_of(left, result.plan)
+    advice = f"slim with exclude={patterns}, which leaves these whole"
+    if search.conflicts and not _cuts_alike(result.plan):
+        advice = f"cut every layer alike (of='channels', ranking='uniform'), or {advice}"
+    return f"{text}; {advice}"
+
+
+def _cuts_alike(plan: Plan) -> bool:
+    """Say whether a plan was asked to take the same share of every group."""
+    return plan.request.get("of") == "channels" and plan.request.get("ranking") != "global"
+
+
+def patterns_of(names: Iterable[str], plan: Plan) -> list[str]:
+    """Return patterns for `exclude=` that fit these groups and no other that the plan cuts."""
+    names = list(names)
+    patterns: dict[str, None] = {}
+    for name in names:
+        wide = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        others = [cut for cut in plan.keep if fnmatchcase(cut, wide) and cut not in names]
+        patterns[name if others or wide.count("*") == 0 else wide] = None
+    return list(patterns)
+
+
+def _odd_sizes(result: Slimmed, search: Search) -> str:
+    """Return which sizes no number of the config gives."""
+    for place, asked in search.conflicts.items():
+        firsts: dict[object, str] = {}
+        for (name, _), value in asked.items():
+            firsts.setdefault(value, name)
+        if None not in firsts and len(firsts) > 1 and asked.keys() & set(search.missed):
+            wanted = " and ".join(
+                f"{value} for {name}" for value, name in islice(firsts.items(), 3)
+            )
+            return f"{_spelt(place)} would have to be {wanted}"
+    names = list(dict.fromkeys(name for name, _ in search.missed))
+    slim = shapes(result.model)
+    return f"no number in it gives {listed([f'{n} {list(slim.get(n, ()))}' for n in names])}"
+
+
+def _spelt(place: Place) -> str:
+    first, *rest = place
+    return str(first) + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in rest)
+
+
+def _groups_to_leave(result: Slimmed, architecture: Architecture, fit: Fit) -> list[str]:
+    """Return groups without whose cut a config gives the shapes, or nothing where that takes all."""
+    plan, left = result.plan, [*_of_operator(result, fit)]
+    if not left:
+        left = _of_dimensions(result, plan, fit.search.missed)
+    for _ in range(_ROUNDS):
+        plan = result.plan.without(left)
+        if not plan.removed:
+            return []
+        search = Search(architecture, _shapes_by(result, plan), fit.search.numbers, hidden=False)
+        if next(search.fitting(), None) is not None:
+            return left
+        more = _of_dimensions(result, plan, search.missed)
+        if not more:
+            return []
+        left += more
+    return []
+
+
+def _of_operator(result: Slimmed, fit: Fit) -> list[str]:
+    """Return the groups that are cut in the operator that would have other numbers."""
+    if fit.difference is None or fit.difference.step is None:
+        return []
+    steps = result.graph.inference.steps
+    if fit.difference.step >= len(steps):
+        return []
+    step = steps[fit.difference.step]
+    layouts = [layout for value in (*step.outputs, *step.inputs) for layout in value.layouts]
+    return _cut_in(result, result.plan, layouts)
+
+
+def _of_dimensions(result: Slimmed, plan: Plan, dims: Sequence[Dim]) -> list[str]:
+    """Return the groups that a plan cuts in dimensions of parameters."""
+    by_name = _layouts_by_name(result)
+    layouts = [by_name[name][dim] for name, dim in dims if dim < len(by_name.get(name, []))]
+    return _cut_in(result, plan, layouts)
+
+
+def _cut_in(result: Slimmed, plan: Plan, layouts: Iterable[Layout]) -> list[str]:
+    cut = plan.masks(result.graph)
+    axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout) if axis in cut)
+    return [result.graph.names[axis] for axis in axes]
+
+
+def _layouts_by_name(result: Slimmed) -> dict[str, list[Layout]]:
+    inference = result.graph.inference
+    return {
+        name: inference.parameters[first]
+        for first, names in inference.names.items()
+        for name in names
+        if first in inference.parameters
+    }
+
+
+def _shapes_by(result: Slimmed, plan: Plan) -> Shapes:
+    """Return the shapes that a plan would give."""
+    kept, by_name = counts_of(plan.masks(result.graph)), _layouts_by_name(result)
+    return {
+        name: tuple(kept_size(layout, kept) for layout in by_name[name])
+        if name in by_name
+        else shape
+        for name, shape in shapes(result.model).items()
+    }
