@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.switches import hushed
 
 _ATTENTION = "_attn_implementation"
@@ -89,9 +90,20 @@ class Architecture:
 
     @cached_property
     def numbers(self) -> dict[Place, Number | None]:
-        """The numbers that the model's code reads while it is built; None for one left open."""
+        """The numbers that the model's code reads while it is built; None for one left open.
+
+        Raises:
+            InvalidRequestError: the class cannot be built from its config alone.
+
+        """
         with _reads_of(type(self._config)) as read:
-            self.built(copy.deepcopy(self._config))
+            try:
+                self.changed({})
+            except Exception as refusal:  # of whatever kind it likes
+                raise InvalidRequestError(
+                    f"{self._kind.__name__} cannot be built from what its {self.name} writes, as "
+                    f"from_pretrained would ({in_a_line(refusal)}); use graphprune.save"
+                ) from refusal
         return dict(_numbers_read(self._config, read, ()))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, islice, product
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.configs import (
@@ -28,10 +28,11 @@ from graphprune.configs import (
     shapes,
     tensors_of,
 )
-from graphprune.errors import GraphPruneError, in_a_line
+from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.forms import Slimmed
 from graphprune.inference import Inference, Step, Value, infer
 from graphprune.layout import size_of
+from graphprune.state import copy_with
 
 # Sets of changes that are tried at most; each is a model built without memory.
 _MOST_TRIED = 300
@@ -70,6 +71,7 @@ class Fit:
     """What the search for a config came to.
 
     Attributes:
+        result: what the config is of.
         model: built from the config that fits, with the slim model's values where it has any; None where
             no config fits.
         content: of config.json.
@@ -78,6 +80,7 @@ class Fit:
 
     """
 
+    result: Slimmed
     model: nn.Module | None
     content: Mapping[str, Any]
     search: Search
@@ -92,7 +95,10 @@ def fitting_config(result: Slimmed) -> Any | None:
     """
     if result.form != "module" or not has_config(result.model):
         return None
-    model: Any = find(result).model
+    try:
+        model: Any = find(result).model
+    except InvalidRequestError:
+        return None
     return None if model is None else model.config
 
 
@@ -104,8 +110,12 @@ def find(result: Slimmed, written: Written | None = None) -> Fit:
         written: from changes of numbers to the content of the config.json that is to be written; by
             default what the config itself writes.
 
+    Raises:
+        InvalidRequestError: the model's class cannot be built from its config alone.
+
     """
     architecture = Architecture(result.model)
+    result = _with_computed_buffers_whole(architecture, result)
     search = Search(architecture, shapes(result.model), Numbers(architecture, result))
     first: Difference | None = None
     for changes in islice(search.fitting(), _MOST_COMPARED):
@@ -117,9 +127,30 @@ def find(result: Slimmed, written: Written | None = None) -> Fit:
             continue
         difference = _difference(architecture, model, result, search.numbers)
         if difference is None:
-            return Fit(model, content, search)
+            return Fit(result, model, content, search)
         first = first or difference
-    return Fit(None, {}, search, first)
+    return Fit(result, None, {}, search, first)
+
+
+def _with_computed_buffers_whole(architecture: Architecture, result: Slimmed) -> Slimmed:
+    """Return the slim model without cuts that concern only what no checkpoint holds.
+
+    The part of a buffer of positions that shorter inputs do not reach is a group by itself; a model that
+    is built from a config has it whole.
+    """
+    state = result.model.state_dict().keys()
+    computed = [
+        name
+        for name in result.plan.keep
+        if all(member.parameter not in state for member in result.graph.by_name[name].members)
+    ]
+    if not computed:
+        return result
+    members = [m.parameter for name in computed for m in result.graph.by_name[name].members]
+    original = tensors_of(architecture.changed({}))
+    whole = {name: original[name] for name in members if name in original}
+    model = copy_with(result.model, lambda name, tensor: whole.get(name, tensor))
+    return replace(result, model=model, plan=result.plan.without(computed))
 
 
 class Numbers:
@@ -194,14 +225,14 @@ class Search:
     def __init__(
         self, architecture: Architecture, wanted: Shapes, numbers: Numbers, hidden: bool = True
     ) -> None:
-        self._architecture = architecture
+        self.architecture = architecture
         self.numbers = numbers
         self._wanted = wanted
         self._places = architecture.numbers
         self._hidden = hidden
         self._asked = {place: self._asks(place, {}) for place in self._places}
         self.needed: dict[Place, Number] = {}
-        self.conflicts: dict[Place, dict[Dim, Number | None]] = {}
+        self.conflicts: dict[Place, dict[Dim, Number | None]] = {}  # what is asked for in vain
         self._find_needed()
         self.nearest: Changes = {}
         self.missed = self._missed({})
@@ -228,7 +259,7 @@ class Search:
 
     def _missed(self, changes: Changes) -> list[Dim]:
         """Return the dimensions that are not as they should be."""
-        now = self._architecture.shapes(changes)
+        now = self.architecture.shapes(changes)
         return [
             (name, dim)
             for name, shape in self._wanted.items()
@@ -251,7 +282,7 @@ class Search:
         else:
             low, (high, other) = start, self._moved(place, value, start)
             values = (value, other)
-        before, after = self._architecture.shapes(low), self._architecture.shapes(high)
+        before, after = self.architecture.shapes(low), self.architecture.shapes(high)
         asked: dict[Dim, Number | None] = {}
         for name in before.keys() & after.keys() & self._wanted.keys():
             sizes = zip(before[name], after[name], self._wanted[name], strict=False)
@@ -267,7 +298,7 @@ class Search:
         others += [value // 2, value + 1] if isinstance(value, int) else [value / 2]
         for other in others:
             changes = {**start, place: other}
-            if self._architecture.shapes(changes):
+            if self.architecture.shapes(changes):
                 return changes, other
         return start, value
 
@@ -356,7 +387,7 @@ def _difference(
         return Difference("a model read from config.json has other shapes")
     state = result.model.state_dict()
     if not any(tensor.is_meta for tensor in state.values()):
-        model.load_state_dict(state, assign=True)
+        _give_values(model, state)
     reference = tensors_of(result.model)
     if any(tensor.is_meta for tensor in reference.values()):
         reference = tensors_of(architecture.changed({}))
@@ -370,7 +401,20 @@ def _difference(
     return _other_operator(found.steps, numbers.slim.steps)
 
 
-def _equal(tensor: torch.Tensor, reference: torch.Tensor) -> bool:
+def _give_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let a model hold these tensors themselves; what it tied stays tied."""
+    ties: dict[int, list[str]] = {}
+    for name, tensor in tensors_of(model).items():
+        ties.setdefault(id(tensor), []).append(name)
+    model.load_state_dict(state, assign=True)
+    now = tensors_of(model)
+    for first, *others in ties.values():
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, now[first])
+
+
+def _equal(tensor: Tensor, reference: Tensor) -> bool:
     """Say whether a computed buffer is that of the reference, which may have been cast since."""
     if tensor.is_meta or reference.is_meta:
         return False

@@ -50,9 +50,7 @@ def save_pretrained(result: Slimmed, folder: str | Path) -> None:
         )
     fit = find(result)
     if fit.model is None:
-        raise InvalidRequestError(
-            f"{why_none(result, fit)}, or use graphprune.save, which needs no config"
-        )
+        raise InvalidRequestError(f"{why_none(fit)}, or use graphprune.save, which needs no config")
     rebuilt: Any = fit.model
     if not _gives_the_same(rebuilt, model, result):
         raise InvalidRequestError(

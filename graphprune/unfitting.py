@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from itertools import islice
 
 from graphprune.configs import Architecture, Place, Shapes, shapes
 from graphprune.errors import listed
@@ -18,17 +17,16 @@ from graphprune.plan import Plan
 _ROUNDS = 4
 
 
-def why_none(result: Slimmed, fit: Fit) -> str:
+def why_none(fit: Fit) -> str:
     """Return the reason that a search found nothing, and what would let it find something."""
-    architecture, search = Architecture(result.model), fit.search
-    why = fit.difference.text if fit.difference is not None else _odd_sizes(result, search)
+    architecture, plan = fit.search.architecture, fit.result.plan
+    why = _odd_sizes(fit) if fit.difference is None else fit.difference.text
     text = f"no {architecture.name} says the sizes of the slim model: {why}"
-    left = _groups_to_leave(result, architecture, fit)
+    left = _groups_to_leave(architecture, fit)
     if not left:
-        return text
-    patterns = patterns_of(left, result.plan)
-    advice = f"slim with exclude={patterns}, which leaves these whole"
-    if search.conflicts and not _cuts_alike(result.plan):
+        return f"{text}; none of the groups that are cut can be said by one"
+    advice = f"slim with exclude={patterns_of(left, plan)}, which leaves these groups whole"
+    if fit.search.conflicts and not _cuts_alike(plan):
         advice = f"cut every layer alike (of='channels', ranking='uniform'), or {advice}"
     return f"{text}; {advice}"
 
@@ -49,19 +47,21 @@ def patterns_of(names: Iterable[str], plan: Plan) -> list[str]:
     return list(patterns)
 
 
-def _odd_sizes(result: Slimmed, search: Search) -> str:
+def _odd_sizes(fit: Fit) -> str:
     """Return which sizes no number of the config gives."""
-    for place, asked in search.conflicts.items():
-        firsts: dict[object, str] = {}
-        for (name, _), value in asked.items():
-            firsts.setdefault(value, name)
-        if None not in firsts and len(firsts) > 1 and asked.keys() & set(search.missed):
-            wanted = " and ".join(
-                f"{value} for {name}" for value, name in islice(firsts.items(), 3)
-            )
-            return f"{_spelt(place)} would have to be {wanted}"
-    names = list(dict.fromkeys(name for name, _ in search.missed))
-    slim = shapes(result.model)
+    missed = set(fit.search.missed)
+    unused = set(fit.result.graph.inference.unused)
+    for place, asked in fit.search.conflicts.items():
+        firsts = {value: dim for dim, value in sorted(asked.items(), reverse=True)}
+        if None not in firsts and len(firsts) > 1 and asked.keys() & missed:
+            wanted = [
+                f"{value} for {name}:{dim}"
+                + (" (which the example inputs do not reach)" if name in unused else "")
+                for value, (name, dim) in sorted(firsts.items(), key=lambda item: item[1])
+            ]
+            return f"{_spelt(place)} would have to be {' and '.join(wanted[:3])}"
+    slim = shapes(fit.result.model)
+    names = list(dict.fromkeys(name for name, _ in fit.search.missed))
     return f"no number in it gives {listed([f'{n} {list(slim.get(n, ()))}' for n in names])}"
 
 
@@ -70,35 +70,40 @@ def _spelt(place: Place) -> str:
     return str(first) + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in rest)
 
 
-def _groups_to_leave(result: Slimmed, architecture: Architecture, fit: Fit) -> list[str]:
+def _groups_to_leave(architecture: Architecture, fit: Fit) -> list[str]:
     """Return groups without whose cut a config gives the shapes, or nothing where that takes all."""
-    plan, left = result.plan, [*_of_operator(result, fit)]
-    if not left:
-        left = _of_dimensions(result, plan, fit.search.missed)
+    result = fit.result
+    left = _of_operator(fit) or _of_shapes(result, result.plan, fit.search)
+    more = left
     for _ in range(_ROUNDS):
         plan = result.plan.without(left)
-        if not plan.removed:
+        if not more or not plan.removed:
             return []
         search = Search(architecture, _shapes_by(result, plan), fit.search.numbers, hidden=False)
         if next(search.fitting(), None) is not None:
             return left
-        more = _of_dimensions(result, plan, search.missed)
-        if not more:
-            return []
-        left += more
+        more = _of_shapes(result, plan, search)
+        left = left + more
     return []
 
 
-def _of_operator(result: Slimmed, fit: Fit) -> list[str]:
+def _of_operator(fit: Fit) -> list[str]:
     """Return the groups that are cut in the operator that would have other numbers."""
-    if fit.difference is None or fit.difference.step is None:
-        return []
-    steps = result.graph.inference.steps
-    if fit.difference.step >= len(steps):
+    steps = fit.result.graph.inference.steps
+    if fit.difference is None or fit.difference.step is None or fit.difference.step >= len(steps):
         return []
     step = steps[fit.difference.step]
     layouts = [layout for value in (*step.outputs, *step.inputs) for layout in value.layouts]
-    return _cut_in(result, result.plan, layouts)
+    return _cut_in(fit.result, fit.result.plan, layouts)
+
+
+def _of_shapes(result: Slimmed, plan: Plan, search: Search) -> list[str]:
+    """Return the groups that a plan cuts in dimensions that come out wrong.
+
+    Where these are the ones that it leaves, groups in dimensions that go by the same number.
+    """
+    conflicts = [dim for asked in search.conflicts.values() for dim in asked]
+    return _of_dimensions(result, plan, search.missed) or _of_dimensions(result, plan, conflicts)
 
 
 def _of_dimensions(result: Slimmed, plan: Plan, dims: Sequence[Dim]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.configs import Architecture, Changes, Place, has_config, with_changes
+from graphprune.errors import InvalidRequestError
 from graphprune.fitting import find
 from graphprune.forms import Slimmed
 from graphprune.unfitting import why_none
@@ -36,8 +37,11 @@ def slim_config(
         places = [*changes, *architecture.numbers]
         return _filled(architecture.without_aliases(config), content, places, changes)
 
-    fit = find(result, written)
-    return (None, why_none(result, fit)) if fit.model is None else (fit.content, "")
+    try:
+        fit = find(result, written)
+    except InvalidRequestError as refusal:
+        return None, str(refusal)
+    return (None, why_none(fit)) if fit.model is None else (fit.content, "")
 
 
 def _filled(
