@@ -37,6 +37,10 @@ from graphprune.state import copy_with
 # Sets of changes that are tried at most; each is a model built without memory.
 _MOST_TRIED = 300
 
+# The same where a dimension moves with no number, or with one alone that another wants otherwise: only
+# numbers that dimensions do not grow evenly with could fit then.
+_MOST_TRIED_IN_VAIN = 12
+
 # Those of them that are compared operator by operator at most; each is a run without data.
 _MOST_COMPARED = 20
 
@@ -59,11 +63,13 @@ class Difference:
     Attributes:
         text: what differs.
         step: the number of the first operator that differs, if one does.
+        buffer: the name of a computed buffer that differs, if one does.
 
     """
 
     text: str
     step: int | None = None
+    buffer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,7 @@ class Search:
         self._asked = {place: self._asks(place, {}) for place in self._places}
         self.needed: dict[Place, Number] = {}
         self.conflicts: dict[Place, dict[Dim, Number | None]] = {}  # what is asked for in vain
+        self.alone: dict[Place, list[Dim]] = {}  # dimensions that no other number moves
         self._find_needed()
         self.nearest: Changes = {}
         self.missed = self._missed({})
@@ -244,7 +251,7 @@ class Search:
         ]
         choices = dict(self._choices())
         done: list[dict[Place, Number]] = []
-        for picks in islice(_likeliest_first(list(choices.values())), _MOST_TRIED):
+        for picks in islice(_likeliest_first(list(choices.values())), self._most_tried()):
             picked = dict(zip(choices, picks, strict=True))
             changes = {p: v for p, v in (self.needed | picked).items() if v != self._places[p]}
             missed = self._missed(changes)
@@ -256,6 +263,11 @@ class Search:
             if not missed and changes not in done:
                 done.append(changes)
                 yield changes
+
+    def _most_tried(self) -> int:
+        moved = {dim for asks in self._asked.values() for dim in asks}
+        in_vain = self.conflicts or any(dim not in moved for dim in self.missed)
+        return _MOST_TRIED_IN_VAIN if in_vain else _MOST_TRIED
 
     def _missed(self, changes: Changes) -> list[Dim]:
         """Return the dimensions that are not as they should be."""
@@ -307,6 +319,7 @@ class Search:
         movers = Counter(dim for asks in self._asked.values() for dim in asks)
         for place, asks in self._asked.items():
             alone = {dim: value for dim, value in asks.items() if movers[dim] == 1}
+            self.alone[place] = list(alone)
             values = set(alone.values())
             if self._is_open(place) or not alone:
                 continue
@@ -393,7 +406,7 @@ def _difference(
         reference = tensors_of(architecture.changed({}))
     for name, tensor in tensors_of(model).items():
         if name not in state and not _equal(tensor, reference[name]):
-            return Difference(f"it would compute another {name}")
+            return Difference(f"one that gives them computes another {name}", buffer=name)
     try:
         found = infer(model, result.inputs)
     except GraphPruneError as failure:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from graphprune.configs import Architecture, Place, Shapes, shapes
+import torch
+
+from graphprune.configs import Architecture, Place, Shapes, shapes, tensors_of
 from graphprune.errors import listed
 from graphprune.fitting import Dim, Fit, Search
 from graphprune.forms import Slimmed
@@ -23,6 +25,8 @@ def why_none(fit: Fit) -> str:
     why = _odd_sizes(fit) if fit.difference is None else fit.difference.text
     text = f"no {architecture.name} says the sizes of the slim model: {why}"
     left = _groups_to_leave(architecture, fit)
+    if left is None:
+        return text
     if not left:
         return f"{text}; none of the groups that are cut can be said by one"
     advice = f"slim with exclude={patterns_of(left, plan)}, which leaves these groups whole"
@@ -70,21 +74,26 @@ def _spelt(place: Place) -> str:
     return str(first) + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in rest)
 
 
-def _groups_to_leave(architecture: Architecture, fit: Fit) -> list[str]:
-    """Return groups without whose cut a config gives the shapes, or nothing where that takes all."""
+def _groups_to_leave(architecture: Architecture, fit: Fit) -> list[str] | None:
+    """Return groups without whose cut a config gives the shapes: none where that takes all.
+
+    None instead of a list stands for not known.
+    """
     result = fit.result
-    left = _of_operator(fit) or _of_shapes(result, result.plan, fit.search)
+    left = _of_operator(fit) or _of_buffer(fit) or _of_shapes(result, result.plan, fit.search)
     more = left
     for _ in range(_ROUNDS):
         plan = result.plan.without(left)
-        if not more or not plan.removed:
+        if not plan.removed:
             return []
+        if not more:
+            return None
         search = Search(architecture, _shapes_by(result, plan), fit.search.numbers, hidden=False)
         if next(search.fitting(), None) is not None:
             return left
         more = _of_shapes(result, plan, search)
         left = left + more
-    return []
+    return None
 
 
 def _of_operator(fit: Fit) -> list[str]:
@@ -95,6 +104,20 @@ def _of_operator(fit: Fit) -> list[str]:
     step = steps[fit.difference.step]
     layouts = [layout for value in (*step.outputs, *step.inputs) for layout in value.layouts]
     return _cut_in(fit.result, fit.result.plan, layouts)
+
+
+def _of_buffer(fit: Fit) -> list[str]:
+    """Return the groups whose sizes a buffer is computed from that would be another."""
+    if fit.difference is None or fit.difference.buffer is None:
+        return []
+    search, name = fit.search, fit.difference.buffer
+    original = tensors_of(search.architecture.changed({}))[name]
+    dims: list[Dim] = []
+    for place, value in search.nearest.items():
+        if search.architecture.shapes({place: value}):
+            changed = tensors_of(search.architecture.changed({place: value}))[name]
+            dims += [] if torch.equal(changed, original) else search.alone[place]
+    return _of_dimensions(fit.result, fit.result.plan, dims)
 
 
 def _of_shapes(result: Slimmed, plan: Plan, search: Search) -> list[str]:

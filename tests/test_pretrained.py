@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], bool, dict[str, Any]]] = {
         {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 16, "intermediate_size": 48},
     ),
     "heads in no shape": (
-        "BertModel", "BertConfig", {**SIZES, "vocab_size": 30}, True,
+        "BertForSequenceClassification", "BertConfig", {**SIZES, "vocab_size": 30}, True,
         {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 512},
     ),
     "heads in no shape, under another name": (
@@ -89,15 +89,15 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], bool, dict[str, Any]]] = {
         True, {"n_embd": 32, "n_head": 2, "n_inner": None},
     ),
     "lists": (
-        "ResNetModel", "ResNetConfig",
+        "ResNetForImageClassification", "ResNetConfig",
         {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1]}, False,
-        {"embedding_size": 8, "hidden_sizes": [16, 64]},
+        {"embedding_size": 8, "hidden_sizes": [16, 32]},
     ),
     "a factor": (
         "Dinov2Model", "Dinov2Config",
-        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "mlp_ratio": 2.0,
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "mlp_ratio": 2,
          "image_size": 16, "patch_size": 8}, False,
-        {"mlp_ratio": 1.0, "num_attention_heads": 2, "head_dim": 16},
+        {"mlp_ratio": 1, "num_attention_heads": 2, "head_dim": 16},
     ),
 }  # fmt: skip
 
