@@ -20,6 +20,14 @@ from graphprune.switches import hushed
 
 _ATTENTION = "_attn_implementation"
 
+# What initialises weights, most often; on the meta device it would take most of the time, for nothing.
+_FILLING = frozenset(
+    (
+        "normal_", "uniform_", "trunc_normal_", "constant_", "zeros_", "ones_", "zero_", "fill_", "copy_",
+        "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_",
+    )
+)  # fmt: skip
+
 Place: TypeAlias = tuple[str | int, ...]
 """Where a number stands in a config: names of attributes and positions in lists, from outside in."""
 
@@ -211,10 +219,14 @@ def _numbers_in(value: Any, place: Place) -> Iterator[tuple[Place, Number | None
 
 
 class _UnfilledOnMeta(TorchFunctionMode):
-    """Makes tensors that are to be filled later, as parameters are, without memory."""
+    """Makes tensors that are to be filled later, as parameters are, without memory, and fills none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        filled = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        if name in _FILLING and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
         return func(*args, **kwargs)

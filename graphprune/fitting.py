@@ -31,7 +31,7 @@ from graphprune.configs import (
 from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.forms import Slimmed
 from graphprune.inference import Inference, Step, Value, infer
-from graphprune.layout import size_of
+from graphprune.layout import counts_of, kept_size, size_of
 from graphprune.state import copy_with
 
 # Sets of changes that are tried at most; each is a model built without memory.
@@ -47,8 +47,8 @@ _MOST_COMPARED = 20
 # Numbers that show in no shape and are tried at most; each is a run without data too.
 _MOST_HIDDEN = 16
 
-# Two numbers for a place that the config leaves open, to see what follows it.
-_PROBES = (8, 16)
+# Two numbers for a place that the config leaves open, to see what follows it; few sizes are like them.
+_PROBES = (14, 28)
 
 Dim: TypeAlias = tuple[str, int]
 """A dimension of a tensor: its name and position."""
@@ -177,11 +177,15 @@ class Numbers:
     @cached_property
     def became(self) -> dict[int, list[int]]:
         """By each number in the original, what stands where it stood, other than itself, often first."""
-        before, after = self._of({}), _leaves(self.slim)
-        if before is None or len(before) != len(after):
-            return {}
+        original, plan = self._result.graph.inference, self._result.plan
+        kept = counts_of(plan.masks(self._result.graph))
+        values = [value for step in original.steps for value in (*step.inputs, *step.outputs)]
+        pairs = [(size_of(x), kept_size(x, kept)) for value in values for x in value.layouts]
+        before, after = _leaves(original), _leaves(self.slim)
+        if len(before) == len(after):
+            pairs += zip(before, after, strict=True)
         counts: dict[int, Counter[int]] = {}
-        for old, new in zip(before, after, strict=True):
+        for old, new in pairs:
             if type(old) is int and type(new) is int and old != new:
                 counts.setdefault(old, Counter())[new] += 1
         return {old: [new for new, _ in count.most_common()] for old, count in counts.items()}
@@ -294,7 +298,10 @@ class Search:
         else:
             low, (high, other) = start, self._moved(place, value, start)
             values = (value, other)
-        before, after = self.architecture.shapes(low), self.architecture.shapes(high)
+        before = self.architecture.shapes(low)
+        if value is None and before == self.architecture.shapes(start):
+            return {}
+        after = self.architecture.shapes(high)
         asked: dict[Dim, Number | None] = {}
         for name in before.keys() & after.keys() & self._wanted.keys():
             sizes = zip(before[name], after[name], self._wanted[name], strict=False)
