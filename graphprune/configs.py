@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -42,6 +41,10 @@ class Architecture:
     Attributes:
         name: of the class of the config.
         content: the config as nested dicts and lists.
+        numbers: those that the model's code reads while it is built; None for one left open.
+
+    Raises:
+        InvalidRequestError: the class cannot be built from its config alone.
 
     """
 
@@ -51,6 +54,7 @@ class Architecture:
         self.name = type(self._config).__name__
         self.content: dict[str, Any] = self._config.to_dict()
         self._shapes: dict[frozenset[tuple[Place, Number]], Shapes] = {}
+        self.numbers = self._numbers()
 
     def config_of(self, content: Mapping[str, Any]) -> Any:
         """Return the config as it is read from such a file."""
@@ -96,14 +100,7 @@ class Architecture:
                 self._shapes[key] = {}
         return self._shapes[key]
 
-    @cached_property
-    def numbers(self) -> dict[Place, Number | None]:
-        """The numbers that the model's code reads while it is built; None for one left open.
-
-        Raises:
-            InvalidRequestError: the class cannot be built from its config alone.
-
-        """
+    def _numbers(self) -> dict[Place, Number | None]:
         with _reads_of(type(self._config)) as read:
             try:
                 self.changed({})

@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.configs import Architecture, Changes, Place, has_config, with_changes
 from graphprune.errors import InvalidRequestError
-from graphprune.fitting import find
+from graphprune.fitting import Written, find
 from graphprune.forms import Slimmed
 from graphprune.unfitting import why_none
 
@@ -30,18 +30,22 @@ def slim_config(
         return None, f"{type(model).__name__} has no config of transformers"
     if result.form != "module":
         return None, f"it is a graph: {result.why_graph}"
-    architecture = Architecture(model)
+    try:
+        fit = find(result, _filling(config, Architecture(model)))
+    except InvalidRequestError as refusal:
+        return None, str(refusal)
+    return (None, why_none(fit)) if fit.model is None else (fit.content, "")
+
+
+def _filling(config: Mapping[str, Any], architecture: Architecture) -> Written:
+    """Return what gives the content of the new config.json for changes of numbers."""
 
     def written(changes: Changes) -> dict[str, Any]:
         content = with_changes(architecture.content, changes)
         places = [*changes, *architecture.numbers]
         return _filled(architecture.without_aliases(config), content, places, changes)
 
-    try:
-        fit = find(result, written)
-    except InvalidRequestError as refusal:
-        return None, str(refusal)
-    return (None, why_none(fit)) if fit.model is None else (fit.content, "")
+    return written
 
 
 def _filled(
@@ -57,6 +61,8 @@ def _filled(
                 owner[key] = copy.deepcopy(value[key])
             owner, value = owner[key], value[key]
         last = place[-1]
-        if place in changes or (isinstance(owner, dict) and owner.get(last) is None):
-            owner[last] = value[last] if isinstance(last, int) else value.get(last)
+        if place in changes:
+            owner[last] = changes[place]
+        elif isinstance(owner, dict) and owner.get(last) is None and value.get(last) is not None:
+            owner[last] = value[last]
     return result
