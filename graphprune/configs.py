@@ -48,7 +48,7 @@ class Architecture:
 
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._kind: Any = type(model)
         self._config: Any = model.config
         self.name = type(self._config).__name__

@@ -292,12 +292,13 @@ class Search:
         Dimensions are taken to grow evenly with it.
         """
         value = start.get(place, self._places[place])
+        low: Changes = start
+        values: tuple[Number, Number] = _PROBES
         if value is None:
             low, high = ({**start, place: probe} for probe in _PROBES)
-            values: tuple[Number, ...] = _PROBES
         else:
-            low, (high, other) = start, self._moved(place, value, start)
-            values = (value, other)
+            values = value, self._moved(place, value, start)
+            high = {**start, place: values[1]}
         before = self.architecture.shapes(low)
         if value is None and before == self.architecture.shapes(start):
             return {}
@@ -311,15 +312,12 @@ class Search:
                     asked[name, dim] = _as_number(exact, value)
         return asked
 
-    def _moved(self, place: Place, value: Number, start: Changes) -> tuple[Changes, Number]:
-        """Return the first change of a number that the config does not refuse, and the number."""
+    def _moved(self, place: Place, value: Number, start: Changes) -> Number:
+        """Return another number that the config does not refuse, or this one where there is none."""
         others: list[Number] = [2 * value, 3 * value]
         others += [value // 2, value + 1] if isinstance(value, int) else [value / 2]
-        for other in others:
-            changes = {**start, place: other}
-            if self.architecture.shapes(changes):
-                return changes, other
-        return start, value
+        accepted = (x for x in others if self.architecture.shapes({**start, place: x}))
+        return next(accepted, value)
 
     def _find_needed(self) -> None:
         """Keep the numbers that have to be what they are asked to be: nothing else moves a dimension."""
@@ -337,30 +335,31 @@ class Search:
 
     def _choices(self) -> Iterator[tuple[Place, list[Number]]]:
         """Yield the places whose numbers are still to be chosen, and what they may be, likely first."""
-        hidden: list[Place] = []
+        hidden: list[tuple[Place, int]] = []
         for place, value in self._places.items():
             if value is None or place in self.needed:
                 continue
-            became: list[Number] = (
-                list(self.numbers.became.get(value, ())) if _is_int(value) else []
-            )
-            if not self._asked[place]:
-                hidden += [place] if became and self._hidden else []
-                continue
-            asked = [x for x in self._asked[place].values() if x is not None]
-            now = [x for x in self._asks(place, self.needed).values() if x is not None]
-            often: list[Number] = [x for x, _ in Counter(now + asked).most_common()]
-            likely = [x for x in became if x in often]
-            yield place, list(dict.fromkeys([*likely, *became, value, *often]))
-        for place in hidden[:_MOST_HIDDEN]:
-            value = self._places[place]
-            useful = [
+            became: list[Number] = []
+            if isinstance(value, int):
+                became += self.numbers.became.get(value, ())
+                hidden += [(place, value)] if became and not self._asked[place] else []
+            if self._asked[place]:
+                yield place, self._likely(place, value, became)
+        for place, value in hidden[: _MOST_HIDDEN if self._hidden else 0]:
+            became = [
                 new
-                for new in self.numbers.became[value]  # type: ignore[index]
+                for new in self.numbers.became[value]
                 if self.numbers.are_said_by(place, new, self.needed)
             ]
-            if useful:
-                yield place, [*useful, value]  # type: ignore[list-item]
+            if became:
+                yield place, [*became, value]
+
+    def _likely(self, place: Place, value: Number, became: Sequence[Number]) -> list[Number]:
+        """Return what a number that dimensions follow may be, likely ones first."""
+        asked = [*self._asks(place, self.needed).values(), *self._asked[place].values()]
+        often = [x for x, _ in Counter(asked).most_common() if x is not None]
+        likely = [x for x in became if x in often]
+        return list(dict.fromkeys([*likely, *became, value, *often]))
 
     def _open(
         self, places: Sequence[Place], changes: Changes, missed: Sequence[Dim]
@@ -374,10 +373,6 @@ class Search:
             if len(wanted) == 1 and None not in wanted:
                 values |= {place: value for value in wanted if value is not None}  # noqa: B035
         return values
-
-
-def _is_int(value: Number) -> bool:
-    return type(value) is int
 
 
 def _as_number(exact: float, before: Number | None) -> Number | None:
