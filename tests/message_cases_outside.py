@@ -27,7 +27,6 @@ from graphprune.callbacks import Compared
 from graphprune.comparison import Comparison, Measured
 from graphprune.view.tree import group_lines
 from tests.message_cases import Does, X, case, convolutions, net, said
-from tests.models import example
 
 # ------------------------------------------------------------------------------------------- ONNX
 
@@ -347,16 +346,6 @@ def a_file_for_a_model_of_other_sizes(folder: Path) -> None:
 @case("Sequential has no config and no save_pretrained of transformers; use graphprune.save")
 def a_model_without_a_config(folder: Path) -> None:
     gp.save_pretrained(gp.slimmed(net(), 0.5, X), folder)
-
-
-@case(
-    r"no BertConfig says the sizes of encoder\.layer\.0\.attention\.self\.query\.weight, .+ and \d+ more; "
-    r"cut every layer alike \(of='channels'\), leave out with exclude= what the config cannot say, or use "
-    r"graphprune\.save"
-)
-def a_config_that_cannot_say_the_sizes(folder: Path) -> None:
-    given = example("bert")
-    gp.save_pretrained(gp.slimmed(given.model, 0.5, given.inputs), folder)
 
 
 # ------------------------------------------------------------------------- sparse connections

@@ -14,7 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import graphprune as gp
 from graphprune.checkpoint import shrink
@@ -127,7 +134,9 @@ def test_layers_of_uneven_width_are_loaded_by_their_plan(source: Path, tmp_path:
     result = gp.slimmed(llama(), 0.25, TOKENS, of="parameters")
     kept = {len(keep) for name, keep in result.plan.keep.items() if "mlp" in name}
     assert len(kept) > 1
-    with pytest.warns(gp.GraphPruneWarning, match=r"no LlamaConfig says those of model\.layers\.0"):
+    with pytest.warns(
+        gp.GraphPruneWarning, match=r"intermediate_size would have to be \d+ for model\.layers\.0"
+    ):
         done = gp.shrink_checkpoint(without_weights(), result.plan, source, tmp_path, TOKENS)
     assert not done.has_config
     with pytest.raises(OSError, match=r"config\.json.* is not a valid JSON"):
@@ -146,6 +155,25 @@ def test_a_config_that_would_compute_other_numbers_is_not_written(
     assert plan.removed
     with pytest.warns(gp.GraphPruneWarning, match="no LlamaConfig says"):
         gp.shrink_checkpoint(without_weights(), plan, source, tmp_path, TOKENS)
+
+
+def test_the_size_of_a_head_is_written_where_only_the_code_knows_of_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=50,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(sizes).eval()
+    model.save_pretrained(tmp_path / "source")
+    result = gp.slimmed(model, 0.5, TOKENS, align=1)
+    with torch.device("meta"):
+        empty = Qwen2ForCausalLM(sizes)
+    source, target = tmp_path / "source", tmp_path / "slim"
+    assert gp.shrink_checkpoint(empty, result.plan, source, target, TOKENS).has_config
+    loaded = Qwen2ForCausalLM.from_pretrained(target)
+    assert (loaded.config.num_attention_heads, loaded.config.head_dim) == (4, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(**TOKENS).logits, result.model(**TOKENS).logits)
 
 
 @pytest.mark.parametrize("names", ["one", "both"])

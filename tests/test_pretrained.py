@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from torch import nn
 
 import graphprune as gp
+from graphprune.fitting import fitting_config
 from graphprune.inputs import call, output_tensors
-from tests.models import Example, example
+from tests.models import Example, example, import_transformers
 
 # Models, options of `slimmed`, and what has to change in the config.
 CASES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
@@ -57,3 +60,102 @@ def test_what_was_saved_generates(name: str, tmp_path: Path) -> None:
     wanted, found = (m.generate(prompt, max_new_tokens=6, do_sample=False) for m in models)
     assert torch.equal(wanted, found)
     assert found.shape[1] > prompt.shape[1]
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96,
+}  # fmt: skip
+TOKENS = {"input_ids": torch.tensor([[1, 5, 7, 2], [3, 9, 4, 8]])}
+IMAGES = {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+
+# Classes of models, their configs, and what has to be in the config of the slim model: numbers that the
+# config does not hold, that show in no shape, or that stand in lists.
+KINDS: dict[str, tuple[str, str, dict[str, Any], bool, dict[str, Any]]] = {
+    "head size left open": (
+        "Qwen2ForCausalLM", "Qwen2Config", {**SIZES, "vocab_size": 30, "num_key_value_heads": 2}, False,
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48},
+    ),
+    "head size of images left open": (
+        "ViTModel", "ViTConfig", {**SIZES, "image_size": 16, "patch_size": 8}, False,
+        {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 16, "intermediate_size": 48},
+    ),
+    "heads in no shape": (
+        "BertForSequenceClassification", "BertConfig", {**SIZES, "vocab_size": 30}, True,
+        {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 512},
+    ),
+    "heads in no shape, under another name": (
+        "GPT2LMHeadModel", "GPT2Config",
+        {"vocab_size": 30, "n_embd": 64, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+        True, {"n_embd": 32, "n_head": 2, "n_inner": None},
+    ),
+    "lists": (
+        "ResNetForImageClassification", "ResNetConfig",
+        {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1]}, False,
+        {"embedding_size": 8, "hidden_sizes": [16, 32]},
+    ),
+    "a factor": (
+        "Dinov2Model", "Dinov2Config",
+        {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "mlp_ratio": 2,
+         "image_size": 16, "patch_size": 8}, False,
+        {"mlp_ratio": 1, "num_attention_heads": 2, "head_dim": 16},
+    ),
+}  # fmt: skip
+
+
+def built(kind: str, config: str, numbers: dict[str, Any]) -> Any:
+    """Return a model as it is before any training: small weights, so that outputs differ little."""
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(getattr(transformers, config)(**numbers)).eval()
+
+
+def cut(model: nn.Module, inputs: Any, renormalised: bool, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gp.GraphPruneWarning)
+        return gp.slimmed(model, 0.5, inputs, align=1, renormalised=renormalised, **options)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_config_says_what_the_slim_model_computes(name: str, tmp_path: Path) -> None:
+    kind, config, numbers, renormalised, wanted = KINDS[name]
+    model = built(kind, config, numbers)
+    inputs = IMAGES if model.main_input_name == "pixel_values" else TOKENS
+    result = cut(model, inputs, renormalised)
+    gp.save_pretrained(result, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert {key: getattr(loaded.config, key) for key in wanted} == wanted
+    outputs = [list(output_tensors(call(m, gp.Inputs.of(inputs)))) for m in (loaded, result.model)]
+    for (_, a), (_, b) in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_that_is_given_the_config_saves_itself(tmp_path: Path) -> None:
+    kind, config, numbers, renormalised, wanted = KINDS["head size left open"]
+    result = cut(built(kind, config, numbers), TOKENS, renormalised)
+    result.model.config = fitting_config(result)
+    assert result.model.config.head_dim == wanted["head_dim"]
+    result.model.save_pretrained(tmp_path)
+    loaded = type(result.model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**TOKENS).logits, result.model(**TOKENS).logits)
+
+
+def test_a_config_of_the_right_shapes_but_other_numbers_is_refused(tmp_path: Path) -> None:
+    """Gemma multiplies embeddings by the root of the hidden size, which the slim model keeps."""
+    numbers = {**SIZES, "vocab_size": 30, "num_key_value_heads": 2, "head_dim": 16}
+    result = cut(built("Gemma2ForCausalLM", "Gemma2Config", numbers), TOKENS, True)
+    assert fitting_config(result) is None
+    with pytest.raises(gp.InvalidRequestError, match="no Gemma2Config says the sizes"):
+        gp.save_pretrained(result, tmp_path)
+
+
+def test_leaving_whole_what_the_error_names_lets_a_config_say_the_rest(tmp_path: Path) -> None:
+    model = built("BertModel", "BertConfig", {**SIZES, "num_hidden_layers": 2, "vocab_size": 30})
+    with pytest.raises(gp.InvalidRequestError) as error:
+        gp.save_pretrained(cut(model, TOKENS, False), tmp_path)
+    assert "of='channels'" not in str(error.value)
+    advice = str(error.value).partition("slim with exclude=")[2]
+    exclude = ast.literal_eval(advice[: advice.index("]") + 1])
+    assert exclude == ["encoder.layer.*.attention.self.query.weight:0.0"]
+    gp.save_pretrained(cut(model, TOKENS, False, exclude=exclude), tmp_path)
+    assert type(model).from_pretrained(tmp_path).config.intermediate_size == 48
