@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,7 +13,16 @@ import torch
 from graphprune.cost import Amount
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
-from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
+from graphprune.layout import (
+    Axis,
+    Concat,
+    Layout,
+    Product,
+    free_axes,
+    leaves,
+    resolve,
+    size_of,
+)
 
 Align: TypeAlias = int | Literal["auto"]
 
@@ -31,9 +41,9 @@ def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[in
         block = next(number for size, number in CONVOLUTION_MULTIPLES if group.size >= size)
     else:
         block = align
-    block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))
-    needed = _slots_for(GROUPED_MULTIPLE, _channels_a_slot(_grouped_dims(graph), group.axis))
-    block = math.lcm(block, needed)
+    of_convolutions, of_groups = _channels_a_slot(graph)
+    block = _slots_for(block, of_convolutions.get(group.axis, ()))
+    block = math.lcm(block, _slots_for(GROUPED_MULTIPLE, of_groups.get(group.axis, ())))
     return [*range(block, group.size, block), group.size]
 
 
@@ -42,9 +52,26 @@ def _slots_for(block: int, channels: Iterable[int]) -> int:
     return max((block // math.gcd(block, each) for each in channels), default=1)
 
 
-def _channels_a_slot(dims: Iterable[Layout], axis: Axis) -> list[int]:
-    """Return how many channels a slot holds, for each of the dimensions that it stands in."""
-    return [channels for layout in dims for channels in _rest_of(layout, axis)]
+Channels: TypeAlias = dict[Axis, list[int]]
+"""By axis, how many channels a slot holds, for each of the dimensions that it stands in."""
+
+# One look at all operators serves every group of a graph.
+_known: WeakKeyDictionary[DependencyGraph, tuple[Channels, Channels]] = WeakKeyDictionary()
+
+
+def _channels_a_slot(graph: DependencyGraph) -> tuple[Channels, Channels]:
+    """Return the channels of convolutions, and the rows of products of groups."""
+    if graph not in _known:
+        _known[graph] = _of_dims(_convolution_dims(graph)), _of_dims(_grouped_dims(graph))
+    return _known[graph]
+
+
+def _of_dims(dims: Iterable[Layout]) -> Channels:
+    found: Channels = {}
+    for layout in dims:
+        for axis in dict.fromkeys(free_axes(layout)):
+            found.setdefault(axis, []).extend(_rest_of(layout, axis))
+    return found
 
 
 def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
