@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from graphprune.allocation import Align, allowed_sizes, competing, nearest, per_cost, quantiles
+from graphprune.allocation import (
+    Align,
+    Changes,
+    allowed_sizes,
+    competing,
+    nearest,
+    per_cost,
+    quantiles,
+)
 from graphprune.cost import Amount, Cost, mac_cost, parameter_cost
 from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups import DependencyGraph, Group
@@ -158,6 +166,7 @@ def choose(
     losses: bool = False,
     whole: Whole | None = None,
     cost: Amount | None = None,
+    final: bool = True,
 ) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
 
@@ -170,6 +179,7 @@ def choose(
             for each channel, parameter or MAC saved; else by the scores as they are.
         whole: what the ratio is a fraction of, where the graph is of a model that was cut before.
         cost: what the ratio counts, where that is no count of channels, parameters or MACs.
+        final: whether no further cut follows, which would come nearer to what is wanted in the end.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
@@ -209,7 +219,7 @@ def choose(
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
         warn(_inexact(graph, inexact))
-    if groups and request.of != "latency":  # of which the measurement will tell
+    if groups and final and request.of != "latency":  # of which the measurement will tell
         missed = _Missed(graph, groups, options, keep, cost, whole.total, request)
         why = missed.why({**now.sizes, **whole.sizes})
         if why:
@@ -323,7 +333,7 @@ class _Missed:
         counts = {group.name: len(self.keep[group.name]) for group in self.groups}
         share, ratio = self.removed(counts), self.request.ratio
         if self._is_uniform:
-            return self._of_each_group(counts, before) if abs(share - ratio) > _MISSED else ""
+            return self._of_each_group(counts, before)
         if share < ratio - 1e-9:
             return (
                 "but with the fewest channels allowed in each group that may be cut only "
@@ -336,14 +346,16 @@ class _Missed:
         return self.request.of == "channels" and not self.request.is_global
 
     def _of_each_group(self, counts: Mapping[str, int], before: Mapping[str, int]) -> str:
+        """Return why groups keep other fractions than were asked for, but for rounding to whole channels."""
         wanted = {name: before[name] * (1 - self.request.ratio) for name in counts}
         worst = max(counts, key=lambda name: abs(counts[name] - wanted[name]))
         count, share = counts[worst], self.removed(counts)
-        fewest = count == self.options[worst][0] and count > wanted[worst]
-        return (
-            f"and {_percent(share) if share > 0 else 'none'} go: of {worst!r} {count} of {before[worst]} "
-            f"stay, {'the fewest allowed' if fewest else f'the allowed number nearest to {wanted[worst]:.4g}'}"
-        )
+        if abs(share - self.request.ratio) <= _MISSED or abs(count - wanted[worst]) <= 0.5:
+            return ""
+        is_least = count == self.options[worst][0] and count > wanted[worst]
+        why = "fewest allowed" if is_least else f"allowed number nearest to {wanted[worst]:.4g}"
+        went = _percent(share) if share > 0 else "none"
+        return f"and {went} go: of {worst!r} {count} of {before[worst]} stay, the {why}"
 
     def _too_many(self, counts: Mapping[str, int], share: float) -> str:
         step = {
@@ -351,9 +363,9 @@ class _Missed:
             for name, count in counts.items()
             if count < self.options[name][-1]
         }
-        finest = max(
-            step, key=lambda name: self.removed({**counts, name: counts[name] + step[name]})
-        )
+        axes = {group.name: group.axis for group in self.groups}
+        changes = Changes(self.cost, {axes[name]: count for name, count in counts.items()})
+        finest = min(step, key=lambda n: changes.total_with(axes[n], counts[n] + step[n]))
         return (
             f"and {share:.1%} go, since the numbers of channels allowed are no finer (the next step, "
             f"{step[finest]} more of {finest!r}, leaves too many)"

@@ -69,9 +69,12 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked of `slim`: the request, the other options, and how much of the way is to be gone.
+    """What is asked of `slim`: the request, and the other options.
 
-    The way is that from the original's latency to `latency_ms`, which is gone in steps.
+    Attributes:
+        way: the part of the way that is gone with this cut; below 1 others follow, and `latency_ms` is
+            what the last is to reach.
+
     """
 
     request: Request
@@ -312,7 +315,9 @@ class Choice:
         def scored(gone: Plan | None) -> Scores:
             return self._scores(graph, gone)
 
-        return choose(graph, scored, request, losses=losses, whole=whole, cost=cost)
+        return choose(
+            graph, scored, request, losses=losses, whole=whole, cost=cost, final=self.order.way == 1
+        )
 
     def _scores(self, graph: DependencyGraph, gone: Plan | None) -> Scores:
         if gone is not None:
@@ -361,6 +366,13 @@ def groups_of(graph: DependencyGraph) -> Groups:
     return tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
 
 
+def target_of(order: Order, original: float) -> float:
+    """Return the latency that is asked for, in milliseconds, as the original's is."""
+    if order.latency_ms is None:
+        return original * (1 - order.request.ratio)
+    return original + order.way * (order.latency_ms - original)
+
+
 def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) -> Slimmed:
     """Return the slim model whose measured latency is nearest to what was asked for."""
     request = order.request
@@ -389,13 +401,12 @@ def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) ->
             return in_form(order.form, replace(quick, plan_for=chosen_by(latency)))
 
         total = bench.seconds * NANO if choice.whole is None else choice.whole.total
-        target = total * MILLI * (1 - request.ratio)
-        if order.latency_ms is not None:
-            target = (1 - order.way) * total * MILLI + order.way * order.latency_ms
+        target = target_of(order, total * MILLI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # what holds in the end is said then
             latency = calibrated(bench, at_width)
             latency, reached = met(bench, latency, attempt, target)
         result = in_form(order.form, replace(job, plan_for=chosen_by(latency)))
-    warn_of_missed(reached, request)
+    if order.way == 1:
+        warn_of_missed(reached, request)
     return replace(result, latency=reached)

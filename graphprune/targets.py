@@ -77,10 +77,10 @@ def warn_of_missed(reached: Reached, request: Request) -> None:
     """Warn where the latency asked for was not met, unless the original has it."""
     if abs(reached.slim / reached.target - 1) <= _FAR or reached.target >= reached.original:
         return
-    finer, more = request.align != 1, not request.renormalised
     if reached.slim < reached.target:
-        why = "the numbers of channels allowed are no finer" + "; align=1 may come nearer" * finer
+        why = "the numbers of channels allowed are no finer"
+        why += "" if request.align == 1 else "; align=1 may come nearer"
     else:
-        ways = [*["align=1"] * finer, *["renormalised=True"] * more, "other patterns"]
-        why = f"no more can be cut as asked; {' or '.join(ways)} may free more"
+        ways = "" if request.renormalised else "renormalised=True or "
+        why = f"no more can be cut as asked; {ways}other patterns may free more"
     warn(f"the slim model takes {reached}: {why}")

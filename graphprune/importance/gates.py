@@ -33,7 +33,7 @@ class GatedLoss:
         differentiated: whether derivatives of the loss are wanted.
 
     Raises:
-        InvalidRequestError: there is no loss or no data, or one does not fit the model or the other.
+        InvalidRequestError: there is no loss, or the first batch does not fit the model or the loss.
 
     """
 
@@ -60,8 +60,9 @@ class GatedLoss:
                 held = self.parameters[reader.parameter]
                 for slots in reader.slots(graph.by_name[name], held):
                     self.slots.append((name, reader.parameter, slots.reshape(held.shape)))
-        self.batches = subject.data
-        self.check(self.batches[0])
+        self.subject = subject
+        if subject.batches is not None:
+            self.check(subject.batches[0])
 
     def ones(self) -> dict[str, Tensor]:
         """Return open gates, a vector a group."""
@@ -132,10 +133,9 @@ class GatedLoss:
         A loss that is a mean over samples, as any is taken to be that does not double once all samples
         come twice, counts by how many a batch holds; a sum counts as it is.
         """
-        by_samples = False
-        if not self.batches.are_alike:
-            first = self.batches[0]
+        data, by_samples = self.subject.data, False
+        if not data.are_alike:
             with torch.no_grad():
-                own = not is_a_sum(self.loss, self._output(first), first)
-            by_samples = self.batches.ranks.gathered(own)[0]
-        yield from self.batches.weighted(by_samples=by_samples)
+                is_mean = not is_a_sum(self.loss, self._output(data[0]), data[0])
+            by_samples = data.ranks.gathered(is_mean)[0]
+        yield from data.weighted(by_samples=by_samples)

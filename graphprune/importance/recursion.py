@@ -155,7 +155,7 @@ class Recursion:
             for node, terms in found.items():
                 refuse_unless_finite(batch, terms, "in the derivatives of its loss")
                 total[node] = total.get(node, 0.0) + weight * terms
-        return {node: mean.numpy() for node, mean in gated.batches.total(total).items()}
+        return {node: mean.numpy() for node, mean in gated.subject.data.total(total).items()}
 
     def terms(self, batch: Batch) -> dict[fx.Node, Tensor]:
         """Return, for each layer that reads channels, the terms of each channel of its input.

@@ -145,9 +145,9 @@ def finetune(
                     _put_back(slimmer, before)
                     raise InvalidRequestError(
                         f"{batch} in epoch {epoch + 1} gives {float(value.detach()):.3g} to minimise, with "
-                        "NaN or infinite numbers in it or in its gradient, so a step would destroy the slim "
-                        f"model: it keeps what the {stepped} steps before gave it; look at the batch, or "
-                        "take a lower learning_rate"
+                        "NaN or infinite numbers in it or in its gradient, so a step would destroy the "
+                        f"slim model: it keeps what the {stepped} steps before gave it; look at the batch, "
+                        "or take a lower learning_rate"
                     )
                 stepper.step()
                 stepped += 1
