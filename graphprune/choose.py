@@ -112,7 +112,7 @@ class Request:
 
 
 def _fraction(ratio: Any) -> float:
-    if isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 <= ratio < 1:
+    if isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 <= float(ratio) < 1:
         return float(ratio)
     order = (
         "; the arguments are slim(model, ratio, example_inputs)"
@@ -192,7 +192,7 @@ def choose(
     )  # said once, of the first step of several
     if overruled:
         warn(overruled)
-    elif not groups and request.ratio > 0:
+    if not groups and request.ratio > 0:
         warn(_nothing_to_cut(graph, selected))
     cost = cost or _cost(graph, groups, request.of)
     now = Whole.of(graph, request, cost.total())
@@ -346,7 +346,7 @@ class _Missed:
         return self.request.of == "channels" and not self.request.is_global
 
     def _of_each_group(self, counts: Mapping[str, int], before: Mapping[str, int]) -> str:
-        """Return why groups keep other fractions than were asked for, but for rounding to whole channels."""
+        """Return why groups keep other fractions than asked for, but for rounding to whole channels."""
         wanted = {name: before[name] * (1 - self.request.ratio) for name in counts}
         worst = max(counts, key=lambda name: abs(counts[name] - wanted[name]))
         count, share = counts[worst], self.removed(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.importance import LOOK_AT_DATA, LOOK_AT_LOSS, checked_loss
@@ -44,7 +44,9 @@ def check_use(ratio: float | None, asked: Mapping[str, Any], usual: Mapping[str,
 
 
 def _same(value: Any, usual: Any) -> bool:
-    return value is usual or (isinstance(value, (str, int, float, tuple, list)) and value == usual)
+    if isinstance(value, (tuple, list)) and isinstance(usual, (tuple, list)):
+        return not value and not usual
+    return value is usual or (isinstance(value, (str, int, float)) and bool(value == usual))
 
 
 def _unread(all_options: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
@@ -95,17 +97,25 @@ def refuse_nan(model: nn.Module, inputs: Inputs) -> None:
 
     """
     names = [
-        name
-        for name, parameter in parameter_names(model).items()
-        if not parameter.is_meta
-        and (parameter.is_floating_point() or parameter.is_complex())
-        and bool(parameter.isnan().any())
+        name for name, parameter in parameter_names(model).items() if _has_nan(parameter.detach())
     ]
     if names and _gives_nan(model, inputs):
         raise InvalidRequestError(
             f"the model gives NaN since its weights do: NaN in {listed(names)}; load the weights anew, or "
             "see what training did to them"
         )
+
+
+def _has_nan(parameter: Tensor) -> bool:
+    if parameter.is_meta or not (parameter.is_floating_point() or parameter.is_complex()):
+        return False
+    try:
+        return bool(parameter.isnan().any())
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # of the smallest types, and of tensors of other kinds
+        return False
 
 
 def _gives_nan(model: nn.Module, inputs: Inputs) -> bool:

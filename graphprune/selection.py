@@ -86,8 +86,8 @@ class Selection:
         """
         every = [name for names in graph.inference.names.values() for name in names]
         every += [group.name for group in graph.groups]
-        globs = ({p: _glob(p, every) for p in patterns} for patterns in (include, exclude))
-        return cls(graph, *globs, renormalised)
+        asked_for, left = ({p: _glob(p, every) for p in ps} for ps in (include, exclude))
+        return cls(graph, asked_for, left, renormalised)
 
     def names(self, group: Group) -> list[str]:
         """Return the names that a group answers to: its own, and all names of its members."""
@@ -98,11 +98,11 @@ class Selection:
 
     def includes(self, group: Group) -> bool:
         """Whether the group is asked for by a pattern."""
-        return _any_fits(self.names(group), self.include.values())
+        return bool(self.include) and _any_fits(self.names(group), self.include.values())
 
     def excludes(self, group: Group) -> bool:
         """Whether the group is to stay by a pattern."""
-        return _any_fits(self.names(group), self.exclude.values())
+        return bool(self.exclude) and _any_fits(self.names(group), self.exclude.values())
 
     def may_cut(self, group: Group) -> bool:
         """Whether the group may be cut."""

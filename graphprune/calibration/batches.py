@@ -273,7 +273,7 @@ def _batch(number: int, given: Any) -> Batch:
             f"a pair of it and a target, not {_described(given)}; several inputs are "
             "graphprune.Inputs(a, b), with a target (graphprune.Inputs(a, b), target)"
         )
-    batch = Batch(Inputs.of(inputs), *target, number=number)
+    batch = Batch(Inputs.of(inputs), target[0] if target else None, number)
     if batch.size == 0:
         raise InvalidRequestError(
             f"{batch} holds no samples, {batch.inputs}; leave it out (drop_last=True of a DataLoader)"

@@ -32,7 +32,7 @@ from graphprune.plan import Plan
 from graphprune.processes import Ranks
 from graphprune.progress import track
 from graphprune.shrink import sliced
-from graphprune.state import evaluating, named_tensors
+from graphprune.state import evaluating, named_tensors, working_copy
 
 Method: TypeAlias = Literal["least_squares", "constants"]
 
@@ -143,7 +143,7 @@ def compensated(
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
         repaired = tuple(repair.layers(method))
         output = as_cut, _error_of_output(wanted, given, batches)
-    if output[1] > output[0]:
+    if output[1] > max(output[0], _ROUNDING):
         warn(
             f"the repair does more harm than good: the error of the model's output is {output[1]:.3g} of "
             f"its square, and {output[0]:.3g} as cut, on the same data; pass more data, batches whose "
@@ -165,9 +165,9 @@ def _error_of_output(wanted: fx.GraphModule, given: fx.GraphModule, batches: Sha
 
     It is the mean over batches, so that one with large numbers does not hide the others.
     """
-    total = 0.0
+    total, both = 0.0, [cast(fx.GraphModule, working_copy(g)) for g in (wanted, given)]
     for batch in batches:
-        pair = [Run(g, batch.inputs, list(g.graph.nodes), what=str(batch)) for g in (wanted, given)]
+        pair = [Run(g, batch.inputs, list(g.graph.nodes), what=str(batch)) for g in both]
         missed = whole = 0.0
         for its, mine in zip(*map(_numbers, pair), strict=True):
             finite = its.isfinite() & mine.isfinite() if its.shape == mine.shape else None

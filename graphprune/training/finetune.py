@@ -179,7 +179,8 @@ def _objective(
 
 def _all_finite(value: Tensor, parameters: list[nn.Parameter]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return all(bool(tensor.isfinite().all()) for tensor in (value.detach(), *gradients))
+    finite = [t.isfinite().all().to(value.device) for t in (value.detach(), *gradients)]
+    return bool(torch.stack(finite).all())  # one wait for the device, not one a parameter
 
 
 @torch.no_grad()
