@@ -63,7 +63,7 @@ def _unread(all_options: Mapping[str, Any], given: Mapping[str, Any]) -> Iterato
     if has_plan or not (latency_ms or all_options["of"] == "latency"):
         yield (
             ("provider", "threads"),
-            ("they say where latency is measured, which latency_ms= or of='latency' ask for"),
+            ("latency is measured only where latency_ms= or of='latency' ask for it"),
         )
     looks_at_data = not has_plan and importance in LOOK_AT_DATA
     looks_at_loss = not has_plan and importance in LOOK_AT_LOSS
