@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from graphprune.cost import Amount
+from graphprune.cost import Amount, Cost
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
-from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of
+from graphprune.layout import (
+    Axis,
+    Concat,
+    Layout,
+    Product,
+    free_axes,
+    leaves,
+    resolve,
+    size_of,
+)
 
 Align: TypeAlias = int | Literal["auto"]
 
@@ -31,9 +42,9 @@ def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[in
         block = next(number for size, number in CONVOLUTION_MULTIPLES if group.size >= size)
     else:
         block = align
-    block = _slots_for(block, _channels_a_slot(_convolution_dims(graph), group.axis))
-    needed = _slots_for(GROUPED_MULTIPLE, _channels_a_slot(_grouped_dims(graph), group.axis))
-    block = math.lcm(block, needed)
+    of_convolutions, of_groups = _channels_a_slot(graph)
+    block = _slots_for(block, of_convolutions.get(group.axis, ()))
+    block = math.lcm(block, _slots_for(GROUPED_MULTIPLE, of_groups.get(group.axis, ())))
     return [*range(block, group.size, block), group.size]
 
 
@@ -42,9 +53,26 @@ def _slots_for(block: int, channels: Iterable[int]) -> int:
     return max((block // math.gcd(block, each) for each in channels), default=1)
 
 
-def _channels_a_slot(dims: Iterable[Layout], axis: Axis) -> list[int]:
-    """Return how many channels a slot holds, for each of the dimensions that it stands in."""
-    return [channels for layout in dims for channels in _rest_of(layout, axis)]
+Channels: TypeAlias = dict[Axis, list[int]]
+"""By axis, how many channels a slot holds, for each of the dimensions that it stands in."""
+
+# One look at all operators serves every group of a graph.
+_known: WeakKeyDictionary[DependencyGraph, tuple[Channels, Channels]] = WeakKeyDictionary()
+
+
+def _channels_a_slot(graph: DependencyGraph) -> tuple[Channels, Channels]:
+    """Return the channels of convolutions, and the rows of products of groups."""
+    if graph not in _known:
+        _known[graph] = _of_dims(_convolution_dims(graph)), _of_dims(_grouped_dims(graph))
+    return _known[graph]
+
+
+def _of_dims(dims: Iterable[Layout]) -> Channels:
+    found: Channels = {}
+    for layout in dims:
+        for axis in dict.fromkeys(free_axes(layout)):
+            found.setdefault(axis, []).extend(_rest_of(layout, axis))
+    return found
 
 
 def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
@@ -119,29 +147,71 @@ def competing(
         else:
             low = middle + 1
     kept = kept_above(thresholds[low])
-    return _give_back(kept, options, scores, total, max(target, total(kept)))
+    return _give_back(groups, kept, options, scores, cost, max(target, total(kept)))
 
 
 def _give_back(
+    groups: Sequence[Group],
     kept: dict[str, int],
     options: Mapping[str, Sequence[int]],
     scores: Scores,
-    total: Callable[[Mapping[str, int]], float],
+    cost: Amount,
     target: float,
 ) -> dict[str, int]:
     """Return the slots kept, with the best-scored others that still fit under the target."""
+    axes = {group.name: group.axis for group in groups}
     best = {name: np.sort(scores[name])[::-1] for name in kept}
-    waiting = {name for name in kept if kept[name] < options[name][-1]}
+    changes = Changes(cost, {axes[name]: count for name, count in kept.items()})
+    waiting = [(-best[n][kept[n]], n) for n in kept if kept[n] < options[n][-1]]
+    heapify(waiting)
     while waiting:
-        name = max(sorted(waiting), key=lambda n: best[n][kept[n]])
-        larger = {**kept, name: min(o for o in options[name] if o > kept[name])}
-        if total(larger) > target:
-            waiting.discard(name)
+        _, name = heappop(waiting)
+        larger = min(o for o in options[name] if o > kept[name])
+        if changes.total_with(axes[name], larger) > target:
             continue
-        kept = larger
-        if kept[name] == options[name][-1]:
-            waiting.discard(name)
+        changes.keep(axes[name], larger)
+        kept[name] = larger
+        if larger < options[name][-1]:
+            heappush(waiting, (-best[name][larger], name))
     return kept
+
+
+class Changes:
+    """A cost while one axis after the other comes to keep another number of slots.
+
+    A look at one axis computes anew only the terms of a `Cost` in which it stands.
+
+    Attributes:
+        kept: how many slots of each axis are kept now.
+        total: the cost now.
+
+    """
+
+    def __init__(self, cost: Amount, kept: dict[Axis, int]) -> None:
+        self.kept = kept
+        self.total = cost.total(kept)
+        self._parts: dict[Axis, Cost] = {}
+        self._otherwise: Amount = Cost(0, ()) if isinstance(cost, Cost) else cost
+        if isinstance(cost, Cost):
+            terms: dict[Axis, list[tuple[int, tuple[Layout, ...]]]] = {}
+            for term in cost.terms:
+                for axis in dict.fromkeys(a for dim in term[1] for a in free_axes(dim)):
+                    terms.setdefault(axis, []).append(term)
+            self._parts = {axis: Cost(0, tuple(own), cost.block) for axis, own in terms.items()}
+
+    def total_with(self, axis: Axis, count: int) -> float:
+        """Return the cost once so many slots of the axis are kept."""
+        part = self._parts.get(axis, self._otherwise)
+        before, now = self.kept[axis], part.total(self.kept)
+        self.kept[axis] = count
+        after = part.total(self.kept)
+        self.kept[axis] = before
+        return self.total + after - now
+
+    def keep(self, axis: Axis, count: int) -> None:
+        """Keep so many slots of the axis."""
+        self.total = self.total_with(axis, count)
+        self.kept[axis] = count
 
 
 def per_cost(
@@ -165,13 +235,13 @@ def per_cost(
     """
     finite = [own[np.isfinite(own)] for own in (scores[g.name] for g in groups)]
     lowest = min((float(own.min()) for own in finite if own.size), default=0.0)
-    now = {g.axis: kept[g.name] for g in groups}
-    whole = cost.total(now)
+    changes = Changes(cost, {g.axis: kept[g.name] for g in groups})
 
     def each(group: Group) -> float:
         count = kept[group.name]
         fewer = max((o for o in options[group.name] if o < count), default=count - 1)
-        return max((whole - cost.total({**now, group.axis: fewer})) / (count - fewer), 1)
+        saved = changes.total - changes.total_with(group.axis, fewer)
+        return max(saved / (count - fewer), 1)
 
     return {g.name: (scores[g.name] - min(lowest, 0.0)) / each(g) for g in groups}
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
-from graphprune.allocation import Align, allowed_sizes, competing, nearest, per_cost, quantiles
+from graphprune.allocation import (
+    Align,
+    Changes,
+    allowed_sizes,
+    competing,
+    nearest,
+    per_cost,
+    quantiles,
+)
 from graphprune.cost import Amount, Cost, mac_cost, parameter_cost
 from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import Scores
 from graphprune.plan import Plan
+from graphprune.selection import Pattern, Selection, by_name
 
 Unit: TypeAlias = Literal["channels", "parameters", "macs", "latency"]
 Ranking: TypeAlias = Literal["auto", "uniform", "global"]
@@ -38,7 +48,8 @@ class Request:
             for a single ranking, more for iterative re-ranking.
         align: keep a multiple of this many channels where they belong to convolutions; "auto" keeps
             multiples of 16, of 8 in groups under 64, of 4 under 16; 1 keeps any number.
-        include: cut only groups with a name, or a member parameter's name, that fits one of these globs.
+        include: cut only groups with a name, or a member parameter's or its module's name, that fits one
+            of these globs; a module stands for all parameters in it.
         exclude: never cut groups with such a name.
         renormalised: also cut groups that a norm, mean or softmax runs along.
 
@@ -47,18 +58,14 @@ class Request:
     ratio: float
     of: Unit = "channels"
     align: Align = "auto"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    include: Sequence[Pattern] = ()
+    exclude: Sequence[Pattern] = ()
     renormalised: bool = False
     ranking: Ranking = "auto"
     steps: int = 1
 
     def __post_init__(self) -> None:
-        ratio = self.ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-            raise InvalidRequestError(
-                f"ratio={ratio!r} is the fraction to remove; it must be a number with 0 <= ratio < 1"
-            )
+        object.__setattr__(self, "ratio", _fraction(self.ratio))
         if self.of not in get_args(Unit):
             raise InvalidRequestError(
                 f"of={self.of!r} must be 'channels', 'parameters', 'macs' or 'latency'"
@@ -67,20 +74,60 @@ class Request:
             raise InvalidRequestError(
                 f"ranking={self.ranking!r} must be 'auto', 'uniform' or 'global'"
             )
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if not isinstance(self.steps, Integral) or self.steps < 1:
             raise InvalidRequestError(f"steps={self.steps!r} must be a whole number from 1")
-        if self.align != "auto" and (not isinstance(self.align, int) or self.align < 1):
+        if self.align != "auto" and (not isinstance(self.align, Integral) or self.align < 1):
             raise InvalidRequestError(
                 f"align={self.align!r} must be 'auto' or a whole number from 1"
             )
         for name in ("include", "exclude"):
-            if isinstance(getattr(self, name), str):
-                raise InvalidRequestError(f"{name} must be a list of patterns, not the text alone")
+            patterns = getattr(self, name)
+            if isinstance(patterns, (str, nn.Module)) or not all(
+                isinstance(pattern, (str, nn.Module)) for pattern in patterns
+            ):
+                raise InvalidRequestError(
+                    f"{name} must be a list of patterns or modules, as in {name}=['head*'], not "
+                    f"{_in_short(patterns)}"
+                )
+        for name in ("steps", "align"):  # plans are saved, and numpy's numbers cannot be
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value == "auto" else int(value))
+
+    def named(self, model: nn.Module) -> Request:
+        """Return the request with globs of names for the modules among its patterns.
+
+        Raises:
+            InvalidRequestError: one is no module of the model, or holds no parameters.
+
+        """
+        include, exclude = (
+            by_name(getattr(self, what), model, what) for what in ("include", "exclude")
+        )
+        return replace(self, include=include, exclude=exclude)
 
     @property
     def is_global(self) -> bool:
         """Whether the channels of all groups compete."""
         return self.ranking == "global" or (self.ranking == "auto" and self.of != "channels")
+
+
+def _fraction(ratio: Any) -> float:
+    if isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 <= float(ratio) < 1:
+        return float(ratio)
+    order = (
+        "; the arguments are slim(model, ratio, example_inputs)"
+        if not isinstance(ratio, (Real, str))
+        else ""
+    )
+    raise InvalidRequestError(
+        f"ratio={_in_short(ratio)} is the fraction to remove; it must be a number with 0 <= ratio < 1"
+        f"{order}"
+    )
+
+
+def _in_short(value: Any) -> str:
+    """Return a number or a text as it is written, of other things what they are."""
+    return repr(value) if isinstance(value, (Real, str)) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +166,7 @@ def choose(
     losses: bool = False,
     whole: Whole | None = None,
     cost: Amount | None = None,
+    final: bool = True,
 ) -> Plan:
     """Return the plan that the request asks for; warns where it cannot be met.
 
@@ -131,14 +179,21 @@ def choose(
             for each channel, parameter or MAC saved; else by the scores as they are.
         whole: what the ratio is a fraction of, where the graph is of a model that was cut before.
         cost: what the ratio counts, where that is no count of channels, parameters or MACs.
+        final: whether no further cut follows, which would come nearer to what is wanted in the end.
 
     Raises:
         InvalidRequestError: a pattern of the request fits nothing.
 
     """
-    groups = eligible(graph, request)
+    selected = selection(graph, request)
+    groups = [group for group in graph.groups if selected.may_cut(group)]
+    overruled = (
+        selected.overruled() if whole is None else ""
+    )  # said once, of the first step of several
+    if overruled:
+        warn(overruled)
     if not groups and request.ratio > 0:
-        warn(_nothing_to_cut(graph, request))
+        warn(_nothing_to_cut(graph, selected))
     cost = cost or _cost(graph, groups, request.of)
     now = Whole.of(graph, request, cost.total())
     whole = now if whole is None else whole
@@ -164,7 +219,13 @@ def choose(
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
         warn(_inexact(graph, inexact))
-    _warn_of_missed(groups, options, keep, cost, whole.total, request)
+    if groups and final and request.of != "latency":  # of which the measurement will tell
+        missed = _Missed(graph, groups, options, keep, cost, whole.total, request)
+        why = missed.why({**now.sizes, **whole.sizes})
+        if why:
+            warn(
+                f"asked to remove {_percent(request.ratio)} of {request.of}, {why}{missed.advice()}"
+            )
     asked = {name: getattr(request, name) for name in ("ratio", "of", "ranking", "steps", "align")}
     return Plan(keep, sizes, asked)
 
@@ -183,49 +244,41 @@ def _of_what_is_left(scores: Scores, keep: Mapping[str, Sequence[int]]) -> Score
     }
 
 
+def selection(graph: DependencyGraph, request: Request) -> Selection:
+    """Return which groups a request names, its modules by their names (`Request.named`).
+
+    Raises:
+        InvalidRequestError: a pattern fits nothing.
+
+    """
+    include, exclude = (
+        [pattern for pattern in patterns if isinstance(pattern, str)]
+        for patterns in (request.include, request.exclude)
+    )
+    return Selection.of(graph, include, exclude, renormalised=request.renormalised)
+
+
 def eligible(graph: DependencyGraph, request: Request) -> list[Group]:
     """Return the groups that the request lets be cut."""
-    for pattern in (*request.include, *request.exclude):
-        if not any(_fits(group, [pattern]) for group in graph.groups):
-            _check_names_something(graph, pattern)
-    return [group for group in graph.groups if _may_cut(group, request)]
+    selected = selection(graph, request)
+    return [group for group in graph.groups if selected.may_cut(group)]
 
 
-def _may_cut(group: Group, request: Request) -> bool:
-    if group.size < 2 or _fits(group, request.exclude):
-        return False
-    if not (group.exact or request.renormalised):
-        return False
-    if request.include and not _fits(group, request.include):
-        return False
-    return not group.inner or any(fnmatchcase(group.name, p) for p in request.include)
-
-
-def _fits(group: Group, patterns: Iterable[str]) -> bool:
-    names = [group.name, *(member.parameter for member in group.members)]
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
-
-
-def _check_names_something(graph: DependencyGraph, pattern: str) -> None:
-    every = [name for names in graph.inference.names.values() for name in names]
-    if any(fnmatchcase(name, pattern) for name in every):
-        return
-    some = ", ".join(every[:5])
-    raise InvalidRequestError(
-        f"the pattern {pattern!r} fits no parameter and no group of the model; names are like {some}"
-    )
-
-
-def _nothing_to_cut(graph: DependencyGraph, request: Request) -> str:
+def _nothing_to_cut(graph: DependencyGraph, selected: Selection) -> str:
     if not graph.groups:
         return (
             "no channels of this model can be removed, so it is returned as it was; "
             "print(graphprune.analyze(model, inputs)) says why for every dimension"
         )
     barred = {
-        "excluded": sum(_fits(g, request.exclude) for g in graph.groups),
-        "renormalised (allow with renormalised=True)": sum(not g.exact for g in graph.groups),
+        "excluded": sum(selected.excludes(g) for g in graph.groups),
+        "renormalised (allow with renormalised=True)": sum(
+            not (g.exact or selected.renormalised) for g in graph.groups
+        ),
         "inner to larger units": sum(g.inner for g in graph.groups),
+        "not included": sum(
+            bool(selected.include) and not selected.includes(g) for g in graph.groups
+        ),
     }
     counted = ", ".join(f"{count} {why}" for why, count in barred.items() if count)
     return (
@@ -249,47 +302,84 @@ def highest(values: npt.NDArray[np.float64], count: int) -> list[int]:
     return sorted(int(i) for i in order)
 
 
-def _warn_of_missed(
-    groups: Sequence[Group],
-    options: Mapping[str, Sequence[int]],
-    keep: Mapping[str, Sequence[int]],
-    cost: Amount,
-    total: float,
-    request: Request,
-) -> None:
-    """Warn where the numbers allowed do not let the target be met."""
-    if not groups or request.of == "latency":  # of which the measurement will tell
-        return
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
 
-    def removed(counts: Mapping[str, int]) -> float:
-        return 1 - cost.total({g.axis: counts[g.name] for g in groups}) / max(total, 1)
 
-    counts = {name: len(kept) for name, kept in keep.items()}
-    share = removed(counts)
-    if request.of == "channels" and not request.is_global:
-        if share > 0 or request.ratio == 0:
-            return
-        why = (
-            "and none go, since that is less than half a step between the numbers of channels allowed; "
-            "align=1 allows any"
-        )
-    elif share < request.ratio - 1e-9:
-        why = (
-            f"but with at least one channel left in each group that may be cut only {share:.0%} can go; "
-            "renormalised=True or align=1 may free more"
-        )
-    elif share > request.ratio + _MISSED:
+@dataclass(frozen=True)
+class _Missed:
+    """What was asked for, and what was chosen, where the numbers allowed may not let it be met."""
+
+    graph: DependencyGraph
+    groups: Sequence[Group]
+    options: Mapping[str, Sequence[int]]
+    keep: Mapping[str, Sequence[int]]
+    cost: Amount
+    total: float
+    request: Request
+
+    def removed(self, counts: Mapping[str, int]) -> float:
+        """Return the share of the cost that goes with so many slots kept."""
+        left = {group.axis: counts[group.name] for group in self.groups}
+        return 1 - self.cost.total(left) / max(self.total, 1)
+
+    def why(self, before: Mapping[str, int]) -> str:
+        """Return how far the target is missed and why; "" where it is met.
+
+        Args:
+            before: by group, how many slots it had before any cut.
+
+        """
+        counts = {group.name: len(self.keep[group.name]) for group in self.groups}
+        share, ratio = self.removed(counts), self.request.ratio
+        if self._is_uniform:
+            return self._of_each_group(counts, before)
+        if share < ratio - 1e-9:
+            return (
+                "but with the fewest channels allowed in each group that may be cut only "
+                f"{share:.0%} can go"
+            )
+        return self._too_many(counts, share) if share > ratio + _MISSED else ""
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.request.of == "channels" and not self.request.is_global
+
+    def _of_each_group(self, counts: Mapping[str, int], before: Mapping[str, int]) -> str:
+        """Return why groups keep other fractions than asked for, but for rounding to whole channels."""
+        wanted = {name: before[name] * (1 - self.request.ratio) for name in counts}
+        worst = max(counts, key=lambda name: abs(counts[name] - wanted[name]))
+        count, share = counts[worst], self.removed(counts)
+        if abs(share - self.request.ratio) <= _MISSED or abs(count - wanted[worst]) <= 0.5:
+            return ""
+        is_least = count == self.options[worst][0] and count > wanted[worst]
+        why = "fewest allowed" if is_least else f"allowed number nearest to {wanted[worst]:.4g}"
+        went = _percent(share) if share > 0 else "none"
+        return f"and {went} go: of {worst!r} {count} of {before[worst]} stay, the {why}"
+
+    def _too_many(self, counts: Mapping[str, int], share: float) -> str:
         step = {
-            name: min(o for o in options[name] if o > count) - count
+            name: min(o for o in self.options[name] if o > count) - count
             for name, count in counts.items()
-            if count < options[name][-1]
+            if count < self.options[name][-1]
         }
-        finest = max(step, key=lambda name: removed({**counts, name: counts[name] + step[name]}))
-        why = (
+        axes = {group.name: group.axis for group in self.groups}
+        changes = Changes(self.cost, {axes[name]: count for name, count in counts.items()})
+        finest = min(step, key=lambda n: changes.total_with(axes[n], counts[n] + step[n]))
+        return (
             f"and {share:.1%} go, since the numbers of channels allowed are no finer (the next step, "
             f"{step[finest]} more of {finest!r}, leaves too many)"
-            f"{'' if request.align == 1 else '; align=1 comes nearer'}"
         )
-    else:
-        return
-    warn(f"asked to remove {request.ratio:.0%} of {request.of}, {why}")
+
+    def advice(self) -> str:
+        """Return what would come nearer, of what was not asked for."""
+        finer = self.request.align != 1 and any(
+            allowed_sizes(self.graph, group, 1)[0] < self.options[group.name][0]
+            for group in self.groups
+        )
+        barred = not self.request.renormalised and any(not g.exact for g in self.graph.groups)
+        more = (
+            barred and self.removed({n: len(k) for n, k in self.keep.items()}) < self.request.ratio
+        )
+        ways = ["renormalised=True"] * more + ["align=1"] * finer
+        return f"; {' or '.join(ways)} comes nearer" if ways else ""

@@ -10,11 +10,12 @@ from torch import nn
 
 from graphprune.choose import Whole
 from graphprune.slim import MILLI, Options, Order, carried_out
+from graphprune.wrappers import unwrapped
 
 
 def slim_gradually(
     model: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     example_inputs: Any = None,
     **options: Unpack[Options],
 ) -> Iterator[nn.Module]:
@@ -30,7 +31,7 @@ def slim_gradually(
 
     Args:
         model: as for `slim`.
-        ratio: fraction to remove in the end.
+        ratio: fraction to remove in the end; half if not given.
         example_inputs: as for `slim`.
         **options: those of `slim` but `plan`; `steps` (5 if not given) is the number of models, the
             k-th of which has lost k / steps of the ratio.
@@ -45,9 +46,13 @@ def slim_gradually(
         raise TypeError("slim_gradually makes a plan for each step and takes none")
     steps = options.get("steps", 5)
     whole: Whole | None = None
+    if isinstance(model, nn.Module):  # its modules, not those of the copies that follow
+        order = replace(order, request=order.request.named(unwrapped(model)))
     for step in range(1, steps + 1):
-        request = replace(order.request, ratio=ratio * step / steps, steps=1)
-        result = carried_out(replace(order, request=request), model, example_inputs, whole)
+        way = step / steps
+        request = replace(order.request, ratio=order.request.ratio * way, steps=1)
+        order_of_step = replace(order, request=request, way=way)
+        result = carried_out(order_of_step, model, example_inputs, whole)
         if whole is None:
             nanoseconds = None if result.latency is None else result.latency.original / MILLI
             whole = Whole.of(result.graph, request, nanoseconds)

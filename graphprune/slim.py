@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -26,8 +27,10 @@ from graphprune.importance import Importance, Loss, Scores, Subject, are_losses,
 from graphprune.importance.magnitude import BY_WEIGHTS
 from graphprune.latency import NANO, Bench, LatencyModel
 from graphprune.plan import Plan
+from graphprune.preflight import check_use, refuse_nan
 from graphprune.processes import together
 from graphprune.runtimes import Runtime
+from graphprune.selection import Pattern
 from graphprune.shards import Checkpoint, Weights
 from graphprune.state import named_tensors
 from graphprune.targets import calibrated, met, warn_of_missed
@@ -36,6 +39,8 @@ from graphprune.verify import without
 Groups: TypeAlias = tuple[tuple[str, int, bool, bool], ...]
 
 MILLI = 1e-6  # milliseconds in a nanosecond
+
+_HALF = 0.5  # what goes where no ratio is given
 
 
 class Options(TypedDict, total=False):
@@ -46,8 +51,8 @@ class Options(TypedDict, total=False):
     ranking: Ranking
     steps: int
     align: Align
-    include: Sequence[str]
-    exclude: Sequence[str]
+    include: Sequence[Pattern]
+    exclude: Sequence[Pattern]
     renormalised: bool
     plan: Plan | None
     form: Form
@@ -64,7 +69,13 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked of `slim`: the request, and the other options."""
+    """What is asked of `slim`: the request, and the other options.
+
+    Attributes:
+        way: the part of the way that is gone with this cut; below 1 others follow, and `latency_ms` is
+            what the last is to reach.
+
+    """
 
     request: Request
     importance: Importance = "l2"
@@ -79,10 +90,13 @@ class Order:
     provider: str = "cpu"
     threads: int = 1
     weights: str | Path | None = None
+    way: float = 1.0
 
     @classmethod
-    def of(cls, ratio: float, options: Options) -> Order:
-        """Return the order for a ratio and options.
+    def of(cls, ratio: float | None, options: Options) -> Order:
+        """Return the order for a ratio (None where none was given) and options.
+
+        Warns of options that nothing will read.
 
         Raises:
             TypeError: there is no such option.
@@ -95,13 +109,15 @@ class Order:
         given: dict[str, Any] = dict(options)
         if given.get("latency_ms") is not None:
             given["of"] = _latency(given["latency_ms"], given.get("of", "channels"))
+        usual = {f.name: f.default for f in (*fields(Request), *fields(cls))}
+        check_use(ratio, options, usual)
         asked = {f.name: given.pop(f.name) for f in fields(Request) if f.name in given}
-        return cls(Request(ratio, **asked), **given)
+        return cls(Request(_HALF if ratio is None else ratio, **asked), **given)
 
 
 def slim(
     model: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     example_inputs: Any = None,
     *,
     of: Unit = "channels",
@@ -109,8 +125,8 @@ def slim(
     ranking: Ranking = "auto",
     steps: int = 1,
     align: Align = "auto",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: Sequence[Pattern] = (),
+    exclude: Sequence[Pattern] = (),
     renormalised: bool = False,
     plan: Plan | None = None,
     form: Form = "auto",
@@ -128,7 +144,7 @@ def slim(
 
     Args:
         model: an nn.Module, fx.GraphModule or torch.export.ExportedProgram.
-        ratio: fraction to remove, 0 <= ratio < 1, counted in what `of` names.
+        ratio: fraction to remove, 0 <= ratio < 1, counted in what `of` names; half if not given.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments or
             `graphprune.Inputs`; may be left out for image, vector, sequence and token models.
         of: "channels" of the groups that may be cut, "parameters" or "macs" of the whole model, or its
@@ -148,8 +164,10 @@ def slim(
             left anew after each, without any training.
         align: numbers of convolution channels to keep: "auto" for what ONNX Runtime runs fast
             (multiples of 16; of 8 in groups under 64, of 4 under 16), or a number; 1 for any.
-        include: cut only groups whose name or a member parameter's name fits one of these globs.
-        exclude: do not cut groups whose name or a member parameter's name fits one of these globs.
+        include: cut only groups whose name, or the name of a member parameter or of its module, fits
+            one of these globs; a module stands for all parameters in it.
+        exclude: do not cut such groups. Channels go from all members of a group or from none, so a
+            group stays that has one member among others.
         renormalised: also cut channels along which a norm, mean or softmax runs; the slim model then
             differs from the silenced original by that statistic, and a warning names the groups.
         plan: cut exactly this instead of choosing.
@@ -160,10 +178,13 @@ def slim(
             slim model is only seen to run.
         seed: for importance "random".
         data: batches, a few hundred samples in all: a list, a DataLoader or another iterable of the
-            model's inputs or of pairs of inputs and target. In a process group of torch.distributed
+            model's inputs or of pairs of inputs and target; several inputs of a model are
+            `graphprune.Inputs(a, b)`. In a process group of torch.distributed
             each process looks at its share of them and all come to the same plan and the same slim
             model; all have to make the call.
-        loss: from the model's output and a batch's target to one number, as F.cross_entropy is.
+        loss: from the model's output and a batch's target to one number, as F.cross_entropy is: taken
+            to be a mean over samples, so that a batch of few counts for less, unless it is seen to be
+            a sum.
         compensate: change the weights that stay so that each layer gives what it gave before, on
             `data` (whose targets are not used): True or "least_squares" for weights and biases,
             "constants" for biases alone. The slim model is verified before that.
@@ -199,11 +220,7 @@ def slim(
 
 def _latency(milliseconds: float, of: str) -> str:
     """Return the unit that `latency_ms` stands for, once both make sense."""
-    if (
-        isinstance(milliseconds, bool)
-        or not isinstance(milliseconds, (int, float))
-        or milliseconds <= 0
-    ):
+    if isinstance(milliseconds, bool) or not isinstance(milliseconds, Real) or milliseconds <= 0:
         raise InvalidRequestError(f"latency_ms={milliseconds!r} must be a number above 0")
     if of not in ("channels", "latency"):
         raise InvalidRequestError(
@@ -213,7 +230,7 @@ def _latency(milliseconds: float, of: str) -> str:
 
 
 def slimmed(
-    model: Any, ratio: float = 0.5, example_inputs: Any = None, **options: Unpack[Options]
+    model: Any, ratio: float | None = None, example_inputs: Any = None, **options: Unpack[Options]
 ) -> Slimmed:
     """Return what `slim` returns together with its plan, graph, form, verification and repair.
 
@@ -237,6 +254,8 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
     method = method_of(order.compensate)
     runtime = Runtime.of(order.provider, order.threads)
     module, inputs = prepared(model, example_inputs)
+    refuse_nan(module, inputs)
+    order = replace(order, request=order.request.named(module))
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if order.data is None else batches_of(order.data)
     weights = None if order.weights is None else weights_for(order, module)
@@ -296,7 +315,9 @@ class Choice:
         def scored(gone: Plan | None) -> Scores:
             return self._scores(graph, gone)
 
-        return choose(graph, scored, request, losses=losses, whole=whole, cost=cost)
+        return choose(
+            graph, scored, request, losses=losses, whole=whole, cost=cost, final=self.order.way == 1
+        )
 
     def _scores(self, graph: DependencyGraph, gone: Plan | None) -> Scores:
         if gone is not None:
@@ -345,6 +366,13 @@ def groups_of(graph: DependencyGraph) -> Groups:
     return tuple((g.name, g.size, g.exact, g.inner) for g in graph.groups)
 
 
+def target_of(order: Order, original: float) -> float:
+    """Return the latency that is asked for, in milliseconds, as the original's is."""
+    if order.latency_ms is None:
+        return original * (1 - order.request.ratio)
+    return original + order.way * (order.latency_ms - original)
+
+
 def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) -> Slimmed:
     """Return the slim model whose measured latency is nearest to what was asked for."""
     request = order.request
@@ -373,11 +401,12 @@ def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) ->
             return in_form(order.form, replace(quick, plan_for=chosen_by(latency)))
 
         total = bench.seconds * NANO if choice.whole is None else choice.whole.total
-        target = order.latency_ms or total * MILLI * (1 - request.ratio)
+        target = target_of(order, total * MILLI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # what holds in the end is said then
             latency = calibrated(bench, at_width)
             latency, reached = met(bench, latency, attempt, target)
         result = in_form(order.form, replace(job, plan_for=chosen_by(latency)))
-    warn_of_missed(reached)
+    if order.way == 1:
+        warn_of_missed(reached, request)
     return replace(result, latency=reached)

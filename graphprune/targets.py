@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from graphprune.choose import Request
 from graphprune.errors import warn
 from graphprune.forms import Slimmed
 from graphprune.latency import Bench, LatencyModel, Reached
@@ -72,13 +73,14 @@ def met(
     return latency, Reached(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
 
 
-def warn_of_missed(reached: Reached) -> None:
+def warn_of_missed(reached: Reached, request: Request) -> None:
     """Warn where the latency asked for was not met, unless the original has it."""
     if abs(reached.slim / reached.target - 1) <= _FAR or reached.target >= reached.original:
         return
-    why = (
-        "the numbers of channels allowed are no finer; align=1 may come nearer"
-        if reached.slim < reached.target
-        else "no more can be cut as asked; renormalised=True or other patterns may free more"
-    )
+    if reached.slim < reached.target:
+        why = "the numbers of channels allowed are no finer"
+        why += "" if request.align == 1 else "; align=1 may come nearer"
+    else:
+        ways = "" if request.renormalised else "renormalised=True or "
+        why = f"no more can be cut as asked; {ways}other patterns may free more"
     warn(f"the slim model takes {reached}: {why}")

@@ -26,7 +26,7 @@ class SlimChannels(Pass):
     Left alone: groups that a norm runs along, unless `renormalised`; whatever is fixed.
 
     Attributes:
-        ratio: fraction to remove, 0 <= ratio < 1.
+        ratio: fraction to remove, 0 <= ratio < 1; half if not given.
         of: what the ratio counts: "channels", "parameters", "macs" or "latency".
         importance: the criterion.
         ranking: "uniform", "global", or "auto".
@@ -46,7 +46,7 @@ class SlimChannels(Pass):
 
     """
 
-    ratio: float = 0.5
+    ratio: float | None = None
     of: Unit = "channels"
     importance: Importance = "l2"
     ranking: Ranking = "auto"

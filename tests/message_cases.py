@@ -57,6 +57,13 @@ def convolutions(last: int = 16, **options: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, last, 3, **options))
 
 
+def only_one() -> nn.Linear:
+    """Return a layer that reads the first of two units."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    return layer
+
+
 class Does(nn.Module):
     """A hidden layer, a function of it, a last layer."""
 
@@ -86,12 +93,12 @@ said(
 said("steps=0 must be a whole number from 1", lambda: gp.slim(net(), 0.5, X, steps=0))
 said("align=0 must be 'auto' or a whole number from 1", lambda: gp.slim(net(), 0.5, X, align=0))
 said(
-    "exclude must be a list of patterns, not the text alone",
+    r"exclude must be a list of patterns or modules, as in exclude=\['head\*'\], not '0\.\*'",
     lambda: gp.slim(net(), 0.5, X, exclude="0.*"),
 )
 said(
-    r"the pattern 'fc\*' fits no parameter and no group of the model; names are like 0\.weight, 0\.bias, "
-    r"2\.weight, 2\.bias",
+    r"the pattern 'fc\*' fits no parameter, module or group of the model; names are like 0\.weight, "
+    r"0\.bias, 2\.weight, 2\.bias, 0\.weight:0",
     lambda: gp.slim(net(), 0.5, X, include=["fc*"]),
 )
 said("form='onnx' must be 'auto', 'module' or 'graph'", lambda: gp.slim(net(), 0.5, X, form="onnx"))
@@ -119,9 +126,14 @@ said(
     lambda: gp.slim(net(), 0.5, X, importance="taylor", data=[(X, X[:, :3])]),
 )
 said(
-    "importance='taylor' gives no numbers on this data: the loss or its derivatives are not finite",
+    "importance='oracle' gives no numbers on this data: the loss or its derivatives are not finite",
     lambda: gp.slim(
-        net(), 0.5, X, importance="taylor", data=[(X, X)], loss=lambda y, _: y.sum() * torch.nan
+        nn.Sequential(nn.Linear(6, 2, bias=False), only_one()),
+        0.5,
+        X,
+        importance="oracle",
+        data=[X],
+        loss=lambda y, _: (y / y).sum(),
     ),
 )
 said(
@@ -134,7 +146,8 @@ said(
 )
 said(
     r"batch 1 of data must be the model's input \(a tensor, a dict or graphprune\.Inputs\) or a pair of it "
-    "and a target, not list of 3",
+    r"and a target, not list of 3 \(Tensor, Tensor, Tensor\); several inputs are "
+    r"graphprune\.Inputs\(a, b\), with a target \(graphprune\.Inputs\(a, b\), target\)",
     lambda: gp.slim(net(), 0.5, X, data=[X, [X, X, X]], compensate=True),
 )
 said(
@@ -154,7 +167,7 @@ said(
     lambda: gp.slim(net().to("meta"), 0.5, X, importance="random", data=[X], compensate=True),
 )
 said(
-    r"the model does not run on a batch of data, Inputs\(float32\[2, 5\]\): RuntimeError: .*; batches need "
+    r"the model does not run on batch 0 of data, Inputs\(float32\[2, 5\]\): RuntimeError: .*; batches need "
     "the form of example_inputs, and their sizes where tracing left none free",
     lambda: gp.slim(net(), 0.5, X, data=[X[:, :5]], compensate=True),
 )
@@ -297,13 +310,13 @@ said(
     ),
 )
 said(
-    r"asked to remove 95% of parameters, but with at least one channel left in each group that may be cut "
-    r"only 84% can go; renormalised=True or align=1 may free more",
+    r"asked to remove 95% of parameters, but with the fewest channels allowed in each group that may be "
+    r"cut only 84% can go",
     lambda: gp.slim(net(), 0.95, X, of="parameters"),
 )
 said(
-    r"asked to remove 10% of channels, and none go, since that is less than half a step between the "
-    r"numbers of channels allowed; align=1 allows any",
+    r"asked to remove 10% of channels, and none go: of '0\.weight:0' 16 of 16 stay, the allowed number "
+    r"nearest to 14\.4; align=1 comes nearer",
     lambda: gp.slim(convolutions(4), 0.1, torch.ones(1, 3, 8, 8)),
 )
 said(
@@ -485,8 +498,8 @@ said(
 
 
 said(
-    r"a batch of data gives Inputs\(other=float32\[2, 6\]\), 0 arguments where the traced model takes 1; "
-    "batches need the form of example_inputs, positional or by name alike",
+    r"batch 0 of data gives Inputs\(other=float32\[2, 6\]\), 0 arguments where the traced model takes 1; "
+    "batches need the form of example_inputs, positional or by name alike; a pair .*",
     lambda: gp.slim(net(), 0.5, X, data=[{"other": X}], compensate=True),
 )
 LABELLED = [(X, torch.zeros(2, dtype=torch.long))]

@@ -95,6 +95,7 @@ def test_no_recurrent_layer_gets_worse(kind: str, method: Any) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:data will not be read")  # where nothing is repaired
 def test_a_state_that_is_given_is_where_the_layer_starts() -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:

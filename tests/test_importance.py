@@ -381,6 +381,7 @@ def test_bn_scale_is_the_weight_of_the_batch_norm() -> None:
     assert np.isinf(second).all()
 
 
+@pytest.mark.filterwarnings("ignore:(data|loss) will not be read")  # by all of them
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_every_criterion_chooses_alike_twice_and_leaves_the_model_alone(
     criterion: str, model: Perceptron, data: Any

@@ -29,11 +29,16 @@ class Batch:
     Attributes:
         inputs: the model's arguments.
         target: what goes into the loss with the model's output; None where no labels were given.
+        number: its place in the data that this process was given.
 
     """
 
     inputs: Inputs
     target: Any = None
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"batch {self.number} of data"
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of inputs and target."""
@@ -43,7 +48,7 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with another tensor for each."""
         target = pytree.tree_map_only(Tensor, function, self.target)
-        return Batch(self.inputs.map(function), target)
+        return Batch(self.inputs.map(function), target, self.number)
 
     @property
     def size(self) -> int:
@@ -122,13 +127,31 @@ class Share:
         """Return the means over the batches of all processes of what was summed on these ones."""
         return pytree.tree_map(lambda total: total / self.count, self.total(found))
 
+    @property
+    def are_alike(self) -> bool:
+        """Whether all batches, of all processes, hold as many samples."""
+        return len(set(self.sizes.values())) == 1
+
+    def weighted(self, *, by_samples: bool) -> Iterator[tuple[Batch, float]]:
+        """Yield the batches of this process, each with its part of a mean over all batches.
+
+        Args:
+            by_samples: a batch counts by how many samples it holds; otherwise all count alike.
+
+        """
+        whole = sum(self.sizes.values()) if by_samples else self.count
+        for place, batch in zip(self.places, self.batches, strict=True):
+            yield batch, (self.sizes[place] if by_samples else 1) / whole
+
     def part(self, places: Iterable[int]) -> Share:
         """Return the share of some of the batches, by their places among all."""
         wanted = set(places)
         sizes = {place: size for place, size in self.sizes.items() if place in wanted}
         mine = [i for i, place in enumerate(self.places) if place in wanted]
         if self.stands_in or not mine:
-            return replace(self, batches=self.batches[:1], sizes=sizes, stands_in=True)
+            return replace(
+                self, batches=self.batches[:1], places=(min(wanted),), sizes=sizes, stands_in=True
+            )
         batches, its = [self.batches[i] for i in mine], [self.places[i] for i in mine]
         return replace(self, batches=tuple(batches), places=tuple(its), sizes=sizes)
 
@@ -242,16 +265,48 @@ def _each_batch(data: Any) -> Iterator[Batch]:
 
 
 def _batch(number: int, given: Any) -> Batch:
-    if isinstance(given, (Tensor, Mapping, Inputs)):
-        return Batch(Inputs.of(given))
-    if isinstance(given, (tuple, list)) and 1 <= len(given) <= 2:
-        return Batch(Inputs.of(given[0]), *given[1:])
-    raise InvalidRequestError(
-        f"batch {number} of data must be the model's input (a tensor, a dict or graphprune.Inputs) or a "
-        f"pair of it and a target, not {_described(given)}"
-    )
+    parts = list(given) if isinstance(given, (tuple, list)) else [given]
+    inputs, *target = parts or [None]
+    if not isinstance(inputs, (Tensor, Mapping, Inputs, tuple, list)) or len(target) > 1:
+        raise InvalidRequestError(
+            f"batch {number} of data must be the model's input (a tensor, a dict or graphprune.Inputs) or "
+            f"a pair of it and a target, not {_described(given)}; several inputs are "
+            "graphprune.Inputs(a, b), with a target (graphprune.Inputs(a, b), target)"
+        )
+    batch = Batch(Inputs.of(inputs), target[0] if target else None, number)
+    if batch.size == 0:
+        raise InvalidRequestError(
+            f"{batch} holds no samples, {batch.inputs}; leave it out (drop_last=True of a DataLoader)"
+        )
+    return batch
 
 
 def _described(value: Any) -> str:
-    kind = type(value).__name__
-    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind
+    if not isinstance(value, (tuple, list)):
+        return type(value).__name__
+    kinds = ", ".join(type(part).__name__ for part in value)
+    return f"{type(value).__name__} of {len(value)} ({kinds})"
+
+
+def refuse_unless_finite(batch: Batch, value: Tensor, where: str) -> None:
+    """See that what a batch makes of a model is finite.
+
+    Raises:
+        InvalidRequestError: it is not.
+
+    """
+    if not bool(value.isfinite().all()):
+        what = "NaN" if bool(value.isnan().any()) else "numbers that are infinite"
+        raise InvalidRequestError(
+            f"{batch} gives {what} {where}, so all that is summed over the data would be none; "
+            f"look at it, or leave it out{_suspicion(batch)}"
+        )
+
+
+def _suspicion(batch: Batch) -> str:
+    """Say what is odd about a batch's own numbers."""
+    numbers = [t.detach() for t in batch.tensors() if t.is_floating_point() and t.numel()]
+    if any(bool(tensor.isnan().any()) for tensor in numbers):
+        return " (it holds NaN)"
+    largest = max((float(tensor.abs().max()) for tensor in numbers), default=0.0)
+    return f" (its largest number is {largest:.3g})"

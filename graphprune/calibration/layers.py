@@ -76,11 +76,13 @@ class Layer(ABC):
     ) -> Tensor:
         """Return the sum over samples of an output times the features, `[groups, outputs, features]`.
 
-        It is the gradient of a weight whose output has that gradient.
+        It is the gradient of a weight whose output has that gradient; in single precision at least, for
+        sums over samples soon exceed the largest number of half precision.
         """
+        precise = torch.promote_types(weight.dtype, torch.float32)
         with torch.enable_grad():
-            free = weight.clone().requires_grad_()
-            value = self.value(data, free, None, arguments)
+            free = weight.to(precise, copy=True).requires_grad_()
+            value = self.value(data.to(precise), free, None, arguments)
             (gradient,) = torch.autograd.grad(value, free, output.to(value.dtype))
         return self.matrix(gradient, arguments).double()
 

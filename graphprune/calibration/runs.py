@@ -26,6 +26,7 @@ class Run(fx.Interpreter):
         order: Sequence[fx.Node],
         *,
         keep: bool = False,
+        what: str = "a batch of data",
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
@@ -34,11 +35,12 @@ class Run(fx.Interpreter):
         wanted = len(graph_module.graph.find_nodes(op="placeholder"))
         if len(flat) != wanted:
             raise InvalidRequestError(
-                f"a batch of data gives {inputs}, {len(flat)} arguments where the traced model takes "
+                f"{what} gives {inputs}, {len(flat)} arguments where the traced model takes "
                 f"{wanted}; batches need the form of example_inputs, positional or by name alike"
+                f"{several_inputs(len(flat), wanted)}"
             )
         self.args_iter = iter(flat)
-        self.inputs = inputs
+        self.inputs, self.what = inputs, what
         self.order = order
         self.place = 0
         self.last_use = (
@@ -62,10 +64,17 @@ class Run(fx.Interpreter):
             value = self.env[node] = self.run_node(node)
         except Exception as failure:
             raise InvalidRequestError(
-                f"the model does not run on a batch of data, {self.inputs}: {in_a_line(failure)}; batches "
+                f"the model does not run on {self.what}, {self.inputs}: {in_a_line(failure)}; batches "
                 "need the form of example_inputs, and their sizes where tracing left none free"
             ) from failure
         for used in node.all_input_nodes:
             if self.last_use.get(used) is node:
                 self.env.pop(used, None)
         return value
+
+
+def several_inputs(passed: int, wanted: int) -> str:
+    """Return the end of a message: how several inputs are passed, where fewer were than are wanted."""
+    if passed >= wanted:
+        return ""
+    return "; a pair (a, b) is an input and a target, two inputs are graphprune.Inputs(a, b)"

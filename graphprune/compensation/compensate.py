@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.calibration import Layer, Run, Share, held_by, layers_of
 from graphprune.capture import graph_of
@@ -22,7 +23,7 @@ from graphprune.compensation.fitted import FittedLayer
 from graphprune.compensation.mixing import Mixing
 from graphprune.compensation.recurrent import Side, recurrent_nodes, repaired_cells
 from graphprune.compensation.sites import Site, followed, sites_of
-from graphprune.errors import InvalidRequestError, warn
+from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
@@ -31,7 +32,7 @@ from graphprune.plan import Plan
 from graphprune.processes import Ranks
 from graphprune.progress import track
 from graphprune.shrink import sliced
-from graphprune.state import evaluating, named_tensors
+from graphprune.state import evaluating, named_tensors, working_copy
 
 Method: TypeAlias = Literal["least_squares", "constants"]
 
@@ -61,13 +62,23 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Compensation:
-    """What a repair did, a layer after the other."""
+    """What a repair did, a layer after the other.
+
+    Attributes:
+        layers: in the order of their repair.
+        output: squared error of the model's output against the original's, over that output's square,
+            the mean over batches, as cut and repaired.
+
+    """
 
     layers: tuple[Repaired, ...]
+    output: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         lines = ["error of each layer's output, as cut and repaired:"]
         lines += [f"  {one.weight}: {one.before:.3g} -> {one.after:.3g}" for one in self.layers]
+        if self.output is not None:
+            lines.append("error of the model's output: {:.3g} -> {:.3g}".format(*self.output))
         return "\n".join(lines)
 
 
@@ -113,7 +124,8 @@ def compensated(
 
     Raises:
         CaptureError: one of the models cannot be traced.
-        InvalidRequestError: there is no data, the models have no weights, or they do not run on it.
+        InvalidRequestError: there is no data, the models have no weights, or do not run on it, or a batch
+            gives NaN or infinite numbers.
 
     """
     if batches is None:
@@ -127,8 +139,16 @@ def compensated(
     wanted, given = graph_of(original, inputs), graph_of(slimmer, inputs)
     graph = DependencyGraph(infer(wanted, inputs))
     with evaluating(given), evaluating(wanted):
+        as_cut = _error_of_output(wanted, given, batches)
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
         repaired = tuple(repair.layers(method))
+        output = as_cut, _error_of_output(wanted, given, batches)
+    if output[1] > max(output[0], _ROUNDING):
+        warn(
+            f"the repair does more harm than good: the error of the model's output is {output[1]:.3g} of "
+            f"its square, and {output[0]:.3g} as cut, on the same data; pass more data, batches whose "
+            "numbers are of one size, or leave compensate out"
+        )
     if not repaired:
         warn(
             "nothing is repaired: no convolution, linear or recurrent layer of this model reads weights "
@@ -137,7 +157,31 @@ def compensated(
     if given is not slimmer:
         _carry_over(given, slimmer)
     _have_the_same(slimmer, batches.ranks)
-    return Compensation(repaired)
+    return Compensation(repaired, output)
+
+
+def _error_of_output(wanted: fx.GraphModule, given: fx.GraphModule, batches: Share) -> float:
+    """Return the squared error of what a graph gives over the square of what is wanted.
+
+    It is the mean over batches, so that one with large numbers does not hide the others.
+    """
+    total, both = 0.0, [cast(fx.GraphModule, working_copy(g)) for g in (wanted, given)]
+    for batch in batches:
+        pair = [Run(g, batch.inputs, list(g.graph.nodes), what=str(batch)) for g in both]
+        missed = whole = 0.0
+        for its, mine in zip(*map(_numbers, pair), strict=True):
+            finite = its.isfinite() & mine.isfinite() if its.shape == mine.shape else None
+            if finite is not None:
+                missed += float((mine - its)[finite].double().abs().square().sum())
+                whole += float(its[finite].double().abs().square().sum())
+        total += missed / whole if whole else 0.0
+    return float(batches.mean(total))
+
+
+def _numbers(run: Run) -> list[Tensor]:
+    """Run to the end; return the tensors of real numbers that come out."""
+    values = pytree.tree_leaves(run.until(run.order[-1], inclusive=True))
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
@@ -179,11 +223,23 @@ class _Repair:
         self.sites = {site.layer.node: site for site in sites}
         self.wanted_cells, self.given_cells = recurrent_nodes(wanted), recurrent_nodes(given)
         self.recurrent = {cells[0].node: name for name, cells in self.given_cells.items()}
-        self.wanted_runs = [Run(wanted, b.inputs, list(wanted.graph.nodes)) for b in batches]
-        self.given_runs = [Run(given, b.inputs, self.order) for b in batches]
+        order = list(wanted.graph.nodes)
+        self.wanted_runs = [Run(wanted, b.inputs, order, what=str(b)) for b in batches]
+        self.given_runs = [Run(given, b.inputs, self.order, what=str(b)) for b in batches]
 
     def layers(self, method: Method) -> Iterator[Repaired]:
-        """Repair one layer after the other."""
+        """Repair one layer after the other.
+
+        Raises:
+            InvalidRequestError: a layer's weights are complex.
+
+        """
+        names = [str(site.layer.weight.target) for site in self.sites.values()]
+        odd = [name for name in names if named_tensors(self.given)[name].is_complex()]
+        if odd:
+            raise InvalidRequestError(
+                f"compensate= fits real numbers, and {listed(odd)} hold complex ones; leave compensate out"
+            )
         for node in track(self.order, "repairing layers"):
             if node in self.sites:
                 site = self.sites[node]
@@ -222,13 +278,18 @@ class _Repair:
         for run in self.given_runs:
             run.until(site.layer.node)
         fitted.aim(self.batches, self.given_runs, targets)
-        before = fitted.error
+        before = least = fitted.error
+        best = [tensor.clone() for tensor in fitted.tensors]
         if mixing is not None and before > _ROUNDING and all(data is not None for data in read):
             self.mix(fitted, original, mixing, cast(list[Tensor], read), targets)
         for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
             if fitted.error > _ROUNDING:
+                least, best = _better(fitted, least, best)
                 fitted.fit(bias_alone=method == "constants")
                 fitted.aim(self.batches, self.given_runs, targets)
+        if fitted.error > least:
+            fitted.put_back(best)
+            return Repaired(str(site.layer.weight.target), before, least)
         return Repaired(str(site.layer.weight.target), before, fitted.error)
 
     def mixing(self, original: Layer) -> Mixing | None:
@@ -255,8 +316,7 @@ class _Repair:
         fitted.replace(weights.unsqueeze(0), extra)
         fitted.aim(self.batches, self.given_runs, targets)
         if fitted.error >= before:
-            for tensor, values in zip(fitted.tensors, kept, strict=True):
-                tensor.copy_(values)
+            fitted.put_back(kept)
             fitted.aim(self.batches, self.given_runs, targets)
 
     @staticmethod
@@ -272,6 +332,13 @@ class _Repair:
         value: Tensor = run.until(end, inclusive=True)
         small = sliced(value, self.layouts[end.name], self.masks)
         return value.clone() if small is None else small
+
+
+def _better(fitted: FittedLayer, least: float, best: list[Tensor]) -> tuple[float, list[Tensor]]:
+    """Return the least error so far and what the layer held then."""
+    if fitted.error >= least:
+        return least, best
+    return fitted.error, [tensor.clone() for tensor in fitted.tensors]
 
 
 def _end_of(original: Layer, site: Site) -> fx.Node:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Run, Share, held_by
+from graphprune.calibration import Batch, Run, Share, held_by, refuse_unless_finite
 from graphprune.compensation.fit import NormalEquations
 from graphprune.compensation.norm import BatchNorm
 from graphprune.compensation.sites import Site
@@ -47,14 +47,16 @@ class FittedLayer:
         """Take in what the site should end in, for runs of the slim graph that stand before it."""
         self.equations.forget_residuals()
         missed = wanted = 0.0
-        for place, run, target in zip(batches.places, runs, targets, strict=True):
+        for place, batch, run, target in zip(batches.places, batches, runs, targets, strict=True):
             self.arguments = self.layer.arguments(run.env)
             missing = self._missing(run.env, target)
+            refuse_unless_finite(batch, run.env[self.layer.data], self._where)
+            refuse_unless_finite(batch, missing, self._where)
             missed += float(missing.double().square().sum())
-            wanted += float(target.double().square().sum())
+            wanted += float(target[target.isfinite()].double().square().sum())
             if self.norm is not None:
                 missing = self.norm.unscaled(missing)
-            self._add(place, run.env[self.layer.data], missing)
+            self._add(batch, place, run.env[self.layer.data], missing)
         self.equations.gather(batches)
         missed, wanted = map(float, batches.total((missed, wanted)))
         self.error = missed / wanted if wanted else 0.0
@@ -72,16 +74,22 @@ class FittedLayer:
         if self.site.rest is not None:
             given = given + values[self.site.rest]
         low, high = self.site.bounds
-        return target.clamp(low, high) - torch.where(
-            (target > low) & (target < high), given, given.clamp(low, high)
-        )
+        wanted = target.clamp(low, high)
+        given = torch.where((target > low) & (target < high), given, given.clamp(low, high))
+        same_infinity = (wanted == given) & wanted.isinf()  # of a mask that is added
+        return (wanted - given).masked_fill(same_infinity, 0.0)
 
-    def _add(self, place: int, data: Tensor, missing: Tensor) -> None:
+    @property
+    def _where(self) -> str:
+        return f"where {self.layer.weight.target} is fitted"
+
+    def _add(self, batch: Batch, place: int, data: Tensor, missing: Tensor) -> None:
         for piece, rows in enumerate(self.layer.pieces(data, self.weight)):
             products = self.layer.products(data[rows], missing[rows], self.weight, self.arguments)
             residuals = self.layer.samples(missing[rows], self.arguments).double()
             if self.has_bias:
                 products = torch.cat([products, residuals.sum(1).unsqueeze(-1)], dim=-1)
+            refuse_unless_finite(batch, products, self._where)
             features = partial(self._features, data[rows])
             self.equations.add(place + piece, features, products, residuals.square().sum(1))
 
@@ -98,6 +106,11 @@ class FittedLayer:
         else:
             found = weights
         self._take(found)
+
+    def put_back(self, values: Sequence[Tensor]) -> None:
+        """Give `tensors` such values."""
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Run, Share, held_by
+from graphprune.calibration import Run, Share, held_by, refuse_unless_finite
 from graphprune.compensation.fit import NormalEquations
 from graphprune.layout import Axis, Layout, Mask, mask_of
 from graphprune.rules import arguments_of
@@ -250,8 +250,11 @@ class _Fit:
 
     def _error(self, teachers: Sequence[_Teacher], own: Sequence[tuple[Tensor, Tensor]]) -> float:
         missed = wanted = 0.0
-        for teacher, (_, after) in zip(teachers, own, strict=True):
+        for batch, teacher, (_, after) in zip(self.batches, teachers, own, strict=True):
             target = teacher.after[..., self.units].double()
+            where = f"where {self.cell.names[0]} is fitted"
+            refuse_unless_finite(batch, teacher.from_data, where)
+            refuse_unless_finite(batch, after - target, where)
             missed += float((after - target).square().sum())
             wanted += float(target.square().sum())
         missed, wanted = map(float, self.batches.total((missed, wanted)))

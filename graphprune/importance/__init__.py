@@ -1,17 +1,29 @@
 """How much each channel matters: a score per slot of each group, the lowest of which goes first."""
 
-from graphprune.importance.criteria import CRITERIA, Importance, are_losses, scores
+from graphprune.importance.criteria import (
+    CRITERIA,
+    LOOK_AT_DATA,
+    LOOK_AT_LOSS,
+    Importance,
+    are_losses,
+    scores,
+)
+from graphprune.importance.losses import checked_loss, value_of
 from graphprune.importance.scan import Sensitivity, sensitivity
 from graphprune.importance.subject import Loss, Scores, Subject
 
 __all__ = [
     "CRITERIA",
+    "LOOK_AT_DATA",
+    "LOOK_AT_LOSS",
     "Importance",
     "Loss",
     "Scores",
     "Sensitivity",
     "Subject",
     "are_losses",
+    "checked_loss",
     "scores",
     "sensitivity",
+    "value_of",
 ]

@@ -24,6 +24,7 @@ from graphprune.capture import graph_of
 from graphprune.errors import CaptureError
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance.gates import GatedLoss
+from graphprune.importance.losses import refuse_infinite_loss
 from graphprune.importance.many import for_each
 from graphprune.importance.readers import Reader, readers_of
 from graphprune.importance.subject import Loss, Scores, Subject
@@ -41,22 +42,38 @@ def oracle(subject: Subject) -> Scores:
     Channels that something else than a plain layer reads, and models that cannot be traced, write over
     their values or are recurrent, are run whole with a gate on every channel.
     """
-    gated = GatedLoss(subject)
+    gated = GatedLoss(subject, differentiated=False)
     assert subject.loss is not None
     graph_module = _traced(subject)
     readers = {} if graph_module is None else _readers(subject, graph_module)
     total = {name: np.zeros(size) for name, size in gated.sizes.items()}
-    for batch in track(subject.data, "scoring channels"):
-        known = _Known.of(graph_module, batch, subject.loss) if graph_module and readers else None
-        now = known.as_it_is() if known else gated(gated.ones(), batch.inputs, batch.target)
-        for name, open_gates in gated.ones().items():
-            if known is not None and name in readers:
-                losses = known.without_each(readers[name])
-            else:
-                one = partial(_loss_of_one, gated, batch, name)
-                losses = for_each(one, 1 - torch.diag(open_gates))
-            total[name] += (losses - now).double().cpu().numpy()
-    return {name: mean.numpy() for name, mean in subject.data.mean(total).items()}
+    for batch, weight in track(gated.weighted(), "scoring channels", len(subject.data.batches)):
+        with gated.naming(batch):
+            changes = _changes(gated, batch, graph_module if readers else None, readers)
+        for name, change in changes.items():
+            total[name] += weight * change.double().cpu().numpy()
+    return {name: mean.numpy() for name, mean in subject.data.total(total).items()}
+
+
+def _changes(
+    gated: GatedLoss,
+    batch: Batch,
+    graph_module: fx.GraphModule | None,
+    readers: Mapping[str, list[tuple[Layer, Tensor]]],
+) -> dict[str, Tensor]:
+    """Return, by group, how the loss of a batch changes without each channel."""
+    known = None if graph_module is None else _Known.of(graph_module, batch, gated.loss)
+    now = known.as_it_is() if known else gated(gated.ones(), batch.inputs, batch.target)
+    refuse_infinite_loss(now, batch)
+    found = {}
+    for name, open_gates in gated.ones().items():
+        if known is not None and name in readers:
+            losses = known.without_each(readers[name])
+        else:
+            one = partial(_loss_of_one, gated, batch, name)
+            losses = for_each(one, 1 - torch.diag(open_gates))
+        found[name] = losses - now
+    return found
 
 
 def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
@@ -133,7 +150,8 @@ class _Known:
     @classmethod
     def of(cls, graph_module: fx.GraphModule, batch: Batch, loss: Loss) -> _Known:
         with evaluating(graph_module):
-            run = Run(graph_module, batch.inputs, list(graph_module.graph.nodes), keep=True)
+            order = list(graph_module.graph.nodes)
+            run = Run(graph_module, batch.inputs, order, keep=True, what=str(batch))
             run.until(graph_module.graph.output_node())
         return cls(graph_module, batch, loss, run.env)
 
@@ -143,7 +161,8 @@ class _Known:
 
     def _loss(self, values: Mapping[fx.Node, Any]) -> Tensor:
         given = fx.map_arg(self.graph_module.graph.output_node().args[0], values.__getitem__)
-        return self.loss(self.graph_module.graph.process_outputs(given), self.batch.target)
+        output = self.graph_module.graph.process_outputs(given)
+        return self.loss(output, self.batch.target).reshape(())
 
     def without_each(self, readers: Sequence[tuple[Layer, Tensor]]) -> Tensor:
         """Return the loss without each channel, `[channels]`."""

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from graphprune.errors import InvalidRequestError
+from graphprune.errors import InvalidRequestError, listed
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance import loss_based, magnitude
 from graphprune.importance.brute_force import oracle
+from graphprune.importance.hooks import no_hooks_of_gradients
 from graphprune.importance.interpolative import interpolative
 from graphprune.importance.reconstruction import reconstruction
 from graphprune.importance.recursion import taylor2_recursion
@@ -41,6 +42,12 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
 
 # Sums over a group's members say nothing of another group, which may have more and larger ones.
 _OF_THEIR_GROUP = ("random", "l1", "l2")
+
+# Those that look at data, and of these the ones that look at a loss.
+LOOK_AT_DATA = tuple(name for name in CRITERIA if name not in magnitude.BY_WEIGHTS)
+LOOK_AT_LOSS = tuple(
+    name for name in LOOK_AT_DATA if name not in ("reconstruction", "interpolative")
+)
 
 # What a channel's going does to a loss or an error, to be weighed against what it saves.
 _LOSSES = (
@@ -76,11 +83,15 @@ def scores(subject: Subject, importance: Importance) -> Scores:
             raise InvalidRequestError(
                 f"importance={importance!r} is not a criterion; choose from {', '.join(CRITERIA)}"
             )
-        found = CRITERIA[importance](subject)
+        with no_hooks_of_gradients():
+            found = CRITERIA[importance](subject)
         if any(np.isnan(values).any() for values in found.values()):
+            raise InvalidRequestError(_why_none(subject, importance))
+        if importance in LOOK_AT_LOSS and found and not any(s.any() for s in found.values()):
             raise InvalidRequestError(
-                f"importance={importance!r} gives no numbers on this data: the loss or its derivatives "
-                "are not finite"
+                f"importance={importance!r} scores every channel 0, so that any could go: on this data the "
+                "loss does not change with them (it is at its least, or it counts); pass other data or "
+                "another loss"
             )
         if importance not in _OF_THEIR_GROUP:
             return found
@@ -90,6 +101,19 @@ def scores(subject: Subject, importance: Importance) -> Scores:
         if are_losses(importance):
             return found
     return {name: _relative(values) for name, values in found.items()}
+
+
+def _why_none(subject: Subject, importance: str) -> str:
+    """Return what to say of scores that are no numbers."""
+    odd = subject.not_finite()
+    if odd:
+        return (
+            f"importance={importance!r} gives no numbers: NaN or infinite numbers in {listed(odd)}"
+        )
+    return (
+        f"importance={importance!r} gives no numbers on this data: the loss or its derivatives are not "
+        "finite"
+    )
 
 
 def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ holds: these are the terms of The Incredible Shrinking Neural Network (arXiv 170
 for whole units of any network. Scores are the changes, signed: a negative one says that the loss gets
 smaller without the channel; what is estimated from squares is never negative.
 
-Units: those of the loss, averaged over batches.
+Units: those of the loss, averaged over batches: over their samples, where it is a mean over samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration import Batch
+from graphprune.calibration import Batch, refuse_unless_finite
 from graphprune.importance.gates import GatedLoss
 from graphprune.importance.many import for_each
 from graphprune.importance.subject import Scores, Subject
@@ -28,6 +28,13 @@ from graphprune.inputs import Inputs
 from graphprune.progress import track
 
 Gates = dict[str, Tensor]
+
+_DERIVATIVES = "in the derivatives of its loss"
+
+_ONE_BY_ONE = (
+    "this importance looks at each sample by itself, so that inputs and target must have as many along "
+    "their first dimension, and the loss must take one"
+)
 
 
 def taylor(subject: Subject) -> Scores:
@@ -112,14 +119,16 @@ def _summed_over_samples(
         return found
 
     for batch in track(subject.data, "scoring channels"):
-        each = for_each(
-            lambda args, kwargs, target: first(Inputs(*args, **kwargs), target),
-            batch.inputs.args,
-            batch.inputs.kwargs,
-            batch.target,
-        )
+        with gated.naming(batch, _ONE_BY_ONE):
+            each = for_each(
+                lambda args, kwargs, target: first(Inputs(*args, **kwargs), target),
+                batch.inputs.args,
+                batch.inputs.kwargs,
+                batch.target,
+            )
         count += len(next(iter(each.values()), ()))
         for name, its in each.items():
+            refuse_unless_finite(batch, its, _DERIVATIVES)
             own = function(its.double())
             total[name] = total[name] + own if name in total else own
     sums, samples = subject.data.total((total, count))
@@ -134,13 +143,16 @@ def _obs(matrix: Tensor) -> Tensor:
 
 
 def _mean(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
-    """Return the mean over batches of what the function gives."""
+    """Return the mean over the data of what the function gives for a batch."""
     gated = GatedLoss(subject)
     total = {name: torch.zeros_like(gates).double() for name, gates in gated.ones().items()}
-    for batch in track(subject.data, "scoring channels"):
-        for name, value in function(gated, batch).items():
-            total[name] += value.detach()
-    mean: Gates = subject.data.mean(total)
+    for batch, weight in track(gated.weighted(), "scoring channels", len(subject.data.batches)):
+        with gated.naming(batch):
+            values = function(gated, batch)
+        for name, value in values.items():
+            refuse_unless_finite(batch, value.detach(), _DERIVATIVES)
+            total[name] += weight * value.detach()
+    mean: Gates = subject.data.total(total)
     return mean
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Layer, Run, Share, held_by, layers_of
+from graphprune.calibration import Layer, Run, Share, held_by, layers_of, refuse_unless_finite
 from graphprune.capture import graph_of
 from graphprune.groups import DependencyGraph
 from graphprune.importance.magnitude import l2
+from graphprune.importance.running import check_runs
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inference import infer
 from graphprune.layout import Axis, Layout, free_axes, slots_of
@@ -124,6 +125,7 @@ class Surroundings:
 
 def surroundings(subject: Subject) -> Surroundings:
     """Trace a model, run it on the data, and return where each of its groups is read."""
+    check_runs(subject)
     inputs, module = subject.data[0].inputs, subject.model
     graph_module = graph_of(module, inputs)
     traced = DependencyGraph(infer(graph_module, inputs))
@@ -160,7 +162,7 @@ def _readings(
     """Run the model on the data and return its layers with the sums over their features."""
     layers = {layer.node: layer for layer in layers_of(graph_module).values()}
     order = list(graph_module.graph.nodes)
-    runs = [Run(graph_module, batch.inputs, order) for batch in batches]
+    runs = [Run(graph_module, b.inputs, order, what=str(b)) for b in batches]
     found = []
     for node in track(order, "running the model on the data"):
         layer = layers.get(node)
@@ -170,8 +172,9 @@ def _readings(
         weight = held_by(graph_module, layer.weight)
         matrix = layer.matrix(weight, {"groups": layer.groups}).double()
         squares, samples = torch.zeros((), dtype=torch.float64), 0
-        for run in runs:
+        for batch, run in zip(batches, runs, strict=True):
             run.until(node)
+            refuse_unless_finite(batch, run.env[layer.data], f"where {layer.weight.target} is read")
             data, arguments = run.env[layer.data], layer.arguments(run.env)
             for rows in layer.pieces(data, weight):
                 features = layer.features(data[rows], weight, arguments)

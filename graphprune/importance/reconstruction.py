@@ -154,7 +154,8 @@ class _Measure:
     @classmethod
     def of(cls, graph_module: fx.GraphModule, batches: Share) -> _Measure:
         order = list(graph_module.graph.nodes)
-        outputs = [_outputs(Run(graph_module, batch.inputs, order)) for batch in batches]
+        runs = (Run(graph_module, b.inputs, order, what=str(b)) for b in batches)
+        outputs = [_outputs(run) for run in runs]
         return cls(graph_module, batches, outputs)
 
     def unit(self, places: Sequence[Place], way: _Way) -> float:
@@ -191,7 +192,8 @@ class _Refitted(Run):
         batch: Batch,
         weights: Mapping[fx.Node, tuple[Layer, Tensor]],
     ) -> None:
-        super().__init__(graph_module, batch.inputs, list(graph_module.graph.nodes))
+        order = list(graph_module.graph.nodes)
+        super().__init__(graph_module, batch.inputs, order, what=str(batch))
         self.weights = weights
         self.of = graph_module
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from graphprune.calibration import Batch, Layer, Run, Share, held_by, layers_of
+from graphprune.calibration import Batch, Layer, Run, held_by, layers_of, refuse_unless_finite
 from graphprune.capture import graph_of
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
@@ -77,7 +77,7 @@ def taylor2_recursion(subject: Subject) -> Scores:
             those that the recursion knows.
 
     """
-    loss, inputs = GatedLoss(subject).loss, subject.data[0].inputs
+    gated, inputs = GatedLoss(subject), subject.data[0].inputs
     graph_module = graph_of(subject.model, inputs)
     traced = DependencyGraph(infer(graph_module, inputs))
     axes = {
@@ -87,8 +87,8 @@ def taylor2_recursion(subject: Subject) -> Scores:
     }
     scores = {group.name: np.full(group.size, np.inf) for group in subject.graph.groups}
     with evaluating(graph_module):
-        recursion = Recursion.of(graph_module, traced, axes, loss)
-        terms = recursion.mean_terms(subject.data)
+        recursion = Recursion.of(graph_module, traced, axes, gated.loss)
+        terms = recursion.mean_terms(gated)
     for name, axis in axes.items():
         read = [
             (slots, terms[node])
@@ -146,13 +146,16 @@ class Recursion:
         return cls(graph_module, layers, units, needed, places, loss)
 
     @torch.no_grad()
-    def mean_terms(self, batches: Share) -> dict[fx.Node, npt.NDArray[np.float64]]:
-        """Return the means of `terms` over the batches of all processes."""
+    def mean_terms(self, gated: GatedLoss) -> dict[fx.Node, npt.NDArray[np.float64]]:
+        """Return the means of `terms` over the data of all processes."""
         total: dict[fx.Node, Tensor] = {}
-        for batch in batches:
-            for node, terms in self.terms(batch).items():
-                total[node] = total[node] + terms if node in total else terms
-        return {node: mean.numpy() for node, mean in batches.mean(total).items()}
+        for batch, weight in gated.weighted():
+            with gated.naming(batch, "importance='taylor2_recursion' cannot go back from its loss"):
+                found = self.terms(batch)
+            for node, terms in found.items():
+                refuse_unless_finite(batch, terms, "in the derivatives of its loss")
+                total[node] = total.get(node, 0.0) + weight * terms
+        return {node: mean.numpy() for node, mean in gated.subject.data.total(total).items()}
 
     def terms(self, batch: Batch) -> dict[fx.Node, Tensor]:
         """Return, for each layer that reads channels, the terms of each channel of its input.
@@ -185,7 +188,7 @@ class Recursion:
     def _values(self, batch: Batch) -> dict[fx.Node, Any]:
         """Return what every node gives, before anything is written over it."""
         order = list(self.graph_module.graph.nodes)
-        run = Run(self.graph_module, batch.inputs, order)
+        run = Run(self.graph_module, batch.inputs, order, what=str(batch))
         values: dict[fx.Node, Any] = {}
         for node in order:
             if writes(node):
@@ -208,7 +211,7 @@ class Recursion:
             return
         with torch.enable_grad():
             given = fx.map_arg(returned.args[0], lambda node: free.get(node, values[node]))
-            loss = self.loss(graph.process_outputs(given), batch.target)
+            loss = self.loss(graph.process_outputs(given), batch.target).reshape(())
             firsts = torch.autograd.grad(
                 loss, list(free.values()), create_graph=True, materialize_grads=True
             )

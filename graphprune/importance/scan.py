@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graphprune.calibration import batches_of
 from graphprune.capture import prepared
-from graphprune.errors import InvalidRequestError
+from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.groups import DependencyGraph
 from graphprune.importance.criteria import scores
 from graphprune.importance.gates import GatedLoss
@@ -140,8 +140,17 @@ def sensitivity(
     module, inputs = prepared(
         model, batches[0].inputs if example_inputs is None else example_inputs
     )
-    subject = Subject(module, DependencyGraph(infer(module, inputs)), batches, loss, seed)
-    gated = GatedLoss(subject)
+    try:
+        graph = DependencyGraph(infer(module, inputs))
+    except CaptureError as failure:
+        if example_inputs is not None:
+            raise
+        raise InvalidRequestError(
+            f"the model does not run on {batches[0]}, {inputs}: {in_a_line(failure)}"
+        ) from failure
+    subject = Subject(module, graph, batches, loss, seed)
+    gated = GatedLoss(subject, differentiated=False)
+    weighted = list(gated.weighted())
     ranked = scores(subject, importance)
     order = {name: np.argsort(own, kind="stable").tolist() for name, own in ranked.items()}
     asked = (getattr(loss, "__qualname__", str(loss)), importance, shares, seed)
@@ -151,16 +160,17 @@ def sensitivity(
 
     def measured(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
         total = torch.zeros(len(masks), dtype=torch.float64)
-        for batch in batches:
+        for batch, weight in weighted:
             one = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
-            total += for_each(one, masks).double().cpu()
-        losses: list[float] = batches.mean(total).tolist()
+            with gated.naming(batch):
+                total += weight * for_each(one, masks).double().cpu()
+        losses: list[float] = batches.total(total).tolist()
         return losses
 
     ones = gated.ones()
     found: dict[str, list[float]] = {}
     with torch.no_grad():
-        intact = sum(float(gated(ones, batch.inputs, batch.target)) for batch in batches)
+        intact = sum(w * float(gated(ones, b.inputs, b.target)) for b, w in weighted)
         for name in track(list(order), "scanning groups"):
             if name not in kept.losses:
                 masks = ones[name].repeat(len(shares), 1)
@@ -168,7 +178,7 @@ def sensitivity(
                     row[order[name][: round(share * len(row))]] = 0.0
                 kept.add(name, measured(ones, name, masks))
             found[name] = kept.losses[name]
-        return Sensitivity(shares, float(batches.mean(intact)), found, order)
+        return Sensitivity(shares, float(batches.total(intact)), found, order)
 
 
 def _loss_with(

@@ -65,6 +65,16 @@ class Subject:
         for start, stop in row_blocks(rows.shape):
             yield rows[start:stop].cpu().contiguous()
 
+    def not_finite(self) -> list[str]:
+        """Return the names of the parameters of groups that hold NaN or infinite numbers."""
+        names = dict.fromkeys(m.parameter for group in self.graph.groups for m in group.members)
+        return [
+            name
+            for name in names
+            if name in self.graph.inference.trainable
+            and not all(bool(block.isfinite().all()) for block in self.blocks(name))
+        ]
+
     @property
     def data(self) -> Share:
         """The batches, of a process group the share of this process.

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from graphprune.calibration import Batch, each_batch
 from graphprune.errors import InvalidRequestError
-from graphprune.importance import Loss
+from graphprune.importance import Loss, checked_loss, value_of
 from graphprune.inputs import output_tensors
 from graphprune.progress import track
-from graphprune.state import evaluating, keeping_flags
+from graphprune.state import evaluating, keeping_flags, parameter_names
+from graphprune.wrappers import unwrapped
 
 Optimiser: TypeAlias = Literal["adamw", "sgd"]
 
@@ -101,9 +102,14 @@ def finetune(
         What was minimised, averaged over each epoch.
 
     Raises:
-        InvalidRequestError: an argument makes no sense.
+        InvalidRequestError: an argument makes no sense, the models are exchanged, or what is minimised
+            or its gradient is NaN or infinite for a batch. Then training ends before that batch: the
+            slim model has the weights and statistics that the batches before gave it.
 
     """
+    _refuse_exchanged(slimmer, original)
+    if loss is not None:
+        checked_loss(loss)
     if distillation is None and loss is None:
         raise InvalidRequestError("distillation=None leaves nothing to learn from; pass loss=")
     if optimiser not in get_args(Optimiser):
@@ -123,17 +129,28 @@ def finetune(
     stepper = _optimiser(optimiser, parameters, learning_rate)
     steps = epochs * len(data)
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: _rate(step, steps))
-    means = []
+    means, stepped = [], 0
     with torch.random.fork_rng(), evaluating(original), keeping_flags(slimmer):
         torch.manual_seed(seed)
         slimmer.train()
         for epoch in range(epochs):
             total = 0.0
             for batch in track(each_batch(data), f"epoch {epoch + 1} of {epochs}", len(data)):
+                before = {name: buffer.clone() for name, buffer in slimmer.named_buffers()}
                 value = _objective(slimmer, original, batch, distillation, loss)
                 stepper.zero_grad()
                 torch.autograd.backward(value)
+                if not _all_finite(value, parameters):
+                    stepper.zero_grad()
+                    _put_back(slimmer, before)
+                    raise InvalidRequestError(
+                        f"{batch} in epoch {epoch + 1} gives {float(value.detach()):.3g} to minimise, with "
+                        "NaN or infinite numbers in it or in its gradient, so a step would destroy the "
+                        f"slim model: it keeps what the {stepped} steps before gave it; look at the batch, "
+                        "or take a lower learning_rate"
+                    )
                 stepper.step()
+                stepped += 1
                 schedule.step()
                 total += float(value.detach())
             means.append(total / len(data))
@@ -155,7 +172,47 @@ def _objective(
         with torch.no_grad():
             wanted = original(*args, **kwargs)
         value = distillation(given, wanted)
-    return value if loss is None else value + loss(given, batch.target)
+    if loss is None:
+        return value
+    return value + value_of(loss, given, batch, differentiated=True)
+
+
+def _all_finite(value: Tensor, parameters: list[nn.Parameter]) -> bool:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    finite = [t.isfinite().all().to(value.device) for t in (value.detach(), *gradients)]
+    return bool(torch.stack(finite).all())  # one wait for the device, not one a parameter
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give the buffers of a model such values."""
+    for name, buffer in model.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
+
+
+def _refuse_exchanged(slimmer: nn.Module, original: nn.Module) -> None:
+    """See that it is not the original that would be trained, to give what the slim model gives.
+
+    Raises:
+        InvalidRequestError: all tensors that both have are as large in the first or larger.
+
+    """
+    trained, teacher = (parameter_names(unwrapped(model)) for model in (slimmer, original))
+    shapes = {
+        name: (tuple(own.shape), tuple(teacher[name].shape))
+        for name, own in trained.items()
+        if name in teacher and own.dim() == teacher[name].dim()
+    }
+    larger = [name for name, (own, other) in shapes.items() if own != other]
+    contained = all(a >= b for pair in shapes.values() for a, b in zip(*pair, strict=True))
+    if larger and contained:
+        own, other = shapes[larger[0]]
+        raise InvalidRequestError(
+            f"finetune trains its first model to give what the second gives, and the first is the larger "
+            f"({larger[0]} is {own} in it and {other} in the second): they are exchanged; call "
+            "finetune(slimmer, original, data)"
+        )
 
 
 def _optimiser(
