@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from graphprune.adapters import fix_ranks
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
@@ -312,6 +313,7 @@ def _infer(model: nn.Module, inputs: Inputs) -> Inference:
     if found.trainable - read and not isinstance(model, fx.GraphModule):
         read |= _read_in_training(model, inputs, mode)
     _fix_unused(found, read)
+    fix_ranks(model, found.parameters, found.names)
     return found
 
 

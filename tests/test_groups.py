@@ -21,6 +21,7 @@ LAYERS = [
     "pages",
     "inputs",
     "layout",
+    "adapters",
     "rules",
     "block_sparse",
     "switches",
