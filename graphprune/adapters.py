@@ -22,7 +22,7 @@ def fix_ranks(
     be loaded again. What it shares with the layer that it adapts is cut with that.
 
     Args:
-        model: the model, in which adapters say by `adapter_layer_names` which attributes hold their tensors.
+        model: the model; its adapters say by `adapter_layer_names` which attributes hold tensors.
         parameters: layouts of its tensors by their first names.
         names: all names of each tensor by the first.
 

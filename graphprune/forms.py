@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from torch import fx, nn
 
-from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
+from graphprune.attributes import DESCRIBED
 from graphprune.capture import graph_of, is_aten_graph
 from graphprune.compensation import Compensation
 from graphprune.errors import (
@@ -22,6 +22,14 @@ from graphprune.errors import (
     warn,
 )
 from graphprune.groups import DependencyGraph
+from graphprune.held_numbers import HeldNumber
+from graphprune.held_sizes import (
+    axes_given_as_sizes,
+    put_sizes,
+    put_what_works,
+    ways_to_follow_sizes,
+    works_by,
+)
 from graphprune.importance import Scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
@@ -31,6 +39,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived
+from graphprune.ties import AmbiguousSize, Ties, ties_of
 from graphprune.verify import Verification, check_runs, silenced_copy, verify
 
 if TYPE_CHECKING:
@@ -54,6 +63,8 @@ class Slimmed:
         compensation: what the repair did, or None where none was asked for.
         latency: for `of="latency"`, what was asked for and what was measured; else None.
         scores: by group, the importance of each channel of the original; None for a plan as given.
+        ambiguous_sizes: numbers that the modules hold and that equal several sizes which differ now, so
+            that they were left as they were.
 
     """
 
@@ -67,6 +78,7 @@ class Slimmed:
     compensation: Compensation | None = None
     latency: Reached | None = None
     scores: Scores | None = None
+    ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
 
     def report(
         self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
@@ -154,13 +166,18 @@ def as_module(
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
+    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED)
+    put_sizes(slimmer, ties.sizes)
+    left: set[HeldNumber] = set()
     try:
         seen = checked()
-    except VerificationError as failure:
-        seen = _checked_with_sizes(job, slimmer, plan, graph, checked, failure)
+    except VerificationError:
+        put_sizes(slimmer, {number: number.value for number in ties.sizes})
+        seen, left = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
+    ambiguous = _ambiguous(ties, left)
+    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen, ambiguous_sizes=ambiguous)
 
 
 def _checked_with_sizes(
@@ -169,21 +186,64 @@ def _checked_with_sizes(
     plan: Plan,
     graph: DependencyGraph,
     checked: Callable[[], Verification | None],
+    ties: Ties,
+) -> tuple[Verification | None, set[HeldNumber]]:
+    """Change sizes that the slim modules hold until the model verifies, then the rest of what is told.
+
+    Returns:
+        What was compared, and the numbers that are told but had to be left.
+
+    Raises:
+        VerificationError: it never does; what it says is of the model as it was cut.
+
+    """
+    try:
+        seen, changed = checked(), {}
+    except VerificationError as failure:
+        seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
+    rest = {number: size for number, size in ties.sizes.items() if number not in changed}
+    return seen, put_what_works(slimmer, rest, works_by(checked))
+
+
+def _first_way(
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
     failure: VerificationError,
-) -> Verification | None:
-    """Change sizes that the slim modules hold as attributes until the model verifies.
+) -> tuple[Verification | None, dict[HeldNumber, int]]:
+    """Change sizes that the slim modules hold until the model verifies.
+
+    Returns:
+        What was compared, and the numbers as they are now.
 
     Raises:
         VerificationError: the given failure, where it never does.
 
     """
-    for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
+    for sizes in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
-            return checked()
+            return checked(), sizes
         except VerificationError:
             continue
     raise failure from None
+
+
+def _ambiguous(ties: Ties, left: Collection[HeldNumber]) -> tuple[AmbiguousSize, ...]:
+    """Return what cannot be told or had to be left; warn of numbers that are no size of anything now."""
+    stale = [str(size) for size in ties.ambiguous if size.is_of_nothing]
+    if stale:
+        warn(
+            f"{listed(stale)}: sizes that modules hold and that stay as they were, since the dimensions "
+            "that they may be of differ now; forward does not need them, but set them if other methods do"
+        )
+    kept = [
+        AmbiguousSize(str(number), number.value, tuple(sorted((number.value, ties.sizes[number]))))
+        for number in left
+    ]
+    return (*ties.ambiguous, *sorted(kept, key=str))
 
 
 def as_module_with_sizes(

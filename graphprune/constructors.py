@@ -1,0 +1,252 @@
+"""What a module's code builds of a number that it holds: the dimensions that get it as their size."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.dimensions import Pieces
+from graphprune.held_numbers import HeldNumber, is_of_torch
+from graphprune.inference import Inference, Step
+from graphprune.layout import Layout, size_of
+
+# By the name of an argument of torch.nn's classes, the dimensions that have it as their size.
+_SIZED = {
+    "in_features": [("weight", 1)], "out_features": [("weight", 0)],
+    "num_features": [("weight", 0), ("running_mean", 0)], "num_channels": [("weight", 0)],
+    "normalized_shape": [("weight", -1)], "num_parameters": [("weight", 0)],
+    "num_embeddings": [("weight", 0)], "embedding_dim": [("weight", 1)],
+    "input_size": [("weight_ih_l0", 1), ("weight_ih", 1)],
+    "hidden_size": [("weight_hh_l0", 1), ("weight_hh", 1)],
+    "embed_dim": [("out_proj.weight", 0)], "kernel_size": [("weight", -1)],
+}  # fmt: skip
+# By argument, whether it is told of what a convolution or group norm reads or gives.
+_CHANNELS = {"in_channels": "in", "out_channels": "out", "groups": "in", "num_groups": "in"}
+_FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.randn, torch.rand, torch.full)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A call in a module's code that is given the number.
+
+    Attributes:
+        callee: what is called, or None where that cannot be told.
+        argument: the position or name that the number is given as.
+        target: the attribute that the result becomes, or "".
+
+    """
+
+    callee: Any
+    argument: int | str
+    target: str
+
+
+class Constructors:
+    """Reads the code of a model's classes."""
+
+    def __init__(self, model: nn.Module, inference: Inference, pieces: Pieces) -> None:
+        self.model, self.parameters, self.pieces = model, inference.parameters, pieces
+        self.trees: dict[FunctionType, ast.AST | None] = {}
+        self.steps: dict[str, list[Step]] = {}
+        for step in inference.steps:
+            self.steps.setdefault(step.place.module, []).append(step)
+
+    def layouts_of(self, number: HeldNumber) -> list[Layout]:
+        """Return the dimensions that are built with the number as their size."""
+        module = self.model.get_submodule(number.module)
+        text = ".".join(["self", *map(str, number.keys)])
+        seen: set[Any] = set()
+        built: list[Layout] = []
+        for function in _methods(type(module)):
+            built += self._built(function, {text}, module, number.module, number.value, seen)
+        return built
+
+    def _built(
+        self,
+        function: FunctionType,
+        texts: set[str],
+        module: nn.Module,
+        path: str,
+        size: int,
+        seen: set[Any],
+    ) -> Iterator[Layout]:
+        """Yield the dimensions that a method builds of what these expressions stand for."""
+        key = (function, path, tuple(sorted(texts)))
+        if key in seen or len(seen) > 200:
+            return
+        seen.add(key)
+        for use in self._uses(function, texts):
+            scope = f"{path}.{use.target}".removeprefix(".") if use.target else path
+            yield from self._given(use, module, scope, size, seen)
+
+    def _given(
+        self, use: _Use, module: nn.Module, scope: str, size: int, seen: set[Any]
+    ) -> Iterator[Layout]:
+        callee = use.callee
+        if isinstance(callee, FunctionType) and callee.__name__ == "__init__":  # the parent class's
+            name = _argument(callee, use.argument)
+            path = scope
+            yield from self._built(callee, {name, f"self.{name}"}, module, path, size, seen)
+        elif isinstance(callee, type) and issubclass(callee, nn.Module):
+            name = _argument(callee.__init__, use.argument)
+            for path, child in self._under(scope):
+                if isinstance(child, callee):
+                    yield from self._given_to(callee, name, child, path, size, seen)
+        elif callee in _FACTORIES:
+            layouts = self.parameters.get(scope, [])
+            if isinstance(use.argument, int) and use.argument < len(layouts) and use.target:
+                yield from self._of_size([layouts[use.argument]], size)
+        elif use.target and callee not in vars(builtins).values():
+            for name, layouts in self.parameters.items():
+                if name == scope or name.startswith(f"{scope}."):
+                    yield from self._of_size(layouts, size)
+
+    def _given_to(
+        self, kind: type, name: str, child: nn.Module, path: str, size: int, seen: set[Any]
+    ) -> Iterator[Layout]:
+        """Yield what a module's class makes of an argument of its constructor."""
+        prefix = f"{path}." if path else ""
+        if is_of_torch(kind) and (name in _SIZED or name in _CHANNELS):
+            for tensor, dim in _SIZED.get(name, []):
+                yield from self._of_size(self.parameters.get(prefix + tensor, [])[dim:][:1], size)
+            side = _CHANNELS.get(name)
+            for step in self.steps.get(path, []) if side else []:
+                if step.place.operator in ("aten.convolution", "aten.native_group_norm"):
+                    value = (step.inputs if side == "in" else step.outputs)[0]
+                    yield from self._of_size(value.layouts[1:2], size, parts="groups" in name)
+        elif isinstance(kind.__init__, FunctionType):
+            yield from self._built(kind.__init__, {name}, child, path, size, seen)
+
+    def _of_size(
+        self, layouts: Iterable[Layout], size: int, *, parts: bool = False
+    ) -> Iterator[Layout]:
+        for layout in layouts:
+            if size_of(layout) == size:
+                yield layout
+            elif parts:
+                yield from [part for length, part in self.pieces.of(layout) if length == size][:1]
+
+    def _under(self, scope: str) -> Iterator[tuple[str, nn.Module]]:
+        try:
+            top = self.model.get_submodule(scope)
+        except AttributeError:
+            return
+        for path, child in top.named_modules():
+            yield ".".join(filter(None, (scope, path))), child
+
+    def _uses(self, function: FunctionType, texts: set[str]) -> Iterator[_Use]:
+        if function not in self.trees:
+            self.trees[function] = _parsed(function)
+        tree = self.trees[function]
+        if tree is None:
+            return
+        known = _aliases(tree, texts)
+        targets = dict(_targets(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                for argument, value in _arguments(node):
+                    if ast.unparse(value) in known:
+                        callee = _resolved(node.func, function)
+                        yield _Use(callee, argument, targets.get(node, ""))
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    for base in kind.__mro__:
+        if not is_of_torch(base):
+            yield from (x for x in vars(base).values() if isinstance(x, FunctionType))
+
+
+def _parsed(function: FunctionType) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield targets and values, those of tuples one by one; targets of one value pairwise."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                yield from zip(target.elts, node.value.elts, strict=False)
+            else:
+                yield target, node.value
+        yield from zip(node.targets, node.targets[1:], strict=False)
+
+
+def _aliases(tree: ast.AST, texts: set[str]) -> set[str]:
+    """Return the expressions that are assigned to each other, beginning with the given ones."""
+    pairs = [
+        (ast.unparse(target), ast.unparse(value))
+        for target, value in _assignments(tree)
+        if not isinstance(value, ast.Constant)
+    ]
+    known, new = set(texts), set(texts)
+    while new:
+        new = {
+            other + text[len(same) :]
+            for a, b in pairs
+            for same, other in ((a, b), (b, a))
+            for text in known
+            if text == same or text.startswith(f"{same}.")
+        } - known
+        known |= {text for text in new if text.count(".") < 6}
+        new &= known
+    return known
+
+
+def _targets(tree: ast.AST) -> Iterator[tuple[ast.Call, str]]:
+    """Yield calls with the attribute of `self` that they are assigned to, alone or inside others."""
+    for target, value in _assignments(tree):
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+            for node in ast.walk(value):
+                if isinstance(node, ast.Call):
+                    yield node, target.attr
+
+
+def _arguments(call: ast.Call) -> Iterator[tuple[int | str, ast.expr]]:
+    """Yield what a call is given by position or name; the entries of a tuple or list by their own."""
+    for position, value in enumerate(call.args):
+        yield position, value
+        if isinstance(value, (ast.Tuple, ast.List)):
+            yield from enumerate(value.elts)
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            yield keyword.arg, keyword.value
+
+
+def _argument(function: Callable[..., Any], argument: int | str) -> str:
+    """Return the name of a constructor's argument."""
+    if isinstance(argument, str):
+        return argument
+    try:
+        names = [name for name in inspect.signature(function).parameters if name != "self"]
+    except (TypeError, ValueError):
+        return ""
+    return names[argument] if argument < len(names) else ""
+
+
+def _resolved(expression: ast.expr, function: FunctionType) -> Any:
+    """Return what the name of a callee stands for in a function's module, or None."""
+    text = ast.unparse(expression)
+    if text == "super().__init__":
+        owner = inspect.unwrap(function).__qualname__.rpartition(".")[0]
+        kind = function.__globals__.get(owner)
+        bases = kind.__mro__[1:] if isinstance(kind, type) else ()
+        return next((vars(b)["__init__"] for b in bases if "__init__" in vars(b)), None)
+    first, *rest = text.split(".")
+    value = function.__globals__.get(first, getattr(builtins, first, None))
+    for name in rest:
+        value = getattr(value, name, None)
+    return value
