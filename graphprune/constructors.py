@@ -50,12 +50,29 @@ class _Use:
     target: str
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call as it is written, with its arguments by position or name, and the attributes it becomes."""
+
+    callee: str
+    arguments: list[tuple[int | str, str]]
+    targets: list[str]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What a function assigns, as pairs of expressions, and calls."""
+
+    pairs: list[tuple[str, str]]
+    calls: list[_Call]
+
+
 class Constructors:
     """Reads the code of a model's classes."""
 
     def __init__(self, model: nn.Module, inference: Inference, pieces: Pieces) -> None:
         self.model, self.parameters, self.pieces = model, inference.parameters, pieces
-        self.trees: dict[FunctionType, ast.AST | None] = {}
+        self.code: dict[FunctionType, _Code] = {}
         self.steps: dict[str, list[Step]] = {}
         for step in inference.steps:
             self.steps.setdefault(step.place.module, []).append(step)
@@ -144,19 +161,14 @@ class Constructors:
             yield ".".join(filter(None, (scope, path))), child
 
     def _uses(self, function: FunctionType, texts: set[str]) -> Iterator[_Use]:
-        if function not in self.trees:
-            self.trees[function] = _parsed(function)
-        tree = self.trees[function]
-        if tree is None:
-            return
-        known = _aliases(tree, texts)
-        targets = dict(_targets(tree))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                for argument, value in _arguments(node):
-                    if ast.unparse(value) in known:
-                        callee = _resolved(node.func, function)
-                        yield _Use(callee, argument, targets.get(node, ""))
+        if function not in self.code:
+            self.code[function] = _read(function)
+        code = self.code[function]
+        known = _aliases(code.pairs, texts)
+        for call in code.calls:
+            for argument, text in call.arguments:
+                for target in call.targets if text in known else ():
+                    yield _Use(_resolved(call.callee, function), argument, target)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
@@ -165,65 +177,80 @@ def _methods(kind: type) -> Iterator[FunctionType]:
             yield from (x for x in vars(base).values() if isinstance(x, FunctionType))
 
 
-def _parsed(function: FunctionType) -> ast.AST | None:
+def _read(function: FunctionType) -> _Code:
+    """Return what a function's source says; nothing where there is none."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return None
-
-
-def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """Yield targets and values, those of tuples one by one; targets of one value pairwise."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Assign):
-            continue
-        for target in node.targets:
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                yield from zip(target.elts, node.value.elts, strict=False)
-            else:
-                yield target, node.value
-        yield from zip(node.targets, node.targets[1:], strict=False)
-
-
-def _aliases(tree: ast.AST, texts: set[str]) -> set[str]:
-    """Return the expressions that are assigned to each other, beginning with the given ones."""
+        return _Code([], [])
+    nodes = list(ast.walk(tree))
+    assigned = [pair for node in nodes for pair in _assigned(node)]
+    targets: dict[ast.AST, list[str]] = {}
+    for node, target in _targets(assigned):
+        targets.setdefault(node, []).append(target)
+    calls = [
+        _Call(ast.unparse(node.func), list(_arguments(node)), targets.get(node, [""]))
+        for node in nodes
+        if isinstance(node, ast.Call)
+    ]
     pairs = [
         (ast.unparse(target), ast.unparse(value))
-        for target, value in _assignments(tree)
+        for target, value in assigned
         if not isinstance(value, ast.Constant)
     ]
+    return _Code(pairs, calls)
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield targets and values, those of tuples one by one; targets of one value pairwise."""
+    if not isinstance(node, ast.Assign):
+        return
+    for target in node.targets:
+        if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            yield from zip(target.elts, node.value.elts, strict=False)
+        else:
+            yield target, node.value
+    yield from zip(node.targets, node.targets[1:], strict=False)
+
+
+def _aliases(pairs: list[tuple[str, str]], texts: set[str]) -> set[str]:
+    """Return the expressions that are assigned to each other, beginning with the given ones."""
     known, new = set(texts), set(texts)
     while new:
         new = {
             other + text[len(same) :]
             for a, b in pairs
             for same, other in ((a, b), (b, a))
-            for text in known
+            for text in new
             if text == same or text.startswith(f"{same}.")
-        } - known
-        known |= {text for text in new if text.count(".") < 6}
-        new &= known
+        }
+        new = {text for text in new if text.count(".") < 6} - known
+        known |= new
     return known
 
 
-def _targets(tree: ast.AST) -> Iterator[tuple[ast.Call, str]]:
+def _targets(assigned: list[tuple[ast.expr, ast.expr]]) -> Iterator[tuple[ast.AST, str]]:
     """Yield calls with the attribute of `self` that they are assigned to, alone or inside others."""
-    for target, value in _assignments(tree):
-        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
-            for node in ast.walk(value):
-                if isinstance(node, ast.Call):
-                    yield node, target.attr
+    for target, value in assigned:
+        names = [
+            part.attr
+            for part in (target.elts if isinstance(target, ast.Tuple) else [target])
+            if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self"
+        ]
+        for node in ast.walk(value) if names else ():
+            if isinstance(node, ast.Call):
+                yield from ((node, name) for name in names)
 
 
-def _arguments(call: ast.Call) -> Iterator[tuple[int | str, ast.expr]]:
+def _arguments(call: ast.Call) -> Iterator[tuple[int | str, str]]:
     """Yield what a call is given by position or name; the entries of a tuple or list by their own."""
     for position, value in enumerate(call.args):
-        yield position, value
+        yield position, ast.unparse(value)
         if isinstance(value, (ast.Tuple, ast.List)):
-            yield from enumerate(value.elts)
+            yield from ((inner, ast.unparse(entry)) for inner, entry in enumerate(value.elts))
     for keyword in call.keywords:
         if keyword.arg is not None:
-            yield keyword.arg, keyword.value
+            yield keyword.arg, ast.unparse(keyword.value)
 
 
 def _argument(function: Callable[..., Any], argument: int | str) -> str:
@@ -237,9 +264,8 @@ def _argument(function: Callable[..., Any], argument: int | str) -> str:
     return names[argument] if argument < len(names) else ""
 
 
-def _resolved(expression: ast.expr, function: FunctionType) -> Any:
+def _resolved(text: str, function: FunctionType) -> Any:
     """Return what the name of a callee stands for in a function's module, or None."""
-    text = ast.unparse(expression)
     if text == "super().__init__":
         owner = inspect.unwrap(function).__qualname__.rpartition(".")[0]
         kind = function.__globals__.get(owner)

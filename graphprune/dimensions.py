@@ -114,6 +114,7 @@ class Dimensions:
         """Look for sizes by module path."""
         self.pieces = pieces
         self.sizes = sizes
+        self.around: dict[str, list[str]] = {}
         self.by_module: dict[str, dict[int, dict[tuple[Any, ...], Dimension]]] = {
             path: {} for path in sizes
         }
@@ -132,17 +133,17 @@ class Dimensions:
         """Return the dimensions and parts of this size in and around a module."""
         return list(self.by_module.get(path, {}).get(size, {}).values())
 
-    def _around(self, owner: str) -> Iterator[str]:
-        """Yield the modules looked at that a module is in, itself included."""
-        if "" in self.sizes:
-            yield ""
-        for end, sign in enumerate(owner + "."):
-            if sign == "." and end and owner[:end] in self.sizes:
-                yield owner[:end]
+    def _around(self, owner: str) -> list[str]:
+        """Return the modules looked at that a module is in, itself included."""
+        if owner not in self.around:
+            ends = [end for end, sign in enumerate(owner + ".") if sign == "."]
+            paths = dict.fromkeys(["", *(owner[:end] for end in ends)])
+            self.around[owner] = [path for path in paths if path in self.sizes]
+        return self.around[owner]
 
     def _add_step(self, step: Step, call: tuple[str, str, int]) -> None:
         owner, operator, count = call
-        paths = list(self._around(owner))
+        paths = self._around(owner)
         if not paths:
             return
         asked = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}

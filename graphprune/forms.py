@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -168,15 +168,15 @@ def as_module(
 
     ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED)
     put_sizes(slimmer, ties.sizes)
-    left: set[HeldNumber] = set()
+    untold = ties.ambiguous
     try:
         seen = checked()
     except VerificationError:
         put_sizes(slimmer, {number: number.value for number in ties.sizes})
-        seen, left = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
+        seen, untold = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    ambiguous = _ambiguous(ties, left)
+    ambiguous = _ambiguous(untold)
     return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen, ambiguous_sizes=ambiguous)
 
 
@@ -187,11 +187,11 @@ def _checked_with_sizes(
     graph: DependencyGraph,
     checked: Callable[[], Verification | None],
     ties: Ties,
-) -> tuple[Verification | None, set[HeldNumber]]:
+) -> tuple[Verification | None, dict[HeldNumber, tuple[int, ...]]]:
     """Change sizes that the slim modules hold until the model verifies, then the rest of what is told.
 
     Returns:
-        What was compared, and the numbers that are told but had to be left.
+        What was compared, and what the numbers that were left may be.
 
     Raises:
         VerificationError: it never does; what it says is of the model as it was cut.
@@ -202,7 +202,14 @@ def _checked_with_sizes(
     except VerificationError as failure:
         seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
     rest = {number: size for number, size in ties.sizes.items() if number not in changed}
-    return seen, put_what_works(slimmer, rest, works_by(checked))
+    left = put_what_works(slimmer, rest, works_by(checked))
+    untold = {
+        number: sizes
+        for number, sizes in ties.ambiguous.items()
+        if changed.get(number, number.value) == number.value
+    }
+    had_to_stay = {number: tuple(sorted((number.value, rest[number]))) for number in left}
+    return seen, untold | had_to_stay
 
 
 def _first_way(
@@ -231,19 +238,18 @@ def _first_way(
     raise failure from None
 
 
-def _ambiguous(ties: Ties, left: Collection[HeldNumber]) -> tuple[AmbiguousSize, ...]:
-    """Return what cannot be told or had to be left; warn of numbers that are no size of anything now."""
-    stale = [str(size) for size in ties.ambiguous if size.is_of_nothing]
+def _ambiguous(untold: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousSize, ...]:
+    """Return the numbers that were left; warn of those that are no size of anything now."""
+    ambiguous = tuple(
+        AmbiguousSize(str(number), number.value, sizes) for number, sizes in untold.items()
+    )
+    stale = [str(size) for size in ambiguous if size.is_of_nothing]
     if stale:
         warn(
             f"{listed(stale)}: sizes that modules hold and that stay as they were, since the dimensions "
             "that they may be of differ now; forward does not need them, but set them if other methods do"
         )
-    kept = [
-        AmbiguousSize(str(number), number.value, tuple(sorted((number.value, ties.sizes[number]))))
-        for number in left
-    ]
-    return (*ties.ambiguous, *sorted(kept, key=str))
+    return ambiguous
 
 
 def as_module_with_sizes(

@@ -120,6 +120,8 @@ def _inside(
 
 def _entries(value: Any) -> list[tuple[Key, Any]] | None:
     """Return what a list, tuple, dict or record holds by key, or None for anything else."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))
     if isinstance(value, dict):
@@ -150,11 +152,12 @@ def _with(container: Any, keys: Sequence[Key], value: int) -> Any:
     if not keys:
         return value
     key, *rest = keys
+    if isinstance(container, tuple) and isinstance(key, str):
+        return container._replace(**{key: _with(getattr(container, key), rest, value)})  # type: ignore[attr-defined]
     if isinstance(container, tuple):
         entries: list[Any] = list(container)
-        entries[int(key)] = _with(entries[int(key)], rest, value)
-        make = getattr(container, "_make", type(container))
-        return make(entries)
+        entries[key] = _with(entries[key], rest, value)  # type: ignore[index]
+        return type(container)(entries)
     if isinstance(container, (list, dict)):
         container[key] = _with(container[key], rest, value)  # type: ignore[index]
         return container
@@ -178,12 +181,17 @@ _OTHERS = frozenset(
     factor scale reduction top k iteration iterations repeat repeats batch dropout version bit bits level
     levels stage stages multiplier expansion order degree period limit alpha""".split()  # noqa: SIM905
 )
+# Words of names that are of what sizes are computed from: `base_width`.
+_OPTIONS = frozenset(["base", "init", "initial", "default", "original", "orig", "pretrained"])
 
 
 def says_size(number: HeldNumber) -> bool | None:
     """Say whether its name is one for a size of tensors, or for another number; None for neither."""
     for name in number.names:
-        for word in reversed(_words(name)):
+        words = _words(name)
+        if _OPTIONS.intersection(words):
+            return None
+        for word in reversed(words):
             if word in _SIZES:
                 return True
             if word in _OTHERS:

@@ -56,10 +56,10 @@ class AmbiguousSize:
 
 @dataclass(frozen=True)
 class Ties:
-    """The numbers that follow, with their sizes now, and those that cannot be told."""
+    """The numbers that follow, with their sizes now, and those that may be several sizes."""
 
     sizes: Mapping[HeldNumber, int]
-    ambiguous: Sequence[AmbiguousSize]
+    ambiguous: Mapping[HeldNumber, tuple[int, ...]]
 
 
 def ties_of(
@@ -101,13 +101,13 @@ class _Judge:
 
     def ties(self) -> Ties:
         sizes: dict[HeldNumber, int] = {}
-        ambiguous: list[AmbiguousSize] = []
+        ambiguous: dict[HeldNumber, tuple[int, ...]] = {}
         for numbers in self.places:
             common = self._common_addresses(numbers)
             for number in numbers:
                 left = self._sizes_left(number, common)
                 if len(left) > 1:
-                    ambiguous.append(AmbiguousSize(str(number), number.value, tuple(left)))
+                    ambiguous[number] = tuple(left)
                 elif left and left[0] != number.value:
                     sizes[number] = left[0]
         return Ties(sizes, ambiguous)
@@ -164,7 +164,8 @@ class _Judge:
                 self._left([x for x in dimensions if x.asked]) if self._is_asked(dimensions) else []
             )
         side = says_side(number)
-        at_border = [x for x in dimensions if side and x.side == side and x.of_weights]
+        at_border = [x for x in self._dimensions(number) if side and x.side == side]
+        at_border = [x for x in at_border if x.of_weights] or at_border
         asked = [x for x in dimensions if x.asked]
         for chosen in (at_border, asked):
             left = self._left(chosen)
