@@ -52,11 +52,27 @@ def _batch_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     held = module.weight if module.weight is not None else module.running_mean
     if held is not None:
         module.num_features = held.shape[0]
+    else:
+        (module.num_features,) = _sizes_read(steps, slice(1, 2), (module.num_features,), kept)
 
 
 def _layer_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+    shape = tuple(module.normalized_shape)
     if module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
+    else:
+        module.normalized_shape = _sizes_read(steps, slice(-len(shape), None), shape, kept)
+
+
+def _sizes_read(
+    steps: Steps, dims: slice, sizes: tuple[int, ...], kept: Mapping[Axis, int]
+) -> tuple[int, ...]:
+    """Return what is left of sizes along these dimensions of what the operators read."""
+    for step in steps:
+        for value in step.inputs:
+            if tuple(map(size_of, value.layouts[dims])) == sizes:
+                return tuple(kept_size(layout, kept) for layout in value.layouts[dims])
+    return sizes
 
 
 def _group_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:

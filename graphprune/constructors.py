@@ -230,16 +230,25 @@ def _aliases(pairs: list[tuple[str, str]], texts: set[str]) -> set[str]:
 
 
 def _targets(assigned: list[tuple[ast.expr, ast.expr]]) -> Iterator[tuple[ast.AST, str]]:
-    """Yield calls with the attribute of `self` that they are assigned to, alone or inside others."""
+    """Yield calls with the attributes of `self` that they become, alone, inside others or by a name."""
+    later: dict[str, list[str]] = {}
     for target, value in assigned:
-        names = [
-            part.attr
-            for part in (target.elts if isinstance(target, ast.Tuple) else [target])
-            if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self"
-        ]
+        if _is_own(target) and isinstance(value, ast.Name):
+            later.setdefault(value.id, []).append(target.attr)  # type: ignore[attr-defined]
+    for target, value in assigned:
+        names: list[str] = []
+        for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if _is_own(part):
+                names.append(part.attr)  # type: ignore[attr-defined]
+            elif isinstance(part, ast.Name):
+                names += later.get(part.id, [])
         for node in ast.walk(value) if names else ():
             if isinstance(node, ast.Call):
                 yield from ((node, name) for name in names)
+
+
+def _is_own(target: ast.expr) -> bool:
+    return isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
 
 
 def _arguments(call: ast.Call) -> Iterator[tuple[int | str, str]]:

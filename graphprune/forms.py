@@ -166,7 +166,7 @@ def as_module(
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
-    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED)
+    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
     put_sizes(slimmer, ties.sizes)
     untold = ties.ambiguous
     try:
@@ -201,7 +201,11 @@ def _checked_with_sizes(
         seen, changed = checked(), {}
     except VerificationError as failure:
         seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
-    rest = {number: size for number, size in ties.sizes.items() if number not in changed}
+    rest = {
+        number: size
+        for number, size in ties.sizes.items()
+        if changed.get(number, number.value) == number.value
+    }
     left = put_what_works(slimmer, rest, works_by(checked))
     untold = {
         number: sizes

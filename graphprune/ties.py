@@ -63,7 +63,12 @@ class Ties:
 
 
 def ties_of(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int], described: tuple[type, ...]
+    model: nn.Module,
+    inference: Inference,
+    kept: Mapping[Axis, int],
+    described: tuple[type, ...],
+    *,
+    compared: bool,
 ) -> Ties:
     """Tell which numbers are sizes of what was cut.
 
@@ -72,9 +77,14 @@ def ties_of(
         inference: the layouts of the original's tensors.
         kept: how many slots of each cut axis are left.
         described: classes of torch whose own attributes are true already.
+        compared: whether the model's values are compared once they follow. Else numbers that forward
+            may compute with, rather than go by as sizes, are left.
 
     """
-    return _Judge(model, inference, kept, described).ties()
+    judge = _Judge(model, inference, kept, described)
+    if not compared:
+        judge.computed_with = _numbers_computed_with(inference)
+    return judge.ties()
 
 
 class _Judge:
@@ -97,7 +107,7 @@ class _Judge:
                     sizes.setdefault(path, set()).add(number.value)
         self.dimensions = Dimensions(inference, self.pieces, sizes)
         self.constructors = Constructors(model, inference, self.pieces)
-        self.computed = _numbers_computed_with(inference)
+        self.computed_with: set[tuple[str, int]] = set()
 
     def ties(self) -> Ties:
         sizes: dict[HeldNumber, int] = {}
@@ -126,7 +136,7 @@ class _Judge:
 
     def _sizes_left(self, number: HeldNumber, common: set[object]) -> list[int]:
         """Return what the number may be now, one size where it is told; nothing where it is no size."""
-        if (number.module, number.value) in self.computed:
+        if (number.module, number.value) in self.computed_with:
             return []
         dimensions = self._dimensions(number)
         if not self._is_cut(dimensions):
@@ -199,14 +209,21 @@ class _Judge:
 
 
 def _numbers_computed_with(inference: Inference) -> set[tuple[str, int]]:
-    """Return, with the module, the numbers that tensors are multiplied, divided or shifted by.
+    """Return, with the module, the numbers that tensors are multiplied or divided by, or their roots.
 
     Such a number has to keep its value, whatever size it equals.
     """
-    found: set[tuple[str, int]] = set()
+    numbers: set[tuple[str, int]] = set()
     for step in inference.steps:
         if step.func.overloadpacket in _BY_NUMBER:
             for value in step.arguments.values():
-                if type(value) in (int, float) and math.isfinite(value) and value == int(value):
-                    found.add((step.place.module, int(value)))
-    return found
+                if isinstance(value, (int, float)) and math.isfinite(value) and value != 0:
+                    numbers.update((step.place.module, number) for number in _behind(abs(value)))
+    return numbers
+
+
+def _behind(factor: float) -> Iterator[int]:
+    """Yield the whole numbers that a factor is, or the inverse or a root of."""
+    for number in (factor, 1 / factor, factor**2, factor**-2):
+        if 1.5 < number < 1e9 and math.isclose(number, round(number), rel_tol=1e-6):
+            yield round(number)
