@@ -128,7 +128,7 @@ class Constructors:
                     yield from self._of_size(layouts, size)
 
     def _given_to(
-        self, kind: type, name: str, child: nn.Module, path: str, size: int, seen: set[Any]
+        self, kind: Any, name: str, child: nn.Module, path: str, size: int, seen: set[Any]
     ) -> Iterator[Layout]:
         """Yield what a module's class makes of an argument of its constructor."""
         prefix = f"{path}." if path else ""

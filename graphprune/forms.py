@@ -197,8 +197,9 @@ def _checked_with_sizes(
         VerificationError: it never does; what it says is of the model as it was cut.
 
     """
+    changed: dict[HeldNumber, int] = {}
     try:
-        seen, changed = checked(), {}
+        seen = checked()
     except VerificationError as failure:
         seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
     rest = {

@@ -112,7 +112,8 @@ def _inside(
     entries = _entries(value)
     if entries is None or len(keys) > _DEPTH or id(value) in seen:
         return
-    seen.add(id(value))
+    if not (isinstance(value, tuple) or _is_frozen(value)):  # else each module holds its own
+        seen.add(id(value))
     beside = tuple(entry for _, entry in entries if isinstance(entry, str))
     for key, entry in entries[:_ENTRIES]:
         yield from _inside(entry, (*keys, key), beside, seen)
@@ -147,6 +148,10 @@ def _is_record(value: Any) -> bool:
     )
 
 
+def _is_frozen(value: Any) -> bool:
+    return bool(getattr(getattr(value, "__dataclass_params__", None), "frozen", False))
+
+
 def _with(container: Any, keys: Sequence[Key], value: int) -> Any:
     """Return the container with a number replaced, itself where it can be changed."""
     if not keys:
@@ -162,8 +167,7 @@ def _with(container: Any, keys: Sequence[Key], value: int) -> Any:
         container[key] = _with(container[key], rest, value)  # type: ignore[index]
         return container
     inner = _with(getattr(container, str(key)), rest, value)
-    frozen = getattr(getattr(container, "__dataclass_params__", None), "frozen", False)
-    changed = copy.copy(container) if frozen else container
+    changed = copy.copy(container) if _is_frozen(container) else container
     vars(changed)[str(key)] = inner
     return changed
 

@@ -47,6 +47,7 @@ def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
             result = result.index_select(dim, index)
     if tensor.layout is not torch.strided:
         return result
-    outermost_first = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    strides = tensor.stride()
+    outermost_first = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     inverse = [outermost_first.index(dim) for dim in range(tensor.dim())]
     return result.permute(outermost_first).contiguous().permute(inverse)

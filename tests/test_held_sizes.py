@@ -214,6 +214,51 @@ def test_sizes_in_lists_tuples_dicts_and_records_follow() -> None:
     assert (slimmer.named, slimmer.frozen) == (Sizes(8, 4), Frozen(8, 16))
 
 
+SHARED = (16, 5)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.layer = SHARED, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
+
+
+def test_modules_that_hold_one_tuple_follow_each_for_itself() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), Shared(), Shared(), nn.Linear(16, 3))
+    slimmer = cut(model, torch.randn(2, 6))
+    assert (slimmer[1].channels, slimmer[2].channels, SHARED) == ((8, 5), (8, 5), (16, 5))
+
+
+def pooled_head(width: int, classes: int) -> tuple[nn.Module, nn.Module]:
+    return nn.AdaptiveAvgPool2d(1), nn.Linear(width, classes)
+
+
+class Head(nn.Module):
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        pool, last = pooled_head(width, classes)
+        self.pool = pool
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(x).flatten(1))
+
+
+class Classifier(Stages):
+    """The number reaches the layer that it is the size of through another class and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Head(width=self.num_features, classes=5)  # type: ignore[assignment]
+
+
+def test_a_number_is_followed_through_classes_and_functions() -> None:
+    assert cut(Classifier(), exclude=["first*"]).num_features == 12
+
+
 class Means(nn.Module):
     """Forward computes with the width, so that it has to stay."""
 
