@@ -363,6 +363,7 @@ def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -
     """
     found = mode.found
     steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
+    sources = dict(found.output_sources)
     mode.in_training = True
     model.train()
     for module in model.modules():
@@ -375,7 +376,7 @@ def _read_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -
         return set()
     finally:
         del found.steps[steps:], found.unknown[unknown:]
-        found.outputs = outputs
+        found.outputs, found.output_sources = outputs, sources
 
 
 def _fix_unused(found: Inference, read: set[str]) -> None:
