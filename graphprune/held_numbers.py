@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Size, nn
 
 Key: TypeAlias = str | int
 
@@ -123,9 +124,12 @@ def _entries(value: Any) -> list[tuple[Key, Any]] | None:
     """Return what a list, tuple, dict or record holds by key, or None for anything else."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))
-    if isinstance(value, (list, tuple)):
+    kind = type(value)
+    if kind in (tuple, Size) or (isinstance(value, list) and kind.__setitem__ is list.__setitem__):
         return list(enumerate(value))
     if isinstance(value, dict):
+        if kind.__setitem__ not in (dict.__setitem__, OrderedDict.__setitem__):
+            return None  # it may refuse to be changed
         return [(key, entry) for key, entry in value.items() if isinstance(key, (str, int))]
     return list(vars(value).items()) if _is_record(value) else None
 

@@ -214,6 +214,20 @@ def test_sizes_in_lists_tuples_dicts_and_records_follow() -> None:
     assert (slimmer.named, slimmer.frozen) == (Sizes(8, 4), Frozen(8, 16))
 
 
+class Refusing(dict[str, int]):
+    def __setitem__(self, key: str, value: int) -> None:
+        if key in self:
+            raise TypeError("frozen")
+        super().__setitem__(key, value)
+
+
+def test_a_dict_that_cannot_be_changed_is_left() -> None:
+    model = Containers()
+    model.table = Refusing(channels=16)
+    slimmer = cut(model, torch.randn(2, 6))
+    assert (slimmer.table, slimmer.dims) == ({"channels": 16}, [6, 8, 10])
+
+
 SHARED = (16, 5)
 
 
