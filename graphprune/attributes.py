@@ -1,118 +1,19 @@
-"""The numbers that modules hold: what describes their tensors, and sizes that their code goes by."""
+"""What torch.nn modules hold about their tensors, made true again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch._ops import OpOverloadPacket
-from torch.utils import _pytree as pytree
 
 from graphprune.inference import Inference, Step
-from graphprune.layout import Axis, Layout, can_split, free_axes, kept_size, size_of, split
+from graphprune.layout import Axis, can_split, kept_size, size_of, split
 from graphprune.rules.recurrent import GATES
 
 aten = torch.ops.aten
-
-# Ways of following that are tried at most; each is a run without data.
-_WAYS = 32
-
-
-def ways_to_follow_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
-) -> Iterator[None]:
-    """Change the whole-number attributes that a module's own operators go by.
-
-    `self.num_heads` is one where the module's code reshapes to it: it takes the size that the dimension
-    has now. Where its value stood for several, one after the other is tried, alike in modules that are
-    alike. A value may be equal to a size by accident, so leaving it is tried as well; and a number that
-    is only the size of something there (`self.width // self.num_heads`) is left as long as that works.
-    The model has to be verified after each change.
-
-    Args:
-        model: a slim model, in the code of its own class; it is changed before each yield.
-        inference: the operators of the original.
-        kept: how many slots of each cut axis are left.
-
-    """
-    held = _held_sizes(model, inference, kept)
-    choices = [choice for _, _, choice in held]
-    for way in islice(_nearest_first(choices), _WAYS if held else 0):
-        for ((_, name, _), modules), size in zip(held.items(), way, strict=True):
-            for module in modules:
-                setattr(module, name, size)
-        yield
-
-
-def _nearest_first(choices: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
-    """Yield picks of one from each of the choices, first those that take the first of most."""
-    for rank in range(sum(len(choice) - 1 for choice in choices) + 1):
-        yield from _of_rank(choices, rank)
-
-
-def _of_rank(choices: Sequence[Sequence[int]], rank: int) -> Iterator[tuple[int, ...]]:
-    """Yield the picks whose positions in the choices add up to the rank."""
-    if not choices:
-        yield from [()] if rank == 0 else []
-        return
-    for position, picked in enumerate(choices[0][: rank + 1]):
-        for rest in _of_rank(choices[1:], rank - position):
-            yield (picked, *rest)
-
-
-def _held_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
-) -> dict[tuple[type, str, tuple[int, ...]], list[nn.Module]]:
-    """Return modules by class, attribute, and what the attribute may be now, the likeliest first."""
-    given: dict[tuple[str, int], set[int]] = {}
-    there: dict[tuple[str, int], set[int]] = {}
-    for step in inference.steps:
-        layouts = [layout for value in (*step.inputs, *step.outputs) for layout in value.layouts]
-        for sizes, found in ((given, _dimensions_given(step)), (there, layouts)):
-            for layout in found:
-                key = step.place.module, size_of(layout)
-                sizes.setdefault(key, set()).add(kept_size(layout, kept))
-    held: dict[tuple[type, str, tuple[int, ...]], list[nn.Module]] = {}
-    for path, module in model.named_modules():
-        if _is_of_torch(module):
-            continue
-        for name, value in vars(module).items():
-            if type(value) is not int:
-                continue
-            likely = sorted(given.get((path, value), set()) - {value})
-            others = sorted(there.get((path, value), set()) - {value, *likely})
-            if likely or others:
-                choice = type(module), name, (*likely, value, *others)
-                held.setdefault(choice, []).append(module)
-    return held
-
-
-def axes_given_as_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
-) -> set[Axis]:
-    """Return the cut axes in dimensions whose size an operator in code of one's own was given."""
-    own = {path for path, module in model.named_modules() if not _is_of_torch(module)}
-    found: set[Axis] = set()
-    for step in inference.steps:
-        for layout in _dimensions_given(step) if step.place.module in own else ():
-            found.update(axis for axis in free_axes(layout) if axis in kept)
-    return found
-
-
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.")
-
-
-def _dimensions_given(step: Step) -> Iterator[Layout]:
-    """Yield the dimensions of a step's results whose sizes are among its arguments."""
-    numbers = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
-    for value in step.outputs:
-        for layout in value.layouts:
-            if size_of(layout) in numbers:
-                yield layout
 
 
 def describe_tensors(model: nn.Module, inference: Inference, kept: Mapping[Axis, int]) -> None:
@@ -151,11 +52,27 @@ def _batch_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     held = module.weight if module.weight is not None else module.running_mean
     if held is not None:
         module.num_features = held.shape[0]
+    else:
+        (module.num_features,) = _sizes_read(steps, slice(1, 2), (module.num_features,), kept)
 
 
 def _layer_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+    shape = tuple(module.normalized_shape)
     if module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
+    else:
+        module.normalized_shape = _sizes_read(steps, slice(-len(shape), None), shape, kept)
+
+
+def _sizes_read(
+    steps: Steps, dims: slice, sizes: tuple[int, ...], kept: Mapping[Axis, int]
+) -> tuple[int, ...]:
+    """Return what is left of sizes along these dimensions of what the operators read."""
+    for step in steps:
+        for value in step.inputs:
+            if tuple(map(size_of, value.layouts[dims])) == sizes:
+                return tuple(kept_size(layout, kept) for layout in value.layouts[dims])
+    return sizes
 
 
 def _group_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
@@ -226,3 +143,6 @@ _UPDATES: dict[type[nn.Module], Callable[[Any, Steps, Mapping[Axis, int]], None]
     nn.Bilinear: _bilinear,
     nn.MultiheadAttention: _attention,
 }
+
+DESCRIBED = tuple(_UPDATES)
+"""The classes of torch.nn whose attributes `describe_tensors` makes true."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from torch import fx, nn
 
-from graphprune.attributes import axes_given_as_sizes, ways_to_follow_sizes
+from graphprune.attributes import DESCRIBED
 from graphprune.capture import difference_on, graph_of, is_aten_graph
 from graphprune.compensation import Compensation
 from graphprune.errors import (
@@ -22,6 +22,14 @@ from graphprune.errors import (
     warn,
 )
 from graphprune.groups import DependencyGraph
+from graphprune.held_numbers import HeldNumber
+from graphprune.held_sizes import (
+    axes_given_as_sizes,
+    put_sizes,
+    put_what_works,
+    ways_to_follow_sizes,
+    works_by,
+)
 from graphprune.importance import Scores
 from graphprune.inference import OtherRun, infer
 from graphprune.inputs import Inputs
@@ -31,6 +39,7 @@ from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived
+from graphprune.ties import AmbiguousSize, Ties, ties_of
 from graphprune.verify import Run, Verification, check_runs, silenced_copy, verify
 
 if TYPE_CHECKING:
@@ -54,6 +63,8 @@ class Slimmed:
         compensation: what the repair did, or None where none was asked for.
         latency: for `of="latency"`, what was asked for and what was measured; else None.
         scores: by group, the importance of each channel of the original; None for a plan as given.
+        ambiguous_sizes: numbers that the modules hold and that equal several sizes which differ now, so
+            that they were left as they were.
 
     """
 
@@ -67,6 +78,7 @@ class Slimmed:
     compensation: Compensation | None = None
     latency: Reached | None = None
     scores: Scores | None = None
+    ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
 
     def report(
         self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
@@ -155,13 +167,18 @@ def as_module(
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
+    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
+    put_sizes(slimmer, ties.sizes)
+    untold = ties.ambiguous
     try:
         seen = checked()
-    except VerificationError as failure:
-        seen = _checked_with_sizes(job, slimmer, plan, graph, checked, failure)
+    except VerificationError:
+        put_sizes(slimmer, {number: number.value for number in ties.sizes})
+        seen, untold = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen)
+    ambiguous = _ambiguous(untold)
+    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen, ambiguous_sizes=ambiguous)
 
 
 def _checked_with_sizes(
@@ -170,21 +187,75 @@ def _checked_with_sizes(
     plan: Plan,
     graph: DependencyGraph,
     checked: Callable[[], Verification | None],
+    ties: Ties,
+) -> tuple[Verification | None, dict[HeldNumber, tuple[int, ...]]]:
+    """Change sizes that the slim modules hold until the model verifies, then the rest of what is told.
+
+    Returns:
+        What was compared, and what the numbers that were left may be.
+
+    Raises:
+        VerificationError: it never does; what it says is of the model as it was cut.
+
+    """
+    changed: dict[HeldNumber, int] = {}
+    try:
+        seen = checked()
+    except VerificationError as failure:
+        seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
+    rest = {
+        number: size
+        for number, size in ties.sizes.items()
+        if changed.get(number, number.value) == number.value
+    }
+    left = put_what_works(slimmer, rest, works_by(checked))
+    untold = {
+        number: sizes
+        for number, sizes in ties.ambiguous.items()
+        if changed.get(number, number.value) == number.value
+    }
+    had_to_stay = {number: tuple(sorted((number.value, rest[number]))) for number in left}
+    return seen, untold | had_to_stay
+
+
+def _first_way(
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
     failure: VerificationError,
-) -> Verification | None:
-    """Change sizes that the slim modules hold as attributes until the model verifies.
+) -> tuple[Verification | None, dict[HeldNumber, int]]:
+    """Change sizes that the slim modules hold until the model verifies.
+
+    Returns:
+        What was compared, and the numbers as they are now.
 
     Raises:
         VerificationError: the given failure, where it never does.
 
     """
-    for _ in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
+    for sizes in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
-            return checked()
+            return checked(), sizes
         except VerificationError:
             continue
     raise failure from None
+
+
+def _ambiguous(untold: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousSize, ...]:
+    """Return the numbers that were left; warn of those that are no size of anything now."""
+    ambiguous = tuple(
+        AmbiguousSize(str(number), number.value, sizes) for number, sizes in untold.items()
+    )
+    stale = [str(size) for size in ambiguous if size.is_of_nothing]
+    if stale:
+        warn(
+            f"{listed(stale)}: sizes that modules hold and that stay as they were, since the dimensions "
+            "that they may be of differ now; forward does not need them, but set them if other methods do"
+        )
+    return ambiguous
 
 
 def as_module_with_sizes(

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from graphprune.adapters import fix_ranks
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
@@ -389,6 +390,7 @@ def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
         steps += _steps_in_training(model, inputs, mode)
         read |= _names_read(steps)
     _fix_unused(found, read)
+    fix_ranks(model, found.parameters, found.names)
     _fix_unread(found, steps)
     return found
 
@@ -439,6 +441,7 @@ def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) 
     """
     found = mode.found
     steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
+    sources = dict(found.output_sources)
     mode.in_training = True
     model.train()
     for module in model.modules():
@@ -451,7 +454,7 @@ def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) 
         return []
     finally:
         del found.steps[steps:], found.unknown[unknown:]
-        found.outputs = outputs
+        found.outputs, found.output_sources = outputs, sources
 
 
 def _fix_unused(found: Inference, read: set[str]) -> None:

@@ -108,6 +108,8 @@ def _facts(result: Slimmed) -> Iterator[tuple[str, str]]:
     )  # fmt: skip
     if result.latency is not None:
         yield "latency", str(result.latency)
+    if result.ambiguous_sizes:
+        yield "sizes in attributes left", "; ".join(map(str, result.ambiguous_sizes))
     if result.graph.unknown:
         yield "operators without a rule", ", ".join(map(str, result.graph.unknown))
     yield "versions", f"graphprune {version('graphprune')}, torch {torch.__version__}"

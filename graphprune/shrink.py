@@ -36,10 +36,18 @@ def sliced(tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]) ->
 
 
 def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
-    """Return what is kept of a tensor, given which positions stay along each dimension."""
+    """Return what is kept of a tensor, given which positions stay along each dimension.
+
+    It lies in memory as the tensor does: its dimensions in the same order, as in channels_last.
+    """
     result = tensor.detach()
     for dim, mask in enumerate(kept):
         if not mask.all():
             index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
             result = result.index_select(dim, index)
-    return result.contiguous()
+    if tensor.layout is not torch.strided:
+        return result
+    strides = tensor.stride()
+    outermost_first = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    inverse = [outermost_first.index(dim) for dim in range(tensor.dim())]
+    return result.permute(outermost_first).contiguous().permute(inverse)
