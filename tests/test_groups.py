@@ -17,8 +17,10 @@ from tests.structures import STRUCTURES
 
 LAYERS = [
     "errors",
-    "plots",
+    "atomic_files",
+    "json_files",
     "pages",
+    "plots",
     "inputs",
     "layout",
     "rules",
