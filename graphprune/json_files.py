@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
+import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +50,7 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {_short(value)}, not an object")
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not an object")
     return value
 
 
@@ -64,7 +64,7 @@ def of_format(value: Any, name: str, version: int | str) -> dict[str, Any]:
     content = mapping(value, "it")
     said = content.get("format"), content.get("version")
     if said != (name, version) or isinstance(said[1], bool):
-        raise ValueError(f"its format is {_short(said[0])}, version {_short(said[1])}")
+        raise ValueError(f"format {reprlib.repr(said[0])} version {reprlib.repr(said[1])}")
     return content
 
 
@@ -76,14 +76,8 @@ def integer(value: Any, what: str) -> int:
 
     """
     if type(value) is not int:
-        raise ValueError(f"{what} is {_short(value)}, not an integer")
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not an integer")
     return value
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    return textwrap.shorten(json.dumps(value), 40)
 
 
 def _no_number(word: str) -> NoReturn:
