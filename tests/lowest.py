@@ -22,7 +22,11 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.middle, self.last = nn.Linear(6, 16), nn.GRU(16, 32), nn.Linear(32, 3)
+        self.first, self.middle, self.last = (
+            nn.Linear(6, 16),
+            nn.GRU(16, 32, batch_first=True),
+            nn.Linear(32, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.middle(self.first(x).relu())[0])

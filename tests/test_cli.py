@@ -246,7 +246,8 @@ def test_files_of_layers_of_pytorch_run_no_code_and_others_are_said_to(
 def test_the_folder_hides_no_installed_package_and_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = "import colorsys\nfrom torch import nn\ndef build():\n    import beside\n    return nn.Linear(6, 8)"
+    body = "    import beside\n    return nn.Linear(6, 8)"
+    lines = f"import colorsys\nfrom torch import nn\ndef build():\n{body}"
     (tmp_path / "mine.py").write_text(lines)
     (tmp_path / "beside.py").write_text("")
     (tmp_path / "colorsys.py").write_text("raise RuntimeError('hidden')")
