@@ -27,8 +27,9 @@ def rendered(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
     """
     loader = jinja2.PackageLoader("graphprune")
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    known = [printable(script) for script in scripts]  # in a script, the same by another spelling
     page = pages.get_template(template)
-    return printable(page.render(policy=_policy(scripts), scripts=scripts, **values))
+    return printable(page.render(policy=_policy(known), scripts=known, **values))
 
 
 def _policy(scripts: Sequence[str]) -> str:

@@ -220,14 +220,20 @@ class Tags(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
+        self.inside = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.inside = (tag, attrs) == ("script", [])
+        self.scripts += [""] * self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
 
     def handle_data(self, data: str) -> None:
-        if self.tags[-1:] == [("script", {})]:
-            self.scripts.append(data)
+        if self.inside:
+            self.scripts[-1] += data
 
 
 HOSTILE = [
