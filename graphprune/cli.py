@@ -437,9 +437,8 @@ def loaded(name: str) -> nn.Module:
 
 def _unpickled(path: Path) -> Any:
     """Return what torch.save wrote: without running any code where it is of PyTorch's own classes."""
-    layers = [kind for kind in vars(nn).values() if isinstance(kind, type)]
     try:
-        with torch.serialization.safe_globals([*layers, *_FUNCTIONS]):
+        with torch.serialization.safe_globals([*_layers(), *_FUNCTIONS]):
             return torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
@@ -451,6 +450,15 @@ def _unpickled(path: Path) -> Any:
         file=sys.stderr,
     )
     return torch.load(path, weights_only=False)
+
+
+def _layers() -> Iterator[type[nn.Module]]:
+    """Yield PyTorch's own modules."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(nn.modules.__name__):
+            for value in vars(module).values():
+                if isinstance(value, type) and issubclass(value, nn.Module):
+                    yield value
 
 
 def _as_model(value: Any, name: str) -> nn.Module:
@@ -528,7 +536,7 @@ def batches(name: str) -> Any:
         raise InvalidRequestError(f"there is no file {name}")
     try:
         samples = torch.from_numpy(np.load(name, allow_pickle=False))
-    except (ValueError, TypeError, EOFError, OSError) as error:
+    except Exception as error:  # numpy raises what the format of the first bytes does
         raise InvalidRequestError(f"{name} holds no array: {error}") from error
     if not samples.dim() or not len(samples):
         raise InvalidRequestError(

@@ -197,7 +197,7 @@ def test_a_folder_is_written_in_one_go(tmp_path: Path) -> None:
 
 def test_a_lock_is_given_back_by_the_dead(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    holds = "import filelock as f, sys; a = f.FileLock(sys.argv[1]); a.acquire(); print(flush=True); input()"
+    holds = "import filelock as f, sys; a = f.FileLock(sys.argv[1]); a.acquire(); print(flush=1); input()"
     words = [sys.executable, "-c", holds, str(lock)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
