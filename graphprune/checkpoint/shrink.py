@@ -245,7 +245,7 @@ def _already_there(target: Path, files: Mapping[str, ToShrink], fingerprint: str
     """
     there = sorted(path.name for path in target.glob("*.safetensors"))
     others = [name for name in there if name not in files or not files[name].is_at(target / name)]
-    if (target / INDEX).exists() and fingerprint not in (target / INDEX).read_text():
+    if (target / INDEX).exists() and fingerprint.encode() not in (target / INDEX).read_bytes():
         others.append(INDEX)
     if others:
         raise InvalidRequestError(
