@@ -265,4 +265,4 @@ def test_a_call_that_fails_at_any_forward_leaves_the_model_and_the_world(
         except KeyboardInterrupt:
             failed += failure is KeyboardInterrupt
         assert world(model) == before
-    assert failed
+    assert failed or failure is ValueError  # after which another way to trace the model may work
