@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
 
-.PHONY: help demo test check format lint types sweep full clean
+.PHONY: help demo test check format lint types lowest sweep full clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,6 +34,16 @@ lint: $(INSTALLED) ## does the linter agree?
 types: $(INSTALLED) ## do the strict types hold?
 	$(BIN)/mypy
 
+# An environment of its own: what is tried is that the bounds in pyproject.toml are true.
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt "torch==2.13.0"
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[plot]"
+	touch $@
+
+lowest: $(LOWEST)/.installed ## do the main calls work with the lowest versions allowed?
+	$(LOWEST)/bin/python tests/lowest.py
+
 sweep: $(INSTALLED) ## ten thousand random networks
 	$(BIN)/python -m pytest -n 2 -m sweep
 
@@ -40,4 +51,4 @@ full: $(INSTALLED) ## the full-size models: slim, verify, export, compare
 	$(BIN)/python -m pytest -n 2 -m full
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo-output build *.egg-info
+	rm -rf $(VENV) $(LOWEST) demo-output build *.egg-info

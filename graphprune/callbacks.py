@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from graphprune.atomic_files import write_text
 from graphprune.capture import prepared
 from graphprune.errors import VerificationError
 from graphprune.inputs import Inputs, call, output_tensors
@@ -53,7 +54,7 @@ class Dumped:
         self.count += 1
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.count:02}-{each.name()}.py").write_text(result.graph_module.code)
+        write_text(folder / f"{self.count:02}-{each.name()}.py", result.graph_module.code)
 
 
 @dataclass(frozen=True)

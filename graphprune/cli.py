@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Annotated, Any, Unpack
 
@@ -19,10 +23,12 @@ from rich.table import Table
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from graphprune.atomic_files import checked_target, written_whole
 from graphprune.capture import prepared
-from graphprune.checkpoint import shrink_checkpoint
+from graphprune.checkpoint import check_target, shrink_checkpoint
 from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
+from graphprune.comparison import SUFFIXES as COMPARISON_SUFFIXES
 from graphprune.cost import count_macs, count_parameters
 from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.groups import analyze
@@ -31,15 +37,26 @@ from graphprune.inputs import Inputs
 from graphprune.onnx import export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.progress import no_bars
+from graphprune.saving import save
 from graphprune.slim import Options, slimmed
+from graphprune.view import SUFFIXES as GRAPH_SUFFIXES
 from graphprune.view import document
 from graphprune.view.tree import group_lines, tree
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make PyTorch models smaller.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make PyTorch models smaller.",
+)
 
 Model = Annotated[
     str,
-    typer.Argument(help="package.module:callable that returns a model, or a file torch.save wrote"),
+    typer.Argument(
+        help="package.module:callable that returns a model, or a file torch.save wrote (.pt, .pth, .pt2). "
+        "A file of other classes than PyTorch's own is unpickled, which runs whatever code it names: name "
+        "such only if you trust it"
+    ),
 ]
 Shapes = Annotated[
     list[str],
@@ -47,9 +64,26 @@ Shapes = Annotated[
         "--input", help="shape of an example input, as 2,3,224,224; int:2,16 for token numbers"
     ),
 ]
-Out = Annotated[Path, typer.Option(help="file to write: .onnx, or .pt for torch.save")]
+Out = Annotated[
+    Path,
+    typer.Option(help="file to write, in a folder that there is: .onnx, or .pt for torch.save"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Ratio = Annotated[float, typer.Option(help="fraction to remove")]
+
+# Files that torch.save writes: by their endings, and by their first bytes, of archives and of older files.
+_PICKLED = (".pt", ".pth")
+_SAVED = (b"PK", b"\x80")
+
+# Beside layers, what layers hold.
+_FUNCTIONS = (nn.functional.relu, nn.functional.gelu, set)
+
+# Where the code is that is not the user's own.
+_INSTALLED = (
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("stdlib"),
+    str(Path(__file__).parent),
+)
 
 # How many samples of a file run at once.
 _SAMPLES = 32
@@ -63,7 +97,13 @@ _OR_A_FILE = {
 
 @app.command()
 def slim(
-    out: Out,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="file to write, in a folder that there is: .onnx, .pt for torch.save, or .safetensors for "
+            "graphprune.load"
+        ),
+    ],
     model: Annotated[
         str,
         typer.Argument(
@@ -115,12 +155,16 @@ def slim(
             _refuse_with_checkpoint([name for name, given in needs_a_model.items() if given])
             if not writes:
                 return
+            check_target(checkpoint, out)
             original, inputs = without_weights(model, checkpoint), example_inputs(shapes)
             slim_checkpoint(
                 original, checkpoint, out, inputs, ratio, as_json=as_json, of=of,
                 importance=importance, ranking=ranking, renormalised=renormalised,
             )  # fmt: skip
             return
+        checked_target(out, ".onnx", *_PICKLED, ".safetensors")
+        if report is not None:
+            checked_target(report, ".html")
         original, inputs = loaded(model), example_inputs(shapes)
         with working("slimming and verifying"):
             result = slimmed(
@@ -140,7 +184,10 @@ def slim(
             )
         if not writes:
             return
-        write(result.model, inputs or result.inputs, out)
+        if out.suffix == ".safetensors":
+            save(result, out)
+        else:
+            write(result.model, inputs or result.inputs, out)
         if report is not None:
             with working("exporting and timing"):
                 found = compare_models(
@@ -169,15 +216,17 @@ def run(
 ) -> None:
     """Write what a pipeline of passes makes of a model."""
     with told():
-        original, given = prepared(loaded(model), example_inputs(shapes))
+        checked_target(out, ".onnx", *_PICKLED)
         changed: list[str] = []
 
         def note(each: Pass, result: PassResult) -> None:
             if result.modified:
                 changed.append(each.name())
 
+        passes = Pipeline.parse(pipeline, note)
+        original, given = prepared(loaded(model), example_inputs(shapes))
         with working("running the passes"):
-            result = Pipeline.parse(pipeline, note)(original, given)
+            result = passes(original, given)
         write(result, given, out)
         facts = {"changed": ", ".join(changed), "file": str(out)}
         show(sizes(original, result, given), facts, as_json=as_json)
@@ -198,6 +247,8 @@ def inspect(
 ) -> None:
     """Show what can be cut from a model, what goes with it, and why the rest stays."""
     with told():
+        if out is not None:
+            checked_target(out, *GRAPH_SUFFIXES)
         with working("analysing"):
             graph = analyze(loaded(model), example_inputs(shapes))
         if out is not None:
@@ -234,6 +285,8 @@ def compare(
 ) -> None:
     """Compare two models: parameters, MACs, file, memory, latency, agreement with PyTorch."""
     with told():
+        if out is not None:
+            checked_target(out, *COMPARISON_SUFFIXES)
         first, second = loaded(model), loaded(slimmer)
         inputs = prepared(first, example_inputs(shapes))[1]
         with working("exporting and timing"):
@@ -337,7 +390,8 @@ def write(model: nn.Module, inputs: Any, out: Path) -> None:
         with working("exporting"):
             export(model, inputs, out)
     else:
-        torch.save(model, out)
+        with written_whole(out) as file:
+            torch.save(model, file)
 
 
 def sizes(original: nn.Module, slimmer: nn.Module, inputs: Inputs) -> dict[str, list[int]]:
@@ -370,30 +424,73 @@ def loaded(name: str) -> nn.Module:
 
     """
     path = Path(name)
-    if path.suffix in (".pt", ".pth", ".pt2"):
-        if not path.exists():
-            raise InvalidRequestError(f"there is no file {name}")
-        model = (
-            torch.export.load(path)
-            if path.suffix == ".pt2"
-            else torch.load(path, weights_only=False)
-        )
-    else:
-        model = _called(name, "a model")
+    if path.suffix not in (*_PICKLED, ".pt2"):
+        return _as_model(_called(name, "a model"), name)
+    if not path.exists():
+        raise InvalidRequestError(f"there is no file {name}")
+    try:
+        model = torch.export.load(path) if path.suffix == ".pt2" else _unpickled(path)
+    except Exception as error:
+        raise InvalidRequestError(f"{name} cannot be loaded: {in_a_line(error)}") from error
     return _as_model(model, name)
 
 
+def _unpickled(path: Path) -> Any:
+    """Return what torch.save wrote: without running any code where it is of PyTorch's own classes."""
+    try:
+        with torch.serialization.safe_globals([*_layers(), *_FUNCTIONS]):
+            return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            if not file.read(2).startswith(_SAVED):
+                raise InvalidRequestError("it is nothing that torch.save writes") from error
+    print(
+        f"graphprune: {path} is of other classes than PyTorch's own, so loading it runs the code that it "
+        "names; do that with files you trust only",
+        file=sys.stderr,
+    )
+    return torch.load(path, weights_only=False)
+
+
+def _layers() -> Iterator[type[nn.Module]]:
+    """Yield PyTorch's own modules."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(nn.modules.__name__):
+            for value in vars(module).values():
+                if isinstance(value, type) and issubclass(value, nn.Module):
+                    yield value
+
+
 def _as_model(value: Any, name: str) -> nn.Module:
+    if isinstance(value, dict):
+        raise InvalidRequestError(
+            f"{name} gives a dict, as of weights without their model; name a package.module:callable that "
+            "builds the model and loads them"
+        )
     if not isinstance(value, (nn.Module, torch.export.ExportedProgram)):
         raise InvalidRequestError(f"{name} gives a {type(value).__name__}, not a model")
     return value  # type: ignore[return-value]
 
 
 def _called(name: str, what: str) -> Any:
+    function = _attribute(name, what)
     try:
-        return _attribute(name, what)()
-    except TypeError as error:
-        raise InvalidRequestError(f"{name!r} does not give {what}: {error}") from error
+        return function()
+    except Exception as error:
+        raise _not_given(name, what, error) from error
+
+
+def _not_given(name: str, what: str, error: Exception) -> InvalidRequestError:
+    """Return the error that says what failed in someone's own code, and where."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without the call here
+    others = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
+    theirs = [frame for frame in others if not frame.filename.startswith(_INSTALLED)]
+    if not theirs:
+        return InvalidRequestError(f"{name!r} does not give {what}: {error}")
+    at = theirs[-1]
+    return InvalidRequestError(
+        f"{name!r} does not give {what}: {in_a_line(error)} ({at.filename}:{at.lineno}, in {at.name})"
+    )
 
 
 def _attribute(name: str, what: str) -> Any:
@@ -402,11 +499,28 @@ def _attribute(name: str, what: str) -> Any:
         raise InvalidRequestError(
             f"{name!r} names no {what.split()[-1]}; write package.module:callable{_OR_A_FILE[what]}"
         )
-    sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InvalidRequestError(f"{name!r} does not give {what}: {error}") from error
+        with _from_here(module.partition(".")[0]):
+            return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise _not_given(name, what, error) from error
+
+
+@contextmanager
+def _from_here(package: str) -> Iterator[None]:
+    """Look for one package in the current folder first; others of its files hide no installed package."""
+
+    class Here:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+            found = PathFinder.find_spec(name, [""]) if name == package else None
+            return found if found is not None and found.origin else None
+
+    sys.meta_path.insert(0, Here)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Here)
 
 
 def batches(name: str) -> Any:
@@ -421,10 +535,14 @@ def batches(name: str) -> Any:
     if not Path(name).exists():
         raise InvalidRequestError(f"there is no file {name}")
     try:
-        samples = np.load(name, allow_pickle=False)
-    except ValueError as error:
+        samples = torch.from_numpy(np.load(name, allow_pickle=False))
+    except Exception as error:  # numpy raises what the format of the first bytes does
         raise InvalidRequestError(f"{name} holds no array: {error}") from error
-    return torch.from_numpy(samples).split(_SAMPLES)
+    if not samples.dim() or not len(samples):
+        raise InvalidRequestError(
+            f"{name} holds no samples: its shape {tuple(samples.shape)} has to begin with their number"
+        )
+    return samples.split(_SAMPLES)
 
 
 def example_inputs(shapes: list[str]) -> Inputs | None:
@@ -441,6 +559,8 @@ def _example_input(text: str) -> torch.Tensor:
     kind, _, numbers = text.rpartition(":")
     try:
         shape = [int(number) for number in numbers.split(",")]
+        if kind not in ("", "int") or min(shape) < 1:
+            raise ValueError
     except ValueError:
         raise InvalidRequestError(f"--input {text!r} is not a shape such as 2,3,224,224") from None
     return torch.zeros(shape, dtype=torch.int64) if kind == "int" else torch.randn(shape)
@@ -461,12 +581,21 @@ def group() -> Iterator[bool]:
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Turn errors that are meant for users into a line and an exit status."""
+    """Turn errors that are meant for users into a line and an exit status.
+
+    Meanwhile modules of the current folder can be imported, where none of that name is installed.
+    """
+    before = list(sys.path)
+    sys.path.append("")
     try:
         yield
-    except GraphPruneError as error:
+    except BrokenPipeError:  # who reads the output has read enough
+        raise
+    except (GraphPruneError, OSError) as error:
         print(f"graphprune: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+    finally:
+        sys.path[:] = before
 
 
 @contextmanager

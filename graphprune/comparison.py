@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from graphprune.errors import InvalidRequestError
+from graphprune.atomic_files import checked_target, write_text
 from graphprune.pages import rendered
 from graphprune.timing import Latency, Spread
+
+SUFFIXES = (".json", ".html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +117,12 @@ class Comparison:
             path: ending in .json or .html.
 
         Raises:
-            InvalidRequestError: it ends otherwise.
+            InvalidRequestError: it ends otherwise, or is in no folder.
 
         """
-        path = Path(path)
-        if path.suffix not in (".json", ".html"):
-            raise InvalidRequestError(f"{path} must end in .json or .html")
+        path = checked_target(path, *SUFFIXES)
         text = self.to_json() if path.suffix == ".json" else page(self)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def __str__(self) -> str:
         sink = io.StringIO()

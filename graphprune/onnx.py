@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
+from graphprune.atomic_files import checked_target
 from graphprune.block_sparse.scan import TRANSLATIONS
 from graphprune.caches import without_caches
 from graphprune.errors import ExportError, InvalidRequestError, in_a_line, warn
@@ -115,7 +116,8 @@ def export(
     Args:
         model: it is not changed, even if running it writes to its buffers.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or `Inputs`.
-        path: the file to write, with the weights inside it up to 2 GB.
+        path: the file to write, ending in .onnx, in a folder that there is, with the weights inside up to
+            2 GB.
         free: more dimensions that are free, by input and number, as in `{"tokens": {1: "length"}}`; what
             has one name has one size. Where another dimension than the first is the batch, name it:
             `{"x": {0: "length", 1: "batch"}}`.
@@ -126,15 +128,17 @@ def export(
             are not.
 
     Raises:
-        InvalidRequestError: `free` names inputs or dimensions that there are not, or of unlike sizes.
+        InvalidRequestError: `free` names inputs or dimensions that there are not, or of unlike sizes, or
+            the path is not such a one.
         ExportError: the model cannot be run or exported, or the file disagrees with PyTorch;
             what was at the path before is left alone.
         CaptureError: the model cannot be copied.
 
     """
+    target = checked_target(path, ".onnx")
     inputs = Inputs.of(example_inputs)
     options = _Options(opset, tolerance, sparse_weights)
-    return _traced(model, inputs, Path(path), free or {}, options).exported
+    return _traced(model, inputs, target, free or {}, options).exported
 
 
 def traced_export(model: Model, inputs: Inputs, path: Path) -> Traced:
@@ -345,7 +349,6 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
 def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
     """Check the file elsewhere and put it in its place; return its bytes and its difference."""
     folder = request.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
         draft = Path(elsewhere) / request.path.name
         program.save(draft)

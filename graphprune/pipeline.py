@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from graphprune.capture import capture, is_aten_graph, prepared, reexported
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, InvalidRequestError
 from graphprune.inputs import Inputs
 from graphprune.state import working_copy
 from graphprune.text import read, written
@@ -124,6 +124,29 @@ class Pipeline:
     passes: Sequence[Pass]
     callback: Callback | Sequence[Callback] = ()
 
+    def __post_init__(self) -> None:
+        """Check that there are passes.
+
+        Raises:
+            InvalidRequestError: there are none, or something is none.
+
+        """
+        if isinstance(self.passes, str):
+            raise InvalidRequestError(
+                f"passes={self.passes!r} is a text; Pipeline.parse makes a pipeline of one"
+            )
+        for each in self.passes:
+            if not isinstance(each, Pass):
+                raise InvalidRequestError(
+                    f"{each!r} is no pass: a pipeline is of objects such as SlimChannels(ratio=0.5), and "
+                    "Pipeline.parse reads a text of their names"
+                )
+        if not self.passes:
+            raise InvalidRequestError(
+                "a pipeline without passes would leave the model as it is; name at least one of "
+                f"graphprune.passes: {', '.join(sorted(Pass.known))}"
+            )
+
     @classmethod
     def parse(cls, text: str, callback: Callback | Sequence[Callback] = ()) -> Pipeline:
         """Return the pipeline that a text describes: `"slim-channels{ratio=0.3 of=macs}, fold-batch-norm"`.
@@ -133,7 +156,7 @@ class Pipeline:
         `graphprune.passes`, every subclass of `Pass` that was defined is known by its name.
 
         Raises:
-            InvalidRequestError: the text is not of this form, or names no such pass or option.
+            InvalidRequestError: the text is not of this form, or names no such pass or option, or no pass.
 
         """
         import graphprune.passes  # noqa: F401  (defines the passes)
@@ -160,6 +183,4 @@ class Pipeline:
             for callback in callbacks:
                 callback(each, found)
             result = found.graph_module
-        if not self.passes:
-            result = program_of(model, inputs).graph_module
         return reexported(model, result, inputs) if isinstance(model, ExportedProgram) else result

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from graphprune import json_files
+from graphprune.atomic_files import checked_target, write_text
 from graphprune.errors import PlanError
 from graphprune.groups import DependencyGraph
 from graphprune.layout import Axis, Mask
@@ -83,20 +85,34 @@ class Plan:
         """Return the plan that `to_json` wrote.
 
         Raises:
-            ValueError, KeyError or TypeError: it is no such plan.
+            ValueError: it is no such plan.
 
         """
-        content = json.loads(text)
-        if content["format"] != FORMAT or content["version"] != VERSION:
-            raise ValueError(f"format {content['format']!r} version {content['version']!r}")
-        groups: Mapping[str, Any] = content["groups"]
-        keep = {name: _slots(name, entry) for name, entry in groups.items()}
-        sizes = {name: int(entry["size"]) for name, entry in groups.items()}
-        return cls(keep, sizes, dict(content["request"]))
+        return cls.of_content(json_files.parsed(text))
+
+    @classmethod
+    def of_content(cls, value: Any) -> Plan:
+        """Return the plan that the JSON of `to_json` says.
+
+        Raises:
+            ValueError: it is no such plan.
+
+        """
+        content = json_files.of_format(value, FORMAT, VERSION)
+        request = json_files.mapping(content.get("request"), "its request")
+        entries = json_files.mapping(content.get("groups"), "its list of groups")
+        groups = {name: _slots_and_size(name, entry) for name, entry in entries.items()}
+        keep = {name: slots for name, (slots, _) in groups.items()}
+        return cls(keep, {name: size for name, (_, size) in groups.items()}, request)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(self.to_json() + "\n")
+        """Write the plan as JSON.
+
+        Raises:
+            InvalidRequestError: the path is a folder, or in one that there is not.
+
+        """
+        write_text(checked_target(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -107,8 +123,8 @@ class Plan:
 
         """
         try:
-            return cls.from_json(Path(path).read_text())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls.of_content(json_files.read(Path(path)))
+        except (OSError, ValueError) as error:
             raise PlanError(f"{path} is not a plan that graphprune saved: {error}") from error
 
     def __str__(self) -> str:
@@ -119,8 +135,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def _slots(name: str, entry: Mapping[str, Any]) -> list[int]:
-    kept = [int(slot) for slot in entry["keep"]]
-    if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= int(entry["size"]):
-        raise ValueError(f"group {name!r} does not keep sorted slots of its {entry['size']}")
-    return kept
+def _slots_and_size(name: str, value: Any) -> tuple[list[int], int]:
+    """Return the slots that an entry keeps, and of how many."""
+    entry = json_files.mapping(value, f"group {name!r}")
+    size = json_files.integer(entry.get("size"), f"the size of group {name!r}")
+    slots = entry.get("keep")
+    if not isinstance(slots, list):
+        raise ValueError(f"group {name!r} has no list of what it keeps")
+    kept = [json_files.integer(slot, f"a slot of group {name!r}") for slot in slots]
+    if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= size:
+        raise ValueError(f"group {name!r} does not keep sorted slots of its {size}")
+    return kept, size

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from graphprune.atomic_files import written_whole
 from graphprune.errors import InvalidRequestError
 
 
@@ -21,3 +23,9 @@ def new_figure(width: float, height: float) -> Any:
             "plots are drawn by matplotlib, which is not installed: pip install graphprune[plot]"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure to a file, whose ending says how."""
+    with written_whole(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)

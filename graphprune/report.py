@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from graphprune.atomic_files import checked_target, write_text
 from graphprune.comparison import Comparison, context
 from graphprune.cost import mac_cost, parameter_cost
-from graphprune.errors import InvalidRequestError
 from graphprune.forms import Slimmed
 from graphprune.layout import kept_size, size_of
 from graphprune.pages import rendered
-from graphprune.view import document, page
+from graphprune.view import document, page, scripts
 
 
 def save_report(
@@ -25,12 +25,10 @@ def save_report(
     """Write the page; see `Slimmed.report`.
 
     Raises:
-        InvalidRequestError: the path does not end in .html.
+        InvalidRequestError: the path does not end in .html, or is in no folder.
 
     """
-    path = Path(path)
-    if path.suffix != ".html":
-        raise InvalidRequestError(f"{path} must end in .html")
+    path = checked_target(path, ".html")
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _kept(result)
     seconds = None if comparison is None else _seconds(comparison)
@@ -52,6 +50,7 @@ def save_report(
     ]
     text = rendered(
         "report.html",
+        scripts(),  # of the graph in it
         **({"comparison": None} if comparison is None else context(comparison)),
         title=title,
         facts=list(_facts(result)),
@@ -66,7 +65,7 @@ def save_report(
         graph=page(found),
         plan=result.plan.to_json(),
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _kept(result: Slimmed) -> dict[Any, int]:

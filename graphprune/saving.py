@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from graphprune import json_files
+from graphprune.atomic_files import checked_target, drafted
 from graphprune.errors import InvalidRequestError, PlanError, listed
 from graphprune.forms import Slimmed
 from graphprune.plan import Plan
@@ -38,22 +38,18 @@ def save(result: Slimmed, path: str | Path) -> None:
 
     Args:
         result: what `graphprune.slimmed` returned.
-        path: usually ending in .safetensors.
+        path: ending in .safetensors, in a folder that there is.
+
+    Raises:
+        InvalidRequestError: the path is not such a one.
 
     """
     header = {
         "format": FORMAT, "version": VERSION, "plan": result.plan.to_json(), "form": result.form,
         "torch": torch.__version__,
     }  # fmt: skip
-    path = Path(path)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(_each_once(result.model), beside, header)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    with drafted(checked_target(path, ".safetensors")) as draft:
+        save_file(_each_once(result.model), draft, header)
 
 
 def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
@@ -84,8 +80,8 @@ def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
             f"{header.get('format')!r}, version {header.get('version')!r}"
         )
     try:
-        plan = Plan.from_json(header["plan"])
-    except (ValueError, KeyError, TypeError) as error:
+        plan = Plan.from_json(header.get("plan", ""))
+    except ValueError as error:
         raise PlanError(f"the plan in {path} cannot be read: {error}") from error
     form: Any = header.get("form", "auto")
     slim = slimmed(model, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
@@ -105,11 +101,9 @@ def _load_folder(folder: Path, model: nn.Module, example_inputs: Any) -> nn.Modu
     """Return the slim model of a folder, filled tensor by tensor."""
     path = folder / PLAN_FILE
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != _FOLDER_FORMAT or content["version"] != VERSION:
-            raise ValueError(f"format {content['format']!r} version {content['version']!r}")
-        plan, form = Plan.from_json(json.dumps(content["plan"])), content["form"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json_files.of_format(json_files.read(path), _FOLDER_FORMAT, VERSION)
+        plan, form = Plan.of_content(content.get("plan")), content.get("form", "auto")
+    except (OSError, ValueError) as error:
         raise InvalidRequestError(
             f"{path} is no file that graphprune.shrink_checkpoint wrote: {error}"
         ) from error

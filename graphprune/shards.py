@@ -7,7 +7,6 @@ go, so that what was read of a shard would stay.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from graphprune import json_files
 from graphprune.errors import InvalidRequestError, listed
 from graphprune.state import named_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_SUFFIX = ".safetensors"
 
 # Entries of a tensor that are held at once: few enough for a processor's cache, in float64 too. Scoring
 # by blocks of eight times as many took five times as long.
@@ -122,9 +123,9 @@ class Shard:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = file.read(length)
-        except (OSError, SafetensorError) as error:
+            content = json_files.mapping(json_files.parsed(header), "its header")
+        except (OSError, SafetensorError, ValueError) as error:
             raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
-        content: dict[str, Any] = json.loads(header)
         metadata = content.pop("__metadata__", None) or {}
         odd = {
             name: entry["dtype"] for name, entry in content.items() if entry["dtype"] not in DTYPES
@@ -209,11 +210,13 @@ class Checkpoint:
 
 def _index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        index = json.loads(path.read_text())
-        weight_map = dict(index.pop("weight_map"))
-        if not all(Path(file).name == file for file in weight_map.values()):
-            raise ValueError("a file that is not beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        index = json_files.mapping(json_files.read(path), "it")
+        weight_map = json_files.mapping(index.pop("weight_map", None), "its weight_map")
+        json_files.mapping(index.setdefault("metadata", {}), "its metadata")
+        for file in weight_map.values():
+            if not (isinstance(file, str) and Path(file).name == file and file.endswith(_SUFFIX)):
+                raise ValueError(f"{file!r} is no safetensors file beside it")
+    except (OSError, ValueError) as error:
         raise InvalidRequestError(f"{path} is no index of a checkpoint: {error}") from error
     return index, weight_map
 

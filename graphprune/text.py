@@ -86,7 +86,7 @@ class _Reader:
         found = self.take(_VALUE, "a value")
         try:
             return ast.literal_eval(found)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last, of many signs
             if _WORD.fullmatch(found):
                 return found
         self.place = start

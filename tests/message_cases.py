@@ -531,7 +531,10 @@ said(
 )
 
 
-@case(r".*scan\.json is not a cache of sensitivity scans: 'sensitivity'; name another file")
+@case(
+    r".*scan\.json is not a cache of sensitivity scans: what it says of sensitivity is None, not an "
+    "object; name another file"
+)
 def a_cache_of_something_else(folder: Path) -> None:
     (folder / "scan.json").write_text("{}")
     gp.sensitivity(net(), LABELLED, F.cross_entropy, cache=folder / "scan.json")

@@ -491,7 +491,7 @@ def a_state_of_other_blocks(folder: Path) -> None:
 # -------------------------------------------------------------------------------------- pictures
 
 said(
-    r"net\.docx must end in \.html, \.json, \.graphml, \.svg, \.png",
+    r"net\.docx must end in \.html, \.json, \.graphml, \.svg or \.png",
     lambda: gp.analyze(net(), X).save("net.docx"),
 )
 said(

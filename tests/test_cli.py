@@ -17,7 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.cli import app
+from graphprune.cli import app, loaded
+from graphprune.cli import batches as batches_of_a_file
 from tests.models import example
 
 BUILDER = "tests.test_cli:build"
@@ -185,6 +186,17 @@ def test_compare_gives_json(tmp_path: Path) -> None:
         ["slim", "--out", "x.pt"],
         ["slim", BUILDER, "--out", "x", "--checkpoint", "missing"],
         ["slim", BUILDER, "--out", "x", "--checkpoint", "missing", "--compensate"],
+        ["slim", BUILDER, "--out", "x.tflite"],
+        ["slim", BUILDER, "--out", "missing/x.onnx"],
+        ["slim", BUILDER, "--out", "x.pt", "--report", "x.pdf"],
+        ["slim", BUILDER, "--out", "pyproject.toml", "--checkpoint", "."],
+        ["run", BUILDER, "", "--out", "x.pt"],
+        ["run", BUILDER, "fold-batch-norm", "--out", "x.safetensors"],
+        ["inspect", BUILDER, "--out", "x.docx"],
+        ["inspect", BUILDER, "--input", "2,-6"],
+        ["inspect", BUILDER, "--input", "ints:2,6"],
+        ["inspect", "tests.test_cli:fails"],
+        ["compare", BUILDER, BUILDER, "--out", "x.pdf"],
     ],
 )
 def test_a_mistake_is_one_line_and_a_status(words: list[str]) -> None:
@@ -192,3 +204,61 @@ def test_a_mistake_is_one_line_and_a_status(words: list[str]) -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith("graphprune: ")
     assert "Traceback" not in result.output
+    assert len(result.stderr.splitlines()) == 1
+
+
+def fails() -> nn.Module:
+    return 1 + nn.ReLU()  # type: ignore[operator]
+
+
+def test_a_mistake_in_the_users_own_code_is_found_there() -> None:
+    said = CliRunner().invoke(app, ["inspect", "tests.test_cli:fails"]).stderr
+    assert "TypeError: unsupported operand" in said
+    assert "test_cli.py:" in said
+    assert "in fails)" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", b"\x80\x02"])
+@pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.pt2", "m.npy"])
+def test_files_that_are_none_are_said_in_a_line(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    read = batches_of_a_file if name.endswith(".npy") else loaded
+    with pytest.raises(gp.InvalidRequestError, match=r"cannot be loaded|holds no array"):
+        read(str(tmp_path / name))
+
+
+class Own(nn.Sequential):
+    """A class that is not PyTorch's."""
+
+
+def test_files_of_layers_of_pytorch_run_no_code_and_others_are_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = [nn.LSTM(3, 4), nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2)]
+    torch.save(nn.Sequential(build(), *layers), tmp_path / "plain.pt")
+    assert isinstance(loaded(str(tmp_path / "plain.pt"))[2], nn.MultiheadAttention | nn.LSTM)
+    assert capsys.readouterr().err == ""
+    torch.save(Own(nn.ReLU()), tmp_path / "own.pt")
+    assert isinstance(loaded(str(tmp_path / "own.pt")), Own)
+    assert "files you trust only" in capsys.readouterr().err
+
+
+def test_the_folder_hides_no_installed_package_and_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "    import beside\n    return nn.Linear(6, 8)"
+    lines = f"import colorsys\nfrom torch import nn\ndef build():\n{body}"
+    (tmp_path / "mine.py").write_text(lines)
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('hidden')")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "beside", "colorsys"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = list(sys.path), list(sys.meta_path)
+    run("inspect", "mine:build", "--input", "2,6")
+    assert (sys.path, sys.meta_path) == before
+
+
+def test_slim_writes_what_load_reads(tmp_path: Path) -> None:
+    run("slim", BUILDER, "--out", str(tmp_path / "slim.safetensors"))
+    assert gp.load(tmp_path / "slim.safetensors", build())[0].out_channels == 16

@@ -19,8 +19,10 @@ from tests.structures import STRUCTURES
 
 LAYERS = [
     "errors",
-    "plots",
+    "atomic_files",
+    "json_files",
     "pages",
+    "plots",
     "inputs",
     "layout",
     "adapters",

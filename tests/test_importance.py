@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from graphprune.demo.network import ResNet8
 from graphprune.groups import Group
 from graphprune.importance import CRITERIA, Subject, brute_force, scores
 from graphprune.importance.gates import GatedLoss
+from graphprune.importance.scan import _Kept
 from graphprune.inference import infer
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.layout import Axis, Mask
@@ -559,3 +561,15 @@ def test_brute_force_runs_what_lies_behind_alone(build: Any, shape: Any) -> None
     graph_module = brute_force._traced(subject)
     assert graph_module is not None
     assert brute_force._readers(subject, graph_module).keys() == graph.by_name.keys()
+
+
+def test_what_two_processes_scan_is_kept_of_both(tmp_path: Path) -> None:
+    path = tmp_path / "scan.json"
+    one, other = _Kept(path, "a scan"), _Kept(path, "a scan")
+    another = _Kept(path, "another scan")
+    one.add("first", [1.0])
+    another.add("first", [2.0])
+    other.add("second", [math.nan])
+    assert _Kept(path, "a scan").losses.keys() == {"first", "second"}
+    assert _Kept(path, "another scan").losses == {"first": [2.0]}
+    assert list(tmp_path.iterdir()) == [path]

@@ -177,6 +177,51 @@ def test_a_cache_that_cannot_be_read_is_no_cache(content: str, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_entries_that_no_measurement_gives_are_dropped(tmp_path: Path) -> None:
+    path = Cache(Runtime(), tmp_path).path
+    wrong = ["0.0", "-1.0", "Infinity", "NaN", "1e999", "true", "null", '"1.0"', "[1.0]", "{}"]
+    entries = ", ".join(f'"{number}": {value}' for number, value in enumerate(wrong))
+    head = '{"format": "graphprune-latency", "version": 1, "seconds": '
+    path.write_text(f'{head}{{{entries}, "good": 1e-6, "whole": 1}}}}')
+    assert Cache(Runtime(), tmp_path).seconds == {"good": 1e-6, "whole": 1.0}
+    for hostile in ("[" * 100_000, f"{head}{'9' * 4_000}}}", f'{head}{{"a": {"9" * 4_000}}}}}'):
+        path.write_text(hostile)
+        assert Cache(Runtime(), tmp_path).seconds == {}
+
+
+@pytest.mark.parametrize("factor", [math.inf, 1e3, 1e-3])
+def test_entries_that_cannot_be_true_are_measured_again_and_replaced(
+    factor: float, machine: list[Path], tmp_path: Path
+) -> None:
+    wanted = gp.slimmed(resnet(), 0.5, X, of="latency", align=BLOCK).plan
+    (file,) = tmp_path.glob("latency-*.json")
+    content = json.loads(file.read_text())
+    good = content["seconds"]
+    poisoned = {signature: factor * seconds for signature, seconds in good.items()}
+    file.write_text(json.dumps(content | {"seconds": poisoned}))
+    assert gp.slimmed(resnet(), 0.5, X, of="latency", align=BLOCK).plan.keep == wanted.keep
+    assert json.loads(file.read_text())["seconds"] == pytest.approx(good)
+
+
+def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    cache = Cache(Runtime(), tmp_path)
+    cache.add({"a": 1.0})
+    assert cache.seconds == {"a": 1.0}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_in_the_name_of_the_folder_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", "~/times")
+    assert Cache(Runtime()).path.parent == tmp_path / "times"
+
+
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     Cache(Runtime(), tmp_path / "file").add({"a": 1.0})

@@ -163,7 +163,7 @@ def test_options_survive_as_text(value: object) -> None:
     assert type(made.value) is type(value)
 
 
-@pytest.mark.parametrize("text", ["", " ", "remove-dropout", " remove-dropout { } ,remove-dropout"])
+@pytest.mark.parametrize("text", ["remove-dropout", " remove-dropout { } ,remove-dropout"])
 def test_the_space_in_a_text_says_nothing(text: str) -> None:
     assert [type(each) for each in gp.Pipeline.parse(text).passes] == [RemoveDropout] * text.count(
         "-"
@@ -175,8 +175,14 @@ def test_a_pass_that_hides_its_change_is_caught(model: nn.Module, x: Tensor) -> 
         RemoveDropout(says=False)(model, x)
 
 
-def test_an_empty_pipeline_gives_the_graph(model: nn.Module, x: Tensor) -> None:
-    torch.testing.assert_close(gp.Pipeline([])(model, x)(x), model(x))
+def test_a_pipeline_has_passes() -> None:
+    for wrong in (lambda: gp.Pipeline([]), lambda: gp.Pipeline.parse(" ")):
+        with pytest.raises(gp.InvalidRequestError, match=r"name at least one of .*slim-channels"):
+            wrong()
+    with pytest.raises(gp.InvalidRequestError, match=r"Pipeline\.parse reads a text"):
+        gp.Pipeline(["slim-channels"])
+    with pytest.raises(gp.InvalidRequestError, match=r"Pipeline\.parse makes a pipeline of one"):
+        gp.Pipeline("slim-channels")
 
 
 def test_callbacks_between_passes_time_print_dump_and_compare(

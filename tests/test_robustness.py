@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -202,3 +203,66 @@ def test_threads_do_not_disturb_each_other() -> None:
         assert list(pool.map(parameters, names)) == alone * 2
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Trips(nn.Module):
+    """Fails at one of its calls."""
+
+    calls_left = 0
+    failure: type[BaseException] = ValueError
+
+    def forward(self, x: Tensor) -> Tensor:
+        Trips.calls_left -= 1
+        if Trips.calls_left == 0:
+            raise Trips.failure("tripped")
+        return x
+
+
+def world(model: nn.Module) -> list[Any]:
+    """What no call may change, however it ends."""
+    tensors = [
+        (id(t), t.clone(), t.requires_grad, t.grad)
+        for t in model.state_dict(keep_vars=True).values()
+    ]
+    modules = [(id(m), m.training, len(m._forward_hooks), sorted(vars(m))) for m in model.modules()]
+    modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), sys.path[:]
+    return [
+        *modules,
+        modes,
+        torch.get_rng_state().tolist(),
+        [(i, t.tolist(), r, g) for i, t, r, g in tensors],
+    ]
+
+
+LABELLED = [(X, torch.zeros(2, 3)) for _ in range(2)]
+MSE = nn.functional.mse_loss
+
+CALLS: dict[str, Any] = {
+    "slim": lambda model: gp.slim(model, 0.5, X),
+    "graph": lambda model: gp.slim(model, 0.5, X, form="graph"),
+    "taylor": lambda model: gp.slim(model, 0.5, X, importance="taylor", data=LABELLED, loss=MSE),
+    "compensate": lambda model: gp.slim(model, 0.5, X, data=[X, X], compensate=True),
+    "sensitivity": lambda model: gp.sensitivity(model, LABELLED, MSE),
+}
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_fails_at_any_forward_leaves_the_model_and_the_world(
+    name: str, failure: type[BaseException]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Trips(), nn.ReLU(), nn.Linear(8, 3)).train()
+    model[2].eval()
+    before = world(model)
+    Trips.failure = failure
+    failed = 0
+    for calls in range(1, 9):
+        Trips.calls_left = calls
+        try:
+            CALLS[name](model)
+        except Exception:
+            failed += failure is ValueError  # an interruption is not made an error of another kind
+        except KeyboardInterrupt:
+            failed += failure is KeyboardInterrupt
+        assert world(model) == before
+    assert failed or failure is ValueError  # after which another way to trace the model may work

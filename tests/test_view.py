@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
@@ -207,6 +211,73 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     frame = graph._repr_html_()
     assert frame.startswith("<iframe srcdoc=")
     assert frame.count("<") == 2
+
+
+class Tags(HTMLParser):
+    """Collects the elements of a page, and the texts of its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = (tag, attrs) == ("script", [])
+        self.scripts += [""] * self.inside
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts[-1] += data
+
+
+HOSTILE = [
+    EVIL, "\"><img src=x onerror=alert(1)>", "</script><script>alert(1)</script>", "a\0b", "a\rb", "\udc80",
+    "{{7*7}}", "]]>", "</iframe>", "javascript:alert(1)", "\u2028", "&lt;b&gt;",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_names_are_text_and_only_known_scripts_may_run(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 6))
+    model.add_module("last", nn.Linear(6, 2))
+    result = gp.slimmed(model, 0.5, torch.zeros(2, 4))
+    for file in ("graph.html", "graph.svg", "graph.graphml", "graph.json"):
+        result.graph.save(tmp_path / file, title=name)
+    result.report(tmp_path / "report.html", title=name)
+    page = Tags((tmp_path / "graph.html").read_text("utf-8"))
+    report = Tags((tmp_path / "report.html").read_text("utf-8"))
+    (frame,) = (attributes for tag, attributes in report.tags if tag == "iframe")
+    assert frame["sandbox"] == "allow-scripts"
+    assert Tags(frame["srcdoc"] or "").scripts == page.scripts
+    for found in (page, report):
+        assert not {tag for tag, _ in found.tags} & {"img", "object", "embed", "base", "form"}
+        assert not [a for _, attributes in found.tags for a in attributes if a.startswith("on")]
+        (policy,) = (a["content"] for _, a in found.tags if "http-equiv" in a)
+        digests = (hashlib.sha256(script.encode()).digest() for script in page.scripts)
+        allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+        assert f"default-src 'none'; script-src {allowed};" in (policy or "")
+    assert ElementTree.parse(tmp_path / "graph.svg")
+    assert nx.read_graphml(tmp_path / "graph.graphml", force_multigraph=True).nodes
+    assert json.loads((tmp_path / "graph.json").read_text())["title"] == name
+
+
+def test_pages_with_hostile_names_become_ready(browser: Any, tmp_path: Path) -> None:
+    model = nn.Sequential()
+    for name in HOSTILE:
+        model.add_module(name, nn.Linear(6, 6))
+    model.add_module("last", nn.Linear(6, 2))
+    result = gp.slimmed(model, 0.5, torch.zeros(2, 6))
+    opened(browser, result.graph, tmp_path, title="".join(HOSTILE))
+    assert browser.execute_script("return window.broken") is None
+    assert len(shown(browser, "#panel .chip")) == len(result.graph.groups)
+    assert complaints(browser) == []
 
 
 def test_a_file_of_another_kind_is_refused(resnet: DependencyGraph, tmp_path: Path) -> None:

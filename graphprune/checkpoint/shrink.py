@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from graphprune import json_files
+from graphprune.atomic_files import LONGEST, PART, alone, write_text, written_whole
 from graphprune.capture import prepared
 from graphprune.checkpoint.config import slim_config
-from graphprune.checkpoint.writer import PART, ToWrite, header_of, write_safetensors, written_whole
+from graphprune.checkpoint.writer import ToWrite, header_of, write_safetensors
 from graphprune.cost import count_parameters
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.forms import Slimmed
@@ -29,10 +33,11 @@ from graphprune.state import copy_with
 
 FINGERPRINT = "graphprune"
 CONFIG = "config.json"
+_LOCK = ".graphprune.lock"
 ORIGINAL_CONFIG = "config.original.json"
 
 # Without a config.json, transformers would build a model of default sizes, which takes a while to fail.
-_NO_CONFIG = b"""No config says the sizes of the weights in this folder: load it with
+_NO_CONFIG = """No config says the sizes of the weights in this folder: load it with
 graphprune.load(folder, model). config.original.json is that of the model before it was cut.
 """
 
@@ -83,7 +88,8 @@ def shrink_checkpoint(
     which would have to run. Files keep their names, and are put in place once they are whole, the index
     last; called again after an interruption, it goes on where it was. A file graphprune.json with the plan
     is written beside them: `graphprune.load(target, model)` builds the slim model from that. Other files of
-    the source, but weights in other formats, are copied.
+    the source are copied, but for weights in other formats, and links to what is elsewhere, of which a
+    warning tells.
 
     Where the source has a config.json of transformers that can say the new sizes, it is written changed,
     and `from_pretrained(target)` works too. Where it cannot (layers of uneven width, say) a warning says
@@ -100,7 +106,8 @@ def shrink_checkpoint(
 
     Raises:
         InvalidRequestError: a file of the source is missing, not whole, or of another model; the target is
-            the source, holds weights of something else, or has too little space.
+            the source or a file, holds weights of something else, has too little space, or is being written
+            by another process.
         PlanError: the plan does not fit the model.
 
     """
@@ -116,18 +123,20 @@ def shrink_checkpoint(
         SINGLE if checkpoint.index is None else name: ToShrink(shard, weights, result, fingerprint)
         for name, shard in checkpoint.shards.items()
     }
-    kept = _already_there(source, target, files, fingerprint)
-    rest = {name: file for name, file in files.items() if name not in kept}
-    _check_space(target, sum(file.bytes for file in rest.values()))
-    target.mkdir(parents=True, exist_ok=True)
-    config = _copied(source, target)
-    loads = config is not None and _write_config(config, target, empty, result)
-    _write_json(target / PLAN_FILE, folder_content(result.plan, result.form))
-    for name, file in track(rest.items(), "shrinking", len(rest)):
-        write_safetensors(target / name, file.tensors, file.metadata)
+    check_target(source, target)
+    with _made_and_locked(target):
+        kept = _already_there(target, files, fingerprint)
+        rest = {name: file for name, file in files.items() if name not in kept}
+        _check_space(target, sum(file.bytes for file in rest.values()))
+        _remove_drafts(target, files)
+        config = _copied(source, target)
+        loads = config is not None and _write_config(config, target, empty, result)
+        _write_json(target / PLAN_FILE, folder_content(result.plan, result.form))
+        for name, file in track(rest.items(), "shrinking", len(rest)):
+            write_safetensors(target / name, file.tensors, file.metadata)
+        if checkpoint.index is not None:
+            _write_json(target / INDEX, _index(checkpoint, files, result, fingerprint))
     after = sum(file.bytes for file in files.values())
-    if checkpoint.index is not None:
-        _write_json(target / INDEX, _index(checkpoint, files, result, fingerprint))
     before = sum(stored.bytes for stored in checkpoint.tensors.values())
     return ShrunkCheckpoint(target, tuple(files), tuple(kept), before, after, loads)
 
@@ -190,15 +199,15 @@ def _fingerprint(checkpoint: Checkpoint, result: Slimmed) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _already_there(
-    source: Path, target: Path, files: Mapping[str, ToShrink], fingerprint: str
-) -> list[str]:
-    """Return the names of the files that an earlier run of the same job wrote.
+def check_target(source: Path, target: Path) -> None:
+    """Check that the target is or can be a folder, and is not where the source is.
 
     Raises:
-        InvalidRequestError: the target is the source, or holds weights of something else.
+        InvalidRequestError: it is not.
 
     """
+    if target.exists() and not target.is_dir():
+        raise InvalidRequestError(f"{target} is a file; name a folder for the slim checkpoint")
     if target.resolve() in (
         source.resolve(),
         *([] if source.is_dir() else [source.resolve().parent]),
@@ -206,9 +215,37 @@ def _already_there(
         raise InvalidRequestError(
             f"{target} is where the source is, which would be overwritten; name another folder"
         )
+
+
+@contextmanager
+def _made_and_locked(target: Path) -> Iterator[None]:
+    """Make a folder, and let no other process write to it meanwhile."""
+    target.mkdir(parents=True, exist_ok=True)
+    with alone(target / _LOCK) as first:
+        if not first:
+            raise InvalidRequestError(
+                f"another process is writing to {target}; wait for it, or name another folder"
+            )
+        yield
+
+
+def _remove_drafts(target: Path, names: Iterable[str]) -> None:
+    """Remove what runs that were killed had begun to write."""
+    for name in names:
+        for draft in target.glob(f"{glob.escape(name[:LONGEST])}.*{PART}"):
+            draft.unlink()
+
+
+def _already_there(target: Path, files: Mapping[str, ToShrink], fingerprint: str) -> list[str]:
+    """Return the names of the files that an earlier run of the same job wrote.
+
+    Raises:
+        InvalidRequestError: the target holds weights of something else.
+
+    """
     there = sorted(path.name for path in target.glob("*.safetensors"))
     others = [name for name in there if name not in files or not files[name].is_at(target / name)]
-    if (target / INDEX).exists() and fingerprint not in (target / INDEX).read_text():
+    if (target / INDEX).exists() and fingerprint.encode() not in (target / INDEX).read_bytes():
         others.append(INDEX)
     if others:
         raise InvalidRequestError(
@@ -232,17 +269,35 @@ def _copied(source: Path, target: Path) -> dict[str, Any] | None:
     """Copy what is beside the weights of a folder, and return its config."""
     if not source.is_dir():
         return None
+    outside = []
     for path in sorted(source.iterdir()):
-        ours = path.name in (CONFIG, ORIGINAL_CONFIG, PLAN_FILE)
-        if path.is_file() and not ours and not path.name.endswith(_WEIGHTS):
-            with path.open("rb") as file, written_whole(target / path.name) as copy:
-                shutil.copyfileobj(file, copy)
+        ours = path.name in (CONFIG, ORIGINAL_CONFIG, PLAN_FILE, _LOCK)
+        if ours or path.name.endswith(_WEIGHTS) or not path.is_file():
+            continue
+        if not _is_of(source, path):
+            outside.append(path.name)
+            continue
+        with path.open("rb") as file, written_whole(target / path.name) as copy:
+            shutil.copyfileobj(file, copy)
+    if outside:
+        warn(
+            f"{listed(outside)} in {source} links to a file outside of it, and was not copied to {target}; "
+            "copy what you need"
+        )
     if not (source / CONFIG).exists():
         return None
     try:
-        return dict(json.loads((source / CONFIG).read_text()))
-    except (ValueError, TypeError) as error:
+        return json_files.mapping(json_files.read(source / CONFIG, finite=False), "it")
+    except (OSError, ValueError) as error:
         raise InvalidRequestError(f"{source / CONFIG} is no config: {error}") from error
+
+
+def _is_of(source: Path, path: Path) -> bool:
+    """Say whether a file is in a folder, and not a link to elsewhere."""
+    roots = [source.resolve()]
+    if roots[0].parent.name == "snapshots":  # of the Hub's cache, which links to its blobs
+        roots.append(roots[0].parent.parent / "blobs")
+    return any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result: Slimmed) -> bool:
@@ -252,8 +307,7 @@ def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result
         _write_json(target / CONFIG, changed)
         return True
     _write_json(target / ORIGINAL_CONFIG, config)
-    with written_whole(target / CONFIG) as file:
-        file.write(_NO_CONFIG)
+    write_text(target / CONFIG, _NO_CONFIG)
     warn(
         f"no config.json says the sizes of the slim model ({why}), so from_pretrained cannot build it: "
         f"that of the source is {ORIGINAL_CONFIG}; load with graphprune.load({str(target)!r}, model)"
@@ -265,7 +319,7 @@ def _index(
     checkpoint: Checkpoint, files: Mapping[str, ToShrink], result: Slimmed, fingerprint: str
 ) -> dict[str, Any]:
     index = dict(checkpoint.index or {})
-    metadata = dict(index.get("metadata") or {})
+    metadata = dict(index["metadata"])
     metadata["total_size"] = sum(file.bytes for file in files.values())
     if "total_parameters" in metadata:
         metadata["total_parameters"] = count_parameters(result.model)
@@ -278,5 +332,4 @@ def _index(
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,22 +1,18 @@
-"""Files that are whole or not there, and safetensors files that are written tensor by tensor."""
+"""Safetensors files that are written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from graphprune.atomic_files import written_whole
 from graphprune.shards import DTYPES
-
-PART = ".part"
 
 # The data begin at a multiple of this.
 _ALIGNMENT = 8
@@ -59,27 +55,3 @@ def write_safetensors(
         for tensor in tensors.values():
             for block in tensor.blocks:
                 file.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write to, that stands at `path` once all is written and on the disk, never before.
-
-    What was written of it until a failure is removed.
-    """
-    beside = path.with_name(path.name + PART)
-    try:
-        with beside.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # that the name is there is on the disk, too
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphprune import json_files
+from graphprune.atomic_files import alone, checked_target, write_text
 from graphprune.calibration import batches_of
 from graphprune.capture import prepared
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
@@ -23,10 +25,14 @@ from graphprune.importance.gates import GatedLoss
 from graphprune.importance.many import for_each
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
-from graphprune.plots import new_figure
+from graphprune.pages import printable
+from graphprune.plots import new_figure, save_figure
 from graphprune.processes import together
 from graphprune.progress import track
 from graphprune.state import digest, named_tensors
+
+# Seconds to wait for another process that writes to the same cache.
+_WAIT = 10.0
 
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
@@ -90,15 +96,17 @@ class Sensitivity:
         """Draw a line a group into a file, by whose ending it is .svg, .png or .pdf.
 
         Raises:
-            InvalidRequestError: matplotlib is not installed.
+            InvalidRequestError: the path ends otherwise or is in no folder, or matplotlib is not installed.
 
         """
+        target = checked_target(path, ".svg", ".png", ".pdf")
         figure = new_figure(8, 5)
         axes = figure.add_subplot(xlabel="share of the group's channels removed", ylabel="loss")
         for name, losses in self.losses.items():
-            axes.plot([0, *self.ratios], [self.intact, *losses], marker=".", label=name)
+            label = printable(name).replace("$", r"\$")
+            axes.plot([0, *self.ratios], [self.intact, *losses], marker=".", label=label)
         figure.legend(loc="outside right upper", fontsize="x-small")
-        figure.savefig(path)
+        save_figure(figure, target)
 
 
 @together()
@@ -172,7 +180,7 @@ def sensitivity(
     with torch.no_grad():
         intact = sum(w * float(gated(ones, b.inputs, b.target)) for b, w in weighted)
         for name in track(list(order), "scanning groups"):
-            if name not in kept.losses:
+            if len(kept.losses.get(name, ())) != len(shares):
                 masks = ones[name].repeat(len(shares), 1)
                 for row, share in zip(masks, shares, strict=True):
                     row[order[name][: round(share * len(row))]] = 0.0
@@ -202,20 +210,41 @@ class _Kept:
     """Losses by group, in a JSON file by the digest of the scan, or in memory alone."""
 
     def __init__(self, path: str | Path | None, key: str) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else checked_target(path)
         self.scans: dict[str, dict[str, list[float]]] = {}
         if self.path is not None and self.path.exists():
-            try:
-                self.scans = dict(json.loads(self.path.read_text())["sensitivity"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InvalidRequestError(
-                    f"{self.path} is not a cache of sensitivity scans: {error}; name another file"
-                ) from error
+            self.scans = _scans(self.path)
+        self.key = key
         self.losses = self.scans.setdefault(key, {})
 
     def add(self, group: str, losses: list[float]) -> None:
+        """Keep the losses of a group, beside what others have written meanwhile."""
         self.losses[group] = losses
-        if self.path is not None:
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps({"sensitivity": self.scans}))
-            part.replace(self.path)
+        if self.path is None:
+            return
+        with alone(self.path.with_name(self.path.name + ".lock"), wait=_WAIT):
+            if self.path.exists():
+                for scan, found in _scans(self.path).items():
+                    self.scans[scan] = found | self.scans.get(scan, {})
+            self.losses = self.scans[self.key]
+            write_text(self.path, json.dumps({"sensitivity": self.scans}))
+
+
+def _scans(path: Path) -> dict[str, dict[str, list[float]]]:
+    """Return what a cache holds: losses by group, by scan."""
+    try:
+        content = json_files.mapping(json_files.read(path, finite=False), "it")
+        scans = json_files.mapping(content.get("sensitivity"), "what it says of sensitivity")
+        for scan, found in scans.items():
+            for group, losses in json_files.mapping(found, f"scan {scan!r}").items():
+                if not _are_numbers(losses):
+                    raise ValueError(f"what it says of {group!r} is no list of losses")
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(
+            f"{path} is not a cache of sensitivity scans: {error}; name another file"
+        ) from error
+    return scans
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import platformdirs
 
+from graphprune import json_files
+from graphprune.atomic_files import alone, write_text
 from graphprune.runtimes import Runtime, machine
 
 FORMAT = "graphprune-latency"
 VERSION = 1
+
+_WAIT = 10.0  # seconds, for another process that writes
 
 
 class Cache:
@@ -27,9 +33,8 @@ class Cache:
     """
 
     def __init__(self, runtime: Runtime, folder: Path | None = None) -> None:
-        where = folder or Path(
-            os.environ.get("GRAPHPRUNE_CACHE") or platformdirs.user_cache_dir("graphprune")
-        )
+        asked = os.environ.get("GRAPHPRUNE_CACHE")
+        where = folder or Path(asked or platformdirs.user_cache_dir("graphprune")).expanduser()
         key = {
             "runtime": str(runtime),
             "threads": runtime.threads,
@@ -43,27 +48,39 @@ class Cache:
 
     def _read(self) -> dict[str, float]:
         try:
-            content = json.loads(self.path.read_text())
-            if (content["format"], content["version"]) != (FORMAT, VERSION):
-                return {}
-            return {str(name): float(seconds) for name, seconds in content["seconds"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json_files.of_format(
+                json_files.read(self.path, finite=False), FORMAT, VERSION
+            )
+            seconds = json_files.mapping(content.get("seconds"), "what it says of seconds")
+        except (OSError, ValueError):
             return {}
+        return {name: float(value) for name, value in seconds.items() if _is_time(value)}
 
     def add(self, seconds: dict[str, float]) -> None:
         """Keep more times, beside those that others have written meanwhile."""
-        self.seconds = {**self._read(), **self.seconds, **seconds}
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "about": self.about,
-            "seconds": self.seconds,
-        }
+        self._write(seconds, ())
+
+    def forget(self, signatures: Iterable[str]) -> None:
+        """Keep these times no longer, so that they are measured again."""
+        self._write({}, signatures)
+
+    def _write(self, more: Mapping[str, float], fewer: Iterable[str]) -> None:
+        gone = set(fewer)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
-            with os.fdopen(handle, "w") as file:
-                json.dump(content, file)
-            os.replace(beside, self.path)
+            with alone(self.path.with_suffix(".lock"), wait=_WAIT):
+                known = {**self._read(), **more}
+                self.seconds = {name: known[name] for name in known if name not in gone}
+                content = {
+                    "format": FORMAT, "version": VERSION, "about": self.about, "seconds": self.seconds,
+                }  # fmt: skip
+                write_text(self.path, json.dumps(content))
         except OSError:
-            return
+            self.seconds = {
+                name: value for name, value in {**self.seconds, **more}.items() if name not in gone
+            }
+
+
+def _is_time(value: Any) -> bool:
+    """Say whether this can have been measured: a finite number of seconds, above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf

@@ -26,6 +26,11 @@ from graphprune.profiling import profiled
 from graphprune.runtimes import Runtime
 from graphprune.timing import time_onnx
 
+# Times that differ by less than this factor may be the same, measured twice; what is a smaller share of the
+# whole than the second is not looked at; a part that ran within others, so that it took nothing of its own,
+# is kept as the third, in seconds.
+_FACTOR, _LITTLE, _NOTHING = 2.0, 0.01, 1e-9
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -86,6 +91,7 @@ class Bench:
         self.cache = Cache(runtime)
         self.files = 0
         self.ranks = present()
+        self.trusted: list[dict[str, str]] = []  # signatures by part, that the disk had
 
     def __enter__(self) -> Self:
         """Export, profile and time the original."""
@@ -143,16 +149,54 @@ class Bench:
 
         """
         signatures = {part.name: part.signature(left) for part in self.parts}
-        wanted = signatures.values()
-        before = self._once(
-            lambda: {s: self.cache.seconds[s] for s in wanted if s in self.cache.seconds}
-        )
-        if all(signature in before for signature in signatures.values()):
-            return {name: before[signature] for name, signature in signatures.items()}
+        before = self._once(lambda: self._known(signatures))
+        if before.keys() == signatures.keys() and self._plausible(before, left):
+            self.trusted.append(signatures)
+            return before
         found = self._by_part(self._by_node(self._exported(slim)))
-        if self.ranks.rank == 0:
-            self.cache.add({key: found.get(name, 0.0) for name, key in signatures.items()})
+        self.remember(left, found)
         return found
+
+    def _known(self, signatures: Mapping[str, str]) -> dict[str, float]:
+        """Return the seconds of the parts that were measured before."""
+        known = self.cache.seconds
+        return {name: known[key] for name, key in signatures.items() if key in known}
+
+    def _plausible(self, by_part: Mapping[str, float], left: Mapping[Axis, int]) -> bool:
+        """Say whether times of a slim model can be those of parts of this original, just measured.
+
+        A part that does less takes no longer, and by no more less than it does less: by a factor, which
+        measuring and other ways to run it may make, and but for what hardly shows in the whole.
+        """
+        most, least, slack = 0.0, 0.0, _LITTLE * sum(self.by_part.values())
+        for part in self.parts:
+            whole, seconds = self.by_part.get(part.name, 0.0), by_part[part.name]
+            share = whole * part.amount(left) / max(part.amount({}), 1)
+            if seconds > _FACTOR * whole + slack:
+                return False
+            if _NOTHING < seconds < share / _FACTOR - slack:
+                return False
+            most, least = most + seconds, least + share
+        return most >= least / _FACTOR
+
+    def remember(self, left: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
+        """Keep on the disk what the parts of a slim model took."""
+        if self.ranks.rank == 0:
+            self.cache.add(
+                {part.signature(left): by_part.get(part.name) or _NOTHING for part in self.parts}
+            )
+
+    def doubt(self, expected: Mapping[str, float], by_part: Mapping[str, float]) -> None:
+        """Forget what the disk said of parts of which something else than it led to expect was measured."""
+        slack = _LITTLE * sum(self.by_part.values())
+        odd = {
+            name
+            for name, seconds in expected.items()
+            if _differ(seconds, by_part.get(name, 0.0), slack)
+        }
+        doubtful = [key for known in self.trusted for name, key in known.items() if name in odd]
+        if doubtful and self.ranks.rank == 0:
+            self.cache.forget(doubtful)
 
     def _once(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Measure in the first process of a group, while the others wait, and tell them."""
@@ -199,3 +243,9 @@ class Bench:
             return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}
 
         return self._once(measure)
+
+
+def _differ(one: float, other: float, slack: float) -> bool:
+    """Say whether two times are more than a factor apart, but for the slack."""
+    low, high = sorted((one, other))
+    return high > _FACTOR * low + slack

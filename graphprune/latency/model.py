@@ -33,7 +33,7 @@ class LatencyModel:
 
     def total(self, kept: Mapping[Axis, int]) -> float:
         """Return nanoseconds a run once only `kept[axis]` slots of each axis of the parts are left."""
-        return NANO * self.scale * sum(self._seconds(part, kept) for part in self.parts)
+        return NANO * self.scale * sum(self.seconds_of(kept).values())
 
     def _seconds(self, part: Part, kept: Mapping[Axis, int]) -> float:
         points = self.points[part.name]
@@ -66,7 +66,12 @@ class LatencyModel:
             for part in self.parts
         }
         better = replace(self, points=points, scale=1.0)
-        return replace(better, scale=whole * NANO / better.total(kept))
+        total = better.total(kept)
+        return replace(better, scale=whole * NANO / total if total else self.scale)
+
+    def seconds_of(self, kept: Mapping[Axis, int]) -> dict[str, float]:
+        """Return the seconds of each part, as its curve says, without what the parts leave out."""
+        return {part.name: self._seconds(part, kept) for part in self.parts}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import networkx as nx
 
 from graphprune.groups import DependencyGraph
-from graphprune.plots import new_figure
+from graphprune.pages import printable
+from graphprune.plots import new_figure, save_figure
 
 MOST = 60  # boxes: modules are opened one level after the other while there are no more
 
@@ -68,7 +69,7 @@ def draw(graph: DependencyGraph, path: Path, title: str) -> None:
     figure = new_figure(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows)))
     axes = figure.add_subplot()
     axes.set_axis_off()
-    axes.set_title(title.replace("$", r"\$"))
+    axes.set_title(_literal(title))
     places = {
         node: ((at + 0.5) / len(row), -level)
         for level, row in enumerate(rows)
@@ -84,7 +85,12 @@ def draw(graph: DependencyGraph, path: Path, title: str) -> None:
         _box(axes, x, y, boxes.nodes[node], numbers)
     axes.set_xlim(0, 1)
     axes.set_ylim(-len(rows) + 0.4, 0.6)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
+
+
+def _literal(text: str) -> str:
+    """Return a text that matplotlib draws as it is, and not as a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _rows(boxes: nx.DiGraph) -> list[list[str]]:
@@ -100,7 +106,7 @@ def _box(
     axes: Any, x: float, y: float, data: Mapping[str, Any], numbers: Mapping[str, int]
 ) -> None:
     axes.text(
-        x, y, data["label"].replace("$", r"\$"), ha="center", va="center", fontsize=8, zorder=3,
+        x, y, _literal(data["label"]), ha="center", va="center", fontsize=8, zorder=3,
         bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#444444"},
     )  # fmt: skip
     shown = [numbers[name] for name in data["groups"]][:6]

@@ -11,20 +11,15 @@ from typing import Any
 
 import networkx as nx
 
-from graphprune.errors import InvalidRequestError
+from graphprune.atomic_files import checked_target, write_text
 from graphprune.groups import DependencyGraph
 from graphprune.importance import Scores
-from graphprune.pages import rendered
+from graphprune.pages import printable, rendered
 from graphprune.plan import Plan
 from graphprune.view.document import document
 from graphprune.view.drawing import draw
 
-_STATIC = {
-    "style": "view.css",
-    "script": "view.js",
-    "dagre": "dagre.min.js",  # of @dagrejs/dagre 3.1.3, which lays graphs out
-    "licence": "dagre.LICENSE.txt",
-}
+SUFFIXES = (".html", ".json", ".graphml", ".svg", ".png")
 
 
 def save(
@@ -33,39 +28,74 @@ def save(
     """Write a dependency graph to a file, as `DependencyGraph.save` says.
 
     Raises:
-        InvalidRequestError: the path ends otherwise, or matplotlib is missing.
+        InvalidRequestError: the path ends otherwise or is in no folder, or matplotlib is missing.
 
     """
+    checked_target(path, *SUFFIXES)
     title = title or path.stem
 
     def write(of: Callable[[dict[str, Any]], str]) -> None:
-        path.write_text(of(document(graph, title, scores, plan)), encoding="utf-8")
+        write_text(path, of(document(graph, title, scores, plan)))
 
     writers: dict[str, Callable[[], object]] = {
         ".html": lambda: write(page),
         ".json": lambda: write(json.dumps),
-        ".graphml": lambda: nx.write_graphml(graph.to_networkx(), path),
+        ".graphml": lambda: write_text(path, graphml(graph)),
         ".svg": lambda: draw(graph, path, title),
         ".png": lambda: draw(graph, path, title),
     }
-    if path.suffix not in writers:
-        raise InvalidRequestError(f"{path} must end in {', '.join(writers)}")
     writers[path.suffix]()
+
+
+def graphml(graph: DependencyGraph) -> str:
+    """Return a dependency graph as GraphML; letters that XML has not are spelt as Python does."""
+    network = graph.to_networkx()
+    named = nx.relabel_nodes(network, {node: printable(node) for node in network})
+    for attributes in (
+        *dict(named.nodes(data=True)).values(),
+        *(d for *_, d in named.edges(data=True)),
+    ):
+        for name, value in attributes.items():
+            attributes[name] = printable(value) if isinstance(value, str) else value
+    return "\n".join(nx.generate_graphml(named)) + "\n"
 
 
 def page(found: dict[str, Any]) -> str:
     """Return a document as a page of its own."""
-    static = resources.files("graphprune.view") / "static"
+    found = _printable(found)
     return rendered(
         "graph.html",
+        scripts(),
         document=found,
         title=found["title"],
         planned=any("kept" in group for group in found["groups"]),
-        **{name: (static / file).read_text(encoding="utf-8") for name, file in _STATIC.items()},
+        style=_static("view.css"),
     )
+
+
+def scripts() -> list[str]:
+    """Return what runs on the page: @dagrejs/dagre 3.1.3, which lays graphs out, and the package's own."""
+    dagre = f"/*\n{_static('dagre.LICENSE.txt')}*/\n{_static('dagre.min.js')}"
+    return [dagre, _static("view.js")]
+
+
+def _static(name: str) -> str:
+    return (resources.files("graphprune.view") / "static" / name).read_text(encoding="utf-8")
+
+
+def _printable(value: Any) -> Any:
+    """Return a document whose texts are the same in a page's data and in its elements."""
+    if isinstance(value, dict):
+        return {printable(str(name)): _printable(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def framed(graph: DependencyGraph) -> str:
     """Return the page in a frame that a notebook can hold."""
     source = escape(page(document(graph, "model")), quote=True)
-    return f'<iframe srcdoc="{source}" width="100%" height="640" style="border: 0"></iframe>'
+    return (
+        f'<iframe srcdoc="{source}" sandbox="allow-scripts" width="100%" height="640" '
+        'style="border: 0"></iframe>'
+    )
