@@ -69,7 +69,7 @@ Out = Annotated[
     typer.Option(help="file to write, in a folder that there is: .onnx, or .pt for torch.save"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Ratio = Annotated[float, typer.Option(help="fraction to remove")]
+Ratio = Annotated[float | None, typer.Option(help="fraction to remove; half if not given")]
 
 # Files that torch.save writes: by their endings, and by their first bytes, of archives and of older files.
 _PICKLED = (".pt", ".pth")
@@ -110,7 +110,7 @@ def slim(
             help="as for the other commands; with --checkpoint of a transformers model it may be left out"
         ),
     ] = "",
-    ratio: Ratio = 0.5,
+    ratio: Ratio = None,
     of: Annotated[Unit, typer.Option(help="what the ratio counts")] = "channels",
     importance: Annotated[str, typer.Option(help=", ".join(CRITERIA))] = "l2",
     ranking: Annotated[
@@ -166,22 +166,16 @@ def slim(
         if report is not None:
             checked_target(report, ".html")
         original, inputs = loaded(model), example_inputs(shapes)
+        options: Options = {
+            "of": of, "importance": importance, "ranking": ranking,
+            "data": batches(data) if data else None,
+            "loss": _attribute(loss, "a loss") if loss else None,
+            "compensate": compensate, "renormalised": renormalised, "latency_ms": latency_ms,
+        }  # fmt: skip
+        if latency_ms is not None or of == "latency":
+            options["provider"], options["threads"] = provider, threads
         with working("slimming and verifying"):
-            result = slimmed(
-                original,
-                ratio,
-                inputs,
-                of=of,
-                importance=importance,
-                ranking=ranking,
-                data=batches(data) if data else None,
-                loss=_attribute(loss, "a loss") if loss else None,
-                compensate=compensate,
-                renormalised=renormalised,
-                latency_ms=latency_ms,
-                provider=provider,
-                threads=threads,
-            )
+            result = slimmed(original, ratio, inputs, **options)
         if not writes:
             return
         if out.suffix == ".safetensors":
@@ -328,7 +322,7 @@ def slim_checkpoint(
     source: Path,
     target: Path,
     inputs: Inputs | None,
-    ratio: float,
+    ratio: float | None,
     *,
     as_json: bool,
     **options: Unpack[Options],

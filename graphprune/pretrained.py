@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.atomic_files import drafted_folder
 from graphprune.configs import has_config, tensors_of
 from graphprune.errors import InvalidRequestError
 from graphprune.fitting import find
@@ -18,6 +19,9 @@ from graphprune.state import evaluating
 from graphprune.unfitting import why_none
 
 _TOLERANCE = 1e-4
+
+# What an earlier model may have left in the folder, and another one's config would not fit.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def save_pretrained(result: Slimmed, folder: str | Path) -> None:
@@ -60,7 +64,8 @@ def save_pretrained(result: Slimmed, folder: str | Path) -> None:
         )
     if hasattr(model, "generation_config"):
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
-    rebuilt.save_pretrained(folder)
+    with drafted_folder(Path(folder), _WEIGHTS, last="config.json") as draft:
+        rebuilt.save_pretrained(draft)
 
 
 def _gives_the_same(rebuilt: nn.Module, model: nn.Module, result: Slimmed) -> bool:
