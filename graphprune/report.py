@@ -103,7 +103,8 @@ def _facts(result: Slimmed) -> Iterator[tuple[str, str]]:
         "verified",
         "not" if seen is None
         else f"{seen.outputs} outputs equal the original's with the removed channels silenced, to "
-        f"{seen.difference:.1e} of the largest value",
+        f"{seen.difference:.1e} of the largest value, in {str(seen.dtype).removeprefix('torch.')}, on "
+        + ", ".join(map(str, seen.inputs)),
     )  # fmt: skip
     if result.latency is not None:
         yield "latency", str(result.latency)

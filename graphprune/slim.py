@@ -171,10 +171,11 @@ def slim(
         renormalised: also cut channels along which a norm, mean or softmax runs; the slim model then
             differs from the silenced original by that statistic, and a warning names the groups.
         plan: cut exactly this instead of choosing.
-        form: "module" keeps the model's class and code, and changes sizes that its modules hold as
-            attributes where they have to follow; "graph" gives an fx.GraphModule whose sizes are
-            rewritten; "auto" prefers the first where it works.
-        verify: compare with the original, removed channels silenced, in float64; without it, the
+        form: "module" keeps the model's class and code, and lets sizes that its modules hold follow;
+            "graph" gives an fx.GraphModule whose sizes are rewritten; "auto" prefers the first where it
+            works.
+        verify: compare with the original, removed channels silenced, in float64 (where it computes in
+            that), on the example inputs and on longer, shorter and more of them; without it, the
             slim model is only seen to run.
         seed: for importance "random".
         data: batches, a few hundred samples in all: a list, a DataLoader or another iterable of the
