@@ -91,10 +91,13 @@ def _held_sizes(
 
 
 def axes_given_as_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
+    model: nn.Module, inference: Inference, kept: Mapping[Axis, int], *, of_torch: bool
 ) -> set[Axis]:
-    """Return the cut axes in dimensions whose size an operator in code of one's own was given."""
-    own = {path for path, module in model.named_modules() if not _is_of_torch(module)}
+    """Return the cut axes in dimensions whose size an operator in code of one's own was given.
+
+    With `of_torch` those in torch's own modules count too, which hold sizes as well (`num_heads`).
+    """
+    own = {path for path, module in model.named_modules() if of_torch or not _is_of_torch(module)}
     found: set[Axis] = set()
     for step in inference.steps:
         for layout in _dimensions_given(step) if step.place.module in own else ():
