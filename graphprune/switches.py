@@ -7,14 +7,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.export._trace
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import transformer
+
+from graphprune.errors import warn
 
 # The switches are the process's, not the thread's.
 _ONE_THREAD = threading.RLock()
@@ -25,6 +27,23 @@ def alone() -> Iterator[None]:
     """Within it no other thread traces or has switches set: torch's tracer works for one at a time."""
     with _ONE_THREAD:
         yield
+
+
+def fused_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules for which torch has a fused path, used in evaluation alone."""
+    kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def warn_of_fused(model: nn.Module, what: str, difference: float) -> None:
+    """Warn that a graph or file gives something else than the fused path of a module does."""
+    name = fused_modules(model)[0].removeprefix("model.") or "the model"
+    warn(
+        f"{what} gives what {name} gives in training, with gradients, or with "
+        "torch.backends.mha.set_fastpath_enabled(False); in evaluation without gradients torch takes a "
+        f"fast path there whose outputs differ, by {difference:.3g} of the largest value: it sets padded "
+        "positions to zero. What comes after should not read padded positions"
+    )
 
 
 def _causal_as_said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

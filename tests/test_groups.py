@@ -20,6 +20,8 @@ LAYERS = [
     "plots",
     "pages",
     "inputs",
+    "precision",
+    "free_sizes",
     "layout",
     "rules",
     "block_sparse",
