@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -14,14 +16,23 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.caches import without_caches
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
+from graphprune.precision import coarsest, tolerance_of
 from graphprune.state import check_not_quantised, copy_with, named_tensors, working_copy
-from graphprune.switches import hushed, plain_kernels, same_chance
+from graphprune.switches import (
+    alone,
+    fused_modules,
+    hushed,
+    plain_kernels,
+    same_chance,
+    warn_of_fused,
+)
 from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
@@ -35,8 +46,11 @@ _BATCH = 2
 # convolutional networks need up to 10 (DenseNet), those that cut images into windows 80 and more.
 _MAX_OPERATIONS = 40
 
-# A captured graph repeats the model's own float32 operators, at most in another order.
-_TOLERANCE = 1e-4
+# Tracing with free sizes is given up where it takes longer than this, in seconds of this thread: in all, or
+# for each operator on average once the first seconds are over. With fixed sizes one takes about 0.005.
+_PATIENCE = 120.0
+_FIRST_SECONDS = 5.0
+_SECONDS_AN_OPERATOR = 0.05
 
 
 def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
@@ -167,9 +181,10 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         CaptureError: the model cannot be traced, or the graph gives something else.
 
     """
-    if any(tensor.is_meta for tensor in named_tensors(model).values()):
-        return _captured_without_data(model, inputs)
-    return _captured(model, inputs)
+    with alone():
+        if any(tensor.is_meta for tensor in named_tensors(model).values()):
+            return _captured_without_data(model, inputs)
+        return _captured(model, inputs)
 
 
 def _captured_without_data(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -195,38 +210,56 @@ def _captured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     quiet = working_copy(model).eval()
     quiet.forward = _plain_outputs(quiet.forward)
     problems: list[str] = []
+    reason = ""
     for name, shapes, free in _shape_choices(inputs):
         traced_on = _at_least_two(inputs) if free else inputs
         try:
-            with without_caches(model), plain_kernels(), hushed(), _SimpleSizes():
-                program = torch.export.export(
-                    quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
-                )
+            with without_caches(model), plain_kernels(), hushed():
+                with _SimpleSizes() if free else nullcontext():
+                    program = torch.export.export(
+                        quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
+                    )
                 graph_module = unlifted(program)
                 _check_same(quiet, graph_module, inputs, free)
         except Exception as failure:
-            problems.append(f"  {name}: {in_a_line(failure)}")
+            reason = in_a_line(failure)
+            problems.append(f"  {name}: {reason}")
             continue
+        _compare_with_fused(quiet, graph_module, inputs)
         return graph_module
     raise CaptureError(
-        f"{type(model).__name__} cannot be traced by torch.export:\n" + "\n".join(problems)
+        f"{type(model).__name__} cannot be traced by torch.export: {reason}\n" + "\n".join(problems)
     )
 
 
 class _SimpleSizes(TorchFunctionMode):
     """Gives up on tracing where sizes get so entangled that each operator would take seconds.
 
-    Windows cut out of a padded image do so: every size is a quotient of quotients of the image's.
+    Windows cut out of a padded image do so: every size is a quotient of quotients of the image's. Others
+    stay short and have conditions that take as long to decide, which the clock tells.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = time.thread_time()
+        self.operators = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._look_at_clock()
         result = func(*args, **(kwargs or {}))
         for size in result.shape if isinstance(result, Tensor) else ():
             if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > _MAX_OPERATIONS:
                 raise NotImplementedError(f"a size that takes over {_MAX_OPERATIONS} operations")
         return result
+
+    def _look_at_clock(self) -> None:
+        seconds = time.thread_time() - self.start
+        self.operators += 1
+        allowed = max(_FIRST_SECONDS, _SECONDS_AN_OPERATOR * self.operators)
+        if seconds > min(allowed, _PATIENCE):
+            raise TimeoutError(f"sizes that took {seconds:.0f} s for {self.operators} operators")
 
 
 def is_aten_graph(model: nn.Module) -> bool:
@@ -290,8 +323,9 @@ def _at_least_two(inputs: Inputs) -> Inputs:
 
 def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, free: bool) -> None:
     """Compare both on the kernels that were traced: fused ones may differ at padded positions."""
-    if any(isinstance(tensor, FakeTensor) for tensor in named_tensors(model).values()):
+    if _has_no_data(model):
         return
+    tolerance = _tolerance(model, inputs)
     for batch in (inputs, inputs.repeated(2)) if free else (inputs,):
         try:
             with same_chance():
@@ -306,8 +340,8 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
             torch.testing.assert_close(
                 b,
                 a,
-                rtol=_TOLERANCE,
-                atol=_TOLERANCE * float(a.abs().max() or 1) if a.numel() else 0,
+                rtol=tolerance,
+                atol=tolerance * float(a.abs().max() or 1) if a.numel() else 0,
                 equal_nan=True,
                 msg=f"{name} of the graph differs from the model's",
             )
@@ -329,6 +363,32 @@ def difference_on(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs
         except Exception as failure:
             return in_a_line(failure)
     return ""
+
+
+def _has_no_data(model: nn.Module) -> bool:
+    return any(isinstance(tensor, FakeTensor) for tensor in named_tensors(model).values())
+
+
+def _tolerance(model: nn.Module, inputs: Inputs) -> float:
+    """Return the tolerance of the model: a graph repeats its operators, at most in another order."""
+    return tolerance_of(coarsest([*named_tensors(model).values(), *inputs.tensors()]))
+
+
+def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> None:
+    """Warn where the model as it evaluates takes a fast path that gives something else."""
+    if not fused_modules(model) or _has_no_data(model):
+        return
+    with same_chance():
+        usual = list(output_tensors(call(model, inputs)))
+    with same_chance():
+        given = list(output_tensors(call(graph_module, inputs)))
+    gaps = [
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-12))
+        for (_, a), (_, b) in zip(usual, given, strict=True)
+        if a.is_floating_point() and a.numel()
+    ]
+    if max(gaps, default=0.0) > _tolerance(model, inputs):
+        warn_of_fused(model, "the graph", max(gaps))
 
 
 def _plain_outputs(forward: Any) -> Any:
@@ -369,10 +429,37 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     graph._tracer_cls = None  # the module would remember it, and could not be read back
     graph_module = fx.GraphModule(module, graph)
     graph._codegen = module.graph._codegen
+    _pass_tensors_plainly(graph_module.graph)
     _drop_assertions(graph_module.graph)
     _follow_device(graph_module.graph)
     follow_training(graph_module)
     return graph_module.eval()
+
+
+def _pass_tensors_plainly(graph: fx.Graph) -> None:
+    """Let a graph of tensors in, a tensor or a tuple of them out, take and give them as they are.
+
+    The code that flattens arguments otherwise is one that `torch.jit.script` cannot read.
+    """
+    info = getattr(graph._codegen, "pytree_info", None)
+    inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
+    if info is None or not all(isinstance(node.meta.get("val"), Tensor) for node in inputs):
+        return
+    positional = len(pytree.tree_unflatten(range(len(inputs)), info.in_spec)[0])
+    by_name = {str(node.target): 0 for node in inputs[positional:]}
+    plain = (0,) * positional, by_name
+    results = output.args[0]
+    if not isinstance(results, (tuple, list)) or not all(isinstance(r, fx.Node) for r in results):
+        return
+    if info.in_spec != pytree.tree_structure(plain):
+        return
+    if info.out_spec == pytree.tree_structure(0):
+        output.args = (results[0],)
+    elif info.out_spec == pytree.tree_structure(tuple(results)):
+        output.args = (tuple(results),)
+    else:
+        return
+    graph.set_codegen(CodeGen())
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

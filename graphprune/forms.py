@@ -263,25 +263,29 @@ def as_module_with_sizes(
 ) -> Slimmed:
     """Return the model's own class, cut only where no size in its code could be in the way.
 
+    The sizes in torch's own modules are left out where that does: most of them follow.
+
     Raises:
         CaptureError: that leaves nothing to cut, or the code does not follow all the same.
 
     """
     sizes = counts_of(plan.masks(graph))
-    held = axes_given_as_sizes(job.module, graph.inference, sizes)
-    whole = sorted(graph.by_axis[axis].name for axis in held)
-    rest = plan.without(whole)
-    if not rest.removed:
-        raise untraceable
-    try:
-        result = as_module(job, graph, rest)
-    except VerificationError:
-        raise untraceable from None
-    warn(
-        f"{listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
-        "cannot be rewritten, since torch.export cannot trace it"
-    )
-    return result
+    for of_torch in (False, True):
+        held = axes_given_as_sizes(job.module, graph.inference, sizes, of_torch=of_torch)
+        whole = sorted(graph.by_axis[axis].name for axis in held)
+        rest = plan.without(whole)
+        if not whole or not rest.removed:
+            continue
+        try:
+            result = as_module(job, graph, rest)
+        except VerificationError:
+            continue
+        warn(
+            f"{listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
+            "cannot be rewritten, since torch.export cannot trace it"
+        )
+        return result
+    raise untraceable
 
 
 def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:

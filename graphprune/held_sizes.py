@@ -119,13 +119,16 @@ def _alike_by_choice(
 
 
 def axes_given_as_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
+    model: nn.Module, inference: Inference, kept: Mapping[Axis, int], *, of_torch: bool
 ) -> set[Axis]:
-    """Return the cut axes in dimensions whose size an operator in code of one's own was given."""
-    own = {path for path, module in model.named_modules() if not is_of_torch(type(module))}
+    """Return the cut axes in dimensions whose size an operator in code of one's own was given.
+
+    With `of_torch` those in torch's own modules count too, which hold sizes as well (`num_heads`).
+    """
+    paths = {path for path, m in model.named_modules() if of_torch or not is_of_torch(type(m))}
     axes: set[Axis] = set()
     for step in inference.steps:
-        for layout in _dimensions_asked(step) if step.place.module in own else ():
+        for layout in _dimensions_asked(step) if step.place.module in paths else ():
             axes.update(axis for axis in free_axes(layout) if axis in kept)
     return axes
 

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -28,25 +28,30 @@ from torch.utils import _pytree as pytree
 from graphprune.atomic_files import checked_target
 from graphprune.block_sparse.scan import TRANSLATIONS
 from graphprune.caches import without_caches
-from graphprune.errors import ExportError, InvalidRequestError, in_a_line, warn
+from graphprune.errors import ExportError, in_a_line, warn
+from graphprune.free_sizes import (
+    BATCH,
+    Dims,
+    Free,
+    batch_name,
+    dims_asked,
+    names_of,
+    with_batch,
+    with_fewer_names,
+)
 from graphprune.inputs import Inputs, output_tensors
+from graphprune.precision import coarsest, tolerance_of
 from graphprune.runtimes import open_session
 from graphprune.sparse_files import hold_sparsely
-from graphprune.state import evaluating, working_copy
+from graphprune.state import evaluating, named_tensors, working_copy
+from graphprune.switches import alone, fused_modules, plain_transformers, warn_of_fused
 from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
 
-BATCH = "batch"
-
-TOLERANCE = 1e-4  # between PyTorch and ONNX Runtime, relative to an output's largest value
-
 PREFIX = "model."  # the attribute of _Flat that holds the model
 
 _ORIGIN = "graphprune_origin"
-
-Free: TypeAlias = Mapping[str, Mapping[int, str]]
-"""By the name of an input, names for some of its dimensions."""
 
 Model = nn.Module | torch.export.ExportedProgram
 Feed = dict[str, NDArray[Any]]
@@ -58,7 +63,7 @@ class Exported:
 
     `bytes` counts the whole model, external weights included (there are some above 2 GB only).
     `free` names the dimensions of which the file takes any size, `batch_free` says whether the batch is
-    one; `checked` lists the batch sizes compared.
+    one, `batch` being its name; `checked` lists the batch sizes compared.
     `difference` is the largest found, relative to the largest value of the output it is in.
     """
 
@@ -70,11 +75,12 @@ class Exported:
     difference: float
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    batch: str = BATCH
 
     @property
     def batch_free(self) -> bool:
         """Whether the file takes any batch size."""
-        return BATCH in self.free
+        return self.batch in self.free
 
     def feed(self, example_inputs: Any) -> Feed:
         """Return what an ONNX Runtime session of this file takes for the model's arguments."""
@@ -102,16 +108,17 @@ def export(
     *,
     free: Free | None = None,
     opset: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     sparse_weights: bool = False,
 ) -> Exported:
     """Write the model, as it evaluates, to an ONNX file, and compare the file with PyTorch.
 
-    The first dimension of every input tensor that shares the first tensor's batch size is free in
-    the file, and so is what `free` names; other dimensions stay as in the example inputs. The file is
-    compared at the example's sizes and at twice those that are free. Where one cannot be free (the
-    model runs only at this size, say) it is fixed, with a `GraphPruneWarning`. Outputs that are
-    not tensors, such as key-value caches, are left out.
+    What `free` names is free in the file, and so is the batch: the first dimension of every input
+    tensor that shares the first tensor's size there, or where the model runs with such a batch (a state
+    has it behind its layers). Other dimensions stay as in the example inputs. The file is compared at the
+    example's sizes and at twice those that are free. Where one cannot be free (the model runs only at
+    this size, say) it is fixed, with a `GraphPruneWarning` that names it, and the rest stays free.
+    Outputs that are not tensors, such as key-value caches, are left out.
 
     Args:
         model: it is not changed, even if running it writes to its buffers.
@@ -119,10 +126,11 @@ def export(
         path: the file to write, ending in .onnx, in a folder that there is, with the weights inside up to
             2 GB.
         free: more dimensions that are free, by input and number, as in `{"tokens": {1: "length"}}`; what
-            has one name has one size. Where another dimension than the first is the batch, name it:
-            `{"x": {0: "length", 1: "batch"}}`.
+            has one name has one size. A name for dimension 0 is the batch's, unless another is called
+            "batch": `{"x": {0: "length", 1: "batch"}}`.
         opset: version of the ONNX operators; by default PyTorch's own choice.
-        tolerance: largest difference accepted, relative to the largest value of the output.
+        tolerance: largest difference accepted, relative to the largest value of the output; by default
+            0.0001, 0.005 for a model with float16 numbers and 0.04 for one with bfloat16.
         sparse_weights: hold weights that are mostly zero by what is not, with its places, where that is
             smaller. ONNX Runtime makes them dense when it loads them: the file is smaller, memory and time
             are not.
@@ -147,7 +155,13 @@ def traced_export(model: Model, inputs: Inputs, path: Path) -> Traced:
 
 
 def _traced(model: Model, inputs: Inputs, path: Path, free: Free, options: _Options) -> Traced:
-    module = as_module(model)
+    with alone():
+        return _traced_alone(as_module(model), inputs, path, free, options)
+
+
+def _traced_alone(
+    module: nn.Module, inputs: Inputs, path: Path, free: Free, options: _Options
+) -> Traced:
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
     with without_caches(module), evaluating(module):
@@ -169,12 +183,18 @@ class _Flat(nn.Module):
         self.model = model
         self.inputs = inputs
         self.names = _input_names(model, inputs)
-        self.dims, self.sizes = _free_dims(self.names, inputs.tensors(), free)
+        self.asked = dims_asked(self.names, inputs.tensors(), free)
+        self.batch_name = batch_name(self.asked)
+        self.dims: Dims = self.asked
+        self.dtype = coarsest([*named_tensors(model).values(), *inputs.tensors()])
 
     @property
     def batch(self) -> int:
-        """The batch size of the example inputs."""
-        return self.sizes.get(BATCH, 1)
+        """The batch size of the example inputs: of what is called so, or of the first."""
+        pairs = zip(self.inputs.tensors(), self.dims, strict=True)
+        sizes = {name: t.shape[d] for t, dims in pairs for d, name in dims.items()}
+        first = next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
+        return sizes.get(self.batch_name, first)
 
     def repeated(self, times: int) -> list[Tensor]:
         """Return the example tensors repeated `times` times along what is free."""
@@ -193,36 +213,6 @@ class _Flat(nn.Module):
         return tuple(tensor for _, tensor in self.outputs(tensors))
 
 
-def _free_dims(
-    names: Sequence[str], tensors: Sequence[Tensor], free: Free
-) -> tuple[list[dict[int, str]], dict[str, int]]:
-    """Return by input the names of its free dimensions, and the size of each name."""
-    for name, dims in free.items():
-        if name not in names:
-            raise InvalidRequestError(f"free= names {name!r}; the inputs are {', '.join(names)}")
-        shape = tuple(tensors[names.index(name)].shape)
-        strange = [d for d in dims if not 0 <= d < len(shape)]
-        if strange:
-            raise InvalidRequestError(
-                f"free= names dimension {strange[0]} of {name!r}, which has shape {shape}"
-            )
-    found = [dict(free.get(name, {})) for name in names]
-    sizes: dict[str, int] = {}
-    for name, tensor, dims in zip(names, tensors, found, strict=True):
-        for d, what in dims.items():
-            if sizes.setdefault(what, tensor.shape[d]) != tensor.shape[d]:
-                raise InvalidRequestError(
-                    f"free= calls dimension {d} of {name!r} {what!r}, which is {tensor.shape[d]} there and "
-                    f"{sizes[what]} elsewhere"
-                )
-    for tensor, dims in zip(tensors, found, strict=True):
-        if not tensor.dim() or 0 in dims or BATCH in dims.values():
-            continue
-        if sizes.setdefault(BATCH, tensor.shape[0]) == tensor.shape[0]:
-            dims[0] = BATCH
-    return found, sizes
-
-
 @dataclasses.dataclass(frozen=True)
 class _Case:
     """Input tensors at one size of what is free, and what PyTorch makes of them."""
@@ -230,13 +220,19 @@ class _Case:
     batch: int
     tensors: list[Tensor]
     expected: list[tuple[str, Tensor]]
+    as_traced: list[tuple[str, Tensor]]
+    """What it makes of them where torch's transformers run operator by operator, as in a file."""
 
     @classmethod
     def of(cls, flat: _Flat, times: int) -> _Case:
         """Return the case of the example repeated `times` times along what is free."""
         tensors = flat.repeated(times)
         with torch.no_grad():
-            return cls(flat.batch * times, tensors, flat.outputs(tensors))
+            expected = flat.outputs(tensors)
+            if not fused_modules(flat.model):
+                return cls(flat.batch * times, tensors, expected, expected)
+            with plain_transformers():
+                return cls(flat.batch * times, tensors, expected, flat.outputs(tensors))
 
 
 class _FixedSizeError(Exception):
@@ -261,7 +257,7 @@ class _Options:
     """How the file is to be."""
 
     opset: int | None = None
-    tolerance: float = TOLERANCE
+    tolerance: float | None = None
     sparse_weights: bool = False
 
 
@@ -273,13 +269,19 @@ class _Request:
     path: Path
     options: _Options
 
+    @property
+    def tolerance(self) -> float:
+        """The largest difference accepted, relative to the largest value of an output."""
+        given = self.options.tolerance
+        return tolerance_of(self.flat.dtype) if given is None else given
+
 
 def _export_free(request: _Request, first: _Case) -> Traced:
-    """Write a checked file, free in all that was asked, in the batch, or with a warning in nothing."""
-    flat, asked = request.flat, request.flat.dims
-    batch = [{d: name for d, name in dims.items() if name == BATCH} for dims in asked]
-    obstacle = ""
-    for dims in filter(any, [asked] if batch == asked else [asked, batch]):
+    """Write a checked file, free in all that was asked and the batch, or with a warning in less."""
+    flat = request.flat
+    guessed = next(with_batch(flat.asked, flat.inputs.tensors()))
+    wanted, obstacle = _that_runs(flat, guessed)
+    for dims in filter(any, [wanted, *with_fewer_names(wanted, flat.batch_name)]):
         flat.dims = dims
         try:
             traced = _export_cases(request, [first, _Case.of(flat, 2)])
@@ -287,12 +289,30 @@ def _export_free(request: _Request, first: _Case) -> Traced:
         except Exception as error:
             obstacle = obstacle or in_a_line(error)
     else:
-        flat.dims = [{} for _ in asked]
+        flat.dims = [{} for _ in flat.asked]
         traced = _export_fixed(request, first)
-    if obstacle:
-        said = _fixed(flat, asked, request.path.name, obstacle)
-        warn(said)
+    missing = set(names_of(guessed)) - set(names_of(flat.dims))
+    if missing:
+        asked = wanted if set(names_of(wanted)) >= missing else guessed
+        warn(_fixed(flat, asked, request.path.name, obstacle))
     return traced
+
+
+def _that_runs(flat: _Flat, guessed: Dims) -> tuple[Dims, str]:
+    """Return what to leave free: what was asked, and the batch where the model runs with twice of it.
+
+    And where it runs nowhere so, what was asked alone, and what the model said to the first guess.
+    """
+    obstacle = ""
+    for dims in with_batch(flat.asked, flat.inputs.tensors()):
+        flat.dims = dims
+        try:
+            _Case.of(flat, 2)
+        except Exception as error:
+            obstacle = obstacle or in_a_line(error)
+        else:
+            return dims, "" if set(names_of(dims)) >= set(names_of(guessed)) else obstacle
+    return guessed, obstacle
 
 
 def _fixed(flat: _Flat, asked: Sequence[Mapping[int, str]], file: str, obstacle: str) -> str:
@@ -335,11 +355,12 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
         path=request.path,
         bytes=size,
         opset=program.model.opset_imports[""],
-        free=tuple(dict.fromkeys(n for dims in flat.dims for n in dims.values())) if free else (),
+        free=names_of(flat.dims) if free else (),
         checked=tuple(case.batch for case in cases),
         difference=difference,
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
+        batch=flat.batch_name,
     )
     names = {str(node.name): origin for node, origin in origins}
     names |= {str(value.name): origin for node, origin in origins for value in node.outputs}
@@ -354,7 +375,7 @@ def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[
         program.save(draft)
         if request.options.sparse_weights:
             hold_sparsely(draft)
-        difference = _difference(draft, cases, request.options.tolerance)
+        difference = _difference(draft, cases, request)
         files = list(Path(elsewhere).iterdir())  # above 2 GB the weights have a file of their own
         size = sum(file.stat().st_size for file in files)
         for file in files:
@@ -369,7 +390,7 @@ def _translated(
     # AUTO, since a named dynamic dimension raises once a recurrent net was exported before.
     auto = [dict.fromkeys(dims, torch.export.Dim.AUTO) if free else {} for dims in flat.dims]
     shapes = {"tensors": tuple(dims or None for dims in auto)}
-    with _quiet(), torch.no_grad():
+    with _quiet(), plain_transformers(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         _without_assertions(program)
         for node in program.graph.nodes:
@@ -518,30 +539,49 @@ def _output_name(name: str) -> str:
     return "_".join(words[1:] if len(words) > 1 and not words[1].isdigit() else words)
 
 
-def _difference(path: Path, cases: list[_Case], tolerance: float) -> float:
+def _difference(path: Path, cases: list[_Case], request: _Request) -> float:
     """Return the largest difference between PyTorch and ONNX Runtime, within the tolerance."""
-    session = open_session(path)
+    session = _session(path, request.flat)
     names = [value.name for value in session.get_inputs()]
-    largest = 0.0
+    largest = beside = 0.0
     for case in cases:
         found = session.run(None, dict(zip(names, map(_array, case.tensors), strict=True)))
-        for (name, tensor), array in zip(case.expected, found, strict=True):
+        both = zip(case.as_traced, case.expected, found, strict=True)
+        for (name, tensor), (_, usual), array in both:
             where = f"{name} at batch {case.batch}"
-            largest = max(largest, _require_equal(where, _array(tensor), array, tolerance))
+            largest = max(largest, _require_equal(where, _array(tensor), array, request))
+            if usual is not tensor:
+                beside = max(beside, relative_difference(_array(usual), array))
+    if beside > request.tolerance:
+        warn_of_fused(request.flat.model, path.name, beside)
     return largest
 
 
-def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], tolerance: float) -> float:
+def _session(path: Path, flat: _Flat) -> Any:
+    """Open the file; where it cannot be, for the sake of its type, say so."""
+    try:
+        return open_session(path)
+    except Exception as error:
+        if flat.dtype is not torch.bfloat16:
+            raise
+        raise ExportError(
+            "the model holds bfloat16 numbers, for which ONNX Runtime lacks operators here, so the file "
+            f"cannot be checked: {in_a_line(error)}; export model.float() or model.half() instead"
+        ) from None
+
+
+def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], request: _Request) -> float:
     """Return the relative difference between PyTorch's array and ONNX Runtime's."""
     if a.shape != b.shape:
         raise ExportError(
             f"{where} has shape {list(a.shape)} in PyTorch and {list(b.shape)} in ONNX Runtime"
         )
     difference = relative_difference(a, b)
-    if not difference <= tolerance:
+    if not difference <= request.tolerance:
         raise ExportError(
             f"{where}, shape {list(a.shape)}, differs between PyTorch and ONNX Runtime by "
-            f"{difference:.3g} of its largest value; the tolerance is {tolerance:g}"
+            f"{difference:.3g} of its largest value; the tolerance is {request.tolerance:g} for "
+            f"{str(request.flat.dtype).removeprefix('torch.')}, and tolerance= sets another"
         )
     return difference
 
@@ -557,7 +597,8 @@ def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    return tensor.detach().cpu().numpy()
+    there = tensor.detach().cpu()
+    return (there.float() if there.dtype is torch.bfloat16 else there).numpy()
 
 
 @contextlib.contextmanager

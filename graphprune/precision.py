@@ -6,6 +6,7 @@ tensors at all runs in its own types. Either is noted, since it decides how near
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +66,24 @@ class Precision:
     @property
     def tolerance(self) -> float:
         """By which part of the largest value two computations of the same thing may differ."""
-        return _TOLERANCES.get(self.dtype, _COARSE)
+        return tolerance_of(self.dtype)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return by which part of the largest value two computations in a type may differ."""
+    return _TOLERANCES.get(dtype, _COARSE)
+
+
+def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the floating-point type of the least precision among the tensors; float32 if that is wider.
+
+    Wider ones do not count: what a tracer or a runtime makes of a model computes in float32 at places.
+    """
+    worst = torch.float32
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            worst = _coarser(tensor.dtype, worst)
+    return worst
 
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -134,7 +134,7 @@ def another_shape_in_onnx_runtime(folder: Path) -> None:
 
 @case(
     r"output at batch 2, shape \[2, 3\], differs between PyTorch and ONNX Runtime by 0\.5 of its largest "
-    r"value; the tolerance is 0\.0001"
+    r"value; the tolerance is 0\.0001 for float32, and tolerance= sets another"
 )
 def another_result_in_onnx_runtime(folder: Path) -> None:
     changed(folder, lambda array: array + 0.5)

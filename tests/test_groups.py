@@ -24,6 +24,8 @@ LAYERS = [
     "pages",
     "plots",
     "inputs",
+    "precision",
+    "free_sizes",
     "layout",
     "adapters",
     "rules",
