@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._ops import OpOverloadPacket
 
-from graphprune.inference import Inference, Step
 from graphprune.layout import Axis, can_split, kept_size, size_of, split
+from graphprune.recorded import Inference, Step
 from graphprune.rules.recurrent import GATES
 
 aten = torch.ops.aten

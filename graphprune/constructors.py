@@ -16,8 +16,8 @@ from torch import nn
 
 from graphprune.dimensions import Pieces
 from graphprune.held_numbers import HeldNumber, is_of_torch
-from graphprune.inference import Inference, Step
 from graphprune.layout import Layout, size_of
+from graphprune.recorded import Inference, Step
 
 # By the name of an argument of torch.nn's classes, the dimensions that have it as their size.
 _SIZED = {

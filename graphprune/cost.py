@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from graphprune.block_sparse.recurrent import OPERATOR
-from graphprune.inference import Inference, Step, infer
+from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
+from graphprune.recorded import Inference, Step
 from graphprune.rules.recurrent import GATES
 from graphprune.wrappers import unwrapped
 

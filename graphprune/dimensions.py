@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from graphprune.inference import Inference, Step, Value
 from graphprune.layout import (
     Axis,
     Concat,
@@ -20,6 +19,7 @@ from graphprune.layout import (
     size_of,
     why_fixed,
 )
+from graphprune.recorded import Inference, Step, Value
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from graphprune.inference import Inference
 from graphprune.layout import Axis, Layout, Reason, describe, free_axes, given_axes, leaves, size_of
+from graphprune.recorded import Inference
 
 # More ties than this are counted, not printed.
 MAX_PRINTED = 24

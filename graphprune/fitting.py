@@ -30,8 +30,9 @@ from graphprune.configs import (
 )
 from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.forms import Slimmed
-from graphprune.inference import Inference, Step, Value, infer
+from graphprune.inference import infer
 from graphprune.layout import counts_of, kept_size, size_of
+from graphprune.recorded import Inference, Step, Value
 from graphprune.state import copy_with
 
 # Sets of changes that are tried at most; each is a model built without memory.

@@ -31,12 +31,13 @@ from graphprune.held_sizes import (
     works_by,
 )
 from graphprune.importance import Scores
-from graphprune.inference import OtherRun, infer
+from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.latency import Reached
 from graphprune.layout import Axis, Mask, counts_of
 from graphprune.literals import rewrite_literals
 from graphprune.plan import Plan
+from graphprune.recorded import OtherRun
 from graphprune.shrink import shrunk
 from graphprune.state import forget_derived
 from graphprune.ties import AmbiguousSize, Ties, ties_of

@@ -14,7 +14,7 @@ from torch import nn
 
 from graphprune.errors import InvalidRequestError
 from graphprune.explain import Explainer, Explanation
-from graphprune.inference import Inference, Value, infer
+from graphprune.inference import infer
 from graphprune.layout import (
     Axis,
     Concat,
@@ -26,6 +26,7 @@ from graphprune.layout import (
     resolve,
     why_fixed,
 )
+from graphprune.recorded import Inference, Value
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,20 +21,24 @@ from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
 from graphprune.layout import (
     Axis,
-    Layout,
     Reason,
     fix,
     flattened,
-    free_axes,
-    given_axes,
-    is_fixed,
-    leaves,
     size_of,
 )
 from graphprune.other_sizes import all_lengths_vary, other_inputs, reconcile
 from graphprune.precision import Precision
+from graphprune.reach import (
+    fix_parts_of_tables,
+    fix_unread,
+    fix_unused,
+    names_read,
+    reads_in_part,
+    tied_to_parameters,
+    why_not_alike,
+)
+from graphprune.recorded import Inference, OtherRun, Step, Value
 from graphprune.rules import (
-    Ask,
     Call,
     Layouts,
     Rule,
@@ -50,99 +53,6 @@ from graphprune.switches import hushed
 aten = torch.ops.aten
 
 UNKNOWN = "an operator without a rule"
-
-
-@dataclass
-class Value:
-    """A tensor of the model: what its dimensions are made of, and what made it.
-
-    Attributes:
-        layouts: one layout a dimension.
-        source: the name of a parameter, buffer, attribute or input, or the number of a step.
-        asks: what is to be done once something reads it.
-
-    """
-
-    layouts: Layouts
-    source: str | int
-    asks: list[Ask] = field(default_factory=list, repr=False, compare=False)
-
-
-@dataclass
-class Step:
-    """One operator call of the run.
-
-    Attributes:
-        func: the ATen overload.
-        place: operator, module path and source line.
-        inputs: its tensor arguments in schema order.
-        outputs: what it returned.
-        arguments: its arguments by schema name, tensors replaced by their values.
-        renormalises: whether it takes a statistic along an axis.
-        node: for a graph, the name of the node that called it.
-
-    """
-
-    func: OpOverload
-    place: Reason
-    inputs: list[Value]
-    outputs: list[Value]
-    arguments: dict[str, Any]
-    renormalises: bool = False
-    node: str = ""
-
-
-@dataclass
-class Inference:
-    """What a run of the rules over a model found.
-
-    Attributes:
-        parameters: by name, the layouts of every parameter, buffer and tensor attribute.
-        trainable: which of those names are parameters.
-        names: for tensors that have several names, all of them by the first.
-        inputs: layouts of the model's input tensors by name.
-        outputs: layouts of the model's output tensors by name.
-        output_sources: where each of them comes from, as `Value.source`.
-        steps: the operator calls in order.
-        nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
-        unknown: places of operators that have no rule.
-        unused: names of parameters that the run never read.
-        with_data: whether the model's code asked for values, so that it ran on its real tensors.
-        others: what runs at other sizes of the inputs found, where these were needed and possible.
-        in_double: whether it ran in float64; in its own types if it does not run so.
-
-    """
-
-    parameters: dict[str, Layouts] = field(default_factory=dict)
-    trainable: set[str] = field(default_factory=set)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    inputs: dict[str, Layouts] = field(default_factory=dict)
-    outputs: dict[str, Layouts] = field(default_factory=dict)
-    output_sources: dict[str, str | int] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    nodes: dict[str, Any] = field(default_factory=dict)
-    unknown: list[Reason] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    with_data: bool = False
-    in_double: bool = True
-    others: list[OtherRun] = field(default_factory=list)
-
-
-@dataclass
-class OtherRun:
-    """What the rules find at other sizes of the inputs.
-
-    Attributes:
-        inputs: the example inputs at those sizes.
-        inference: what a run on them found.
-        axes: by each axis of the first run that may be cut, the same axis in this one; an axis is left
-            out where nothing here reads it.
-
-    """
-
-    inputs: Inputs
-    inference: Inference
-    axes: dict[Axis, Axis]
 
 
 class LayoutInference(Interpretation):
@@ -299,7 +209,7 @@ def infer(
 
     """
     found = _infer_once(model, inputs, with_data)
-    if at_other_sizes or _reads_in_part(found):
+    if at_other_sizes or reads_in_part(found):
         found.others = _other_runs(model, inputs, found)
     return found
 
@@ -384,14 +294,14 @@ def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
         ).layouts
     _run(model.eval(), inputs, mode)
     steps = list(found.steps)
-    read = _names_read(steps)
+    read = names_read(steps)
     read |= _follow_replaced(model, mode, read)
     if found.trainable - read and not isinstance(model, fx.GraphModule):
         steps += _steps_in_training(model, inputs, mode)
-        read |= _names_read(steps)
-    _fix_unused(found, read)
+        read |= names_read(steps)
+    fix_unused(found, read)
     fix_ranks(model, found.parameters, found.names)
-    _fix_unread(found, steps)
+    fix_unread(found, steps)
     return found
 
 
@@ -427,12 +337,6 @@ def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) ->
     return followed
 
 
-def _names_read(steps: Sequence[Step]) -> set[str]:
-    """Return the names of parameters, buffers and attributes that the operators read."""
-    sources = (value.source for step in steps for value in step.inputs)
-    return {source for source in sources if isinstance(source, str)}
-
-
 def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> list[Step]:
     """Tie what only training reads (an auxiliary head, say) to its surroundings; return its operators.
 
@@ -457,69 +361,13 @@ def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) 
         found.outputs, found.output_sources = outputs, sources
 
 
-def _fix_unused(found: Inference, read: set[str]) -> None:
-    """Fix what no operator read: nothing is known of what it would have to fit."""
-    for name, layouts in found.parameters.items():
-        if name not in read:
-            found.unused.append(name)
-            for layout in layouts:
-                fix(layout, Reason("not used in this run of the model", name))
-
-
-# What gives a part of its first operand.
-_TAKES_A_PART = {aten.slice, aten.select, aten.constant_pad_nd}
-
-# What is given sizes, so that it may take a table apart by the size of an input.
-_TAKES_SIZES = {
-    aten.view, aten._unsafe_view, aten.split, aten.split_with_sizes, aten.expand, aten.repeat,
-}  # fmt: skip
-
-
-def _fix_unread(found: Inference, steps: Sequence[Step]) -> None:
-    """Fix slots that no operator reads: on other inputs it may, as longer ones the rest of a table.
-
-    A slot is read where its way ends because it is summed over or compared: the operator's operand has
-    it and its results do not. A slot that is only carried along, until a slice leaves it out, is not.
-    """
-    read: set[Axis] = set()
-    for step in steps:
-        if step.func.overloadpacket not in _TAKES_A_PART:
-            read |= _axes_of(step.inputs) - _axes_of(step.outputs)
-    for name, layouts in found.parameters.items():
-        for axis in (axis for layout in layouts for axis in free_axes(layout)):
-            if axis not in read and axis.fixed is None:
-                why = "not used in this run of the model"
-                fix(axis, _reason_at(_first_taking_apart(steps, axis), why, name))
-
-
-def _axes_of(values: Sequence[Value]) -> set[Axis]:
-    return {axis for value in values for layout in value.layouts for axis in leaves(layout)}
-
-
-def _first_taking_apart(steps: Sequence[Step], axis: Axis) -> Step | None:
-    """Return the first operator that gives a part, or other sizes, of what has the axis."""
-    partial_or_resized = _TAKES_A_PART | _TAKES_SIZES
-    return next(
-        (
-            step
-            for step in steps
-            if step.func.overloadpacket in partial_or_resized and axis in _axes_of(step.inputs)
-        ),
-        None,
-    )
-
-
-def _reason_at(step: Step | None, why: str, name: str) -> Reason:
-    return Reason(why, name) if step is None else replace(step.place, why=why)
-
-
 # Sizes of the inputs that are tried in each direction at most, each by running the model without data.
 _SIZES_TRIED = 5
 
 
 def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[OtherRun]:
     """Analyse the model at other sizes, where it takes any, and fix what is not alike in all runs."""
-    tied = _tied_to_parameters(found)
+    tied = tied_to_parameters(found)
     candidates = other_inputs(inputs, tied)
     precision = Precision(found.in_double)
     runs = [_first_that_runs(precision, model, some, found.with_data) for some in candidates]
@@ -529,8 +377,8 @@ def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[Othe
         for _, second in others
     ]
     if not all_lengths_vary(inputs, [there for there, _ in others], tied):
-        _fix_parts_of_tables(found)
-    partners = reconcile(found.parameters, read, partial(_why_not_alike, found))
+        fix_parts_of_tables(found)
+    partners = reconcile(found.parameters, read, partial(why_not_alike, found))
     return [
         OtherRun(there, second, axes)
         for (there, second), axes in zip(others, partners, strict=True)
@@ -546,60 +394,3 @@ def _first_that_runs(
         except Exception:  # a model refuses sizes in whatever way it likes
             continue
     return None
-
-
-def _tied_to_parameters(found: Inference) -> set[tuple[int, int]]:
-    """Return the dimensions of the inputs that were made the same as a whole one of a parameter."""
-    of_parameters = {
-        axis
-        for layouts in found.parameters.values()
-        for layout in layouts
-        for axis in given_axes(layout)
-    }
-    return {
-        (number, dim)
-        for number, layouts in enumerate(found.inputs.values())
-        for dim, axis in enumerate(layouts)
-        if isinstance(axis, Axis)
-        and any(not of_parameters.isdisjoint(given_axes(other)) for other, _ in axis.ties)
-    }
-
-
-def _why_not_alike(found: Inference, name: str, dim: int) -> Reason:
-    why = "what is read of it depends on the size of an input"
-    axes = free_axes(found.parameters[name][dim])
-    steps = (_first_taking_apart(found.steps, axis) for axis in axes)
-    return _reason_at(next(filter(None, steps), None), why, name)
-
-
-def _reads_in_part(found: Inference) -> bool:
-    """Say whether an operator takes a dimension apart that could be cut, perhaps by an input's size."""
-    if any(not is_fixed(layout) for _, layout in _dimensions_sliced(found.steps)):
-        return True
-    resized = (step for step in _steps_on_tables(found) if step.func.overloadpacket in _TAKES_SIZES)
-    return any(not is_fixed(layout) for step in resized for layout in step.inputs[0].layouts)
-
-
-def _fix_parts_of_tables(found: Inference) -> None:
-    """Fix what is read of tables in part, for a model that takes no other sizes which would tell why."""
-    for step, layout in _dimensions_sliced(_steps_on_tables(found)):
-        fix(layout, replace(step.place, why="read in part, perhaps by the size of an input"))
-
-
-def _dimensions_sliced(steps: Iterable[Step]) -> Iterator[tuple[Step, Layout]]:
-    for step in steps:
-        if step.func.overloadpacket in (aten.slice, aten.select):
-            layouts = step.inputs[0].layouts
-            yield step, layouts[step.arguments["dim"] % len(layouts)]
-
-
-def _steps_on_tables(found: Inference) -> Iterator[Step]:
-    """Yield the operators that no input of the model flows into."""
-    from_inputs: list[bool] = []
-    for step in found.steps:
-        sources = [value.source for value in step.inputs]
-        from_inputs.append(
-            any(from_inputs[s] if isinstance(s, int) else s in found.inputs for s in sources)
-        )
-        if not from_inputs[-1]:
-            yield step

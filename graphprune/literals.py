@@ -16,7 +16,6 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphprune.attributes import kept_groups
-from graphprune.inference import Inference, Step
 from graphprune.layout import (
     Axis,
     Layout,
@@ -28,6 +27,7 @@ from graphprune.layout import (
     split,
     touches,
 )
+from graphprune.recorded import Inference, Step
 from graphprune.rules import Layouts, arguments_of, bind_arguments
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from graphprune.inference import Inference
 from graphprune.layout import Axis, Concat, Layout, resolve, size_of, touches
+from graphprune.recorded import Inference
 from graphprune.state import copy_with
 
 Order = npt.NDArray[np.int64]

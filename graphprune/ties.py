@@ -23,8 +23,8 @@ from torch import nn
 from graphprune.constructors import Constructors
 from graphprune.dimensions import Dimension, Dimensions, Pieces, cut_sizes
 from graphprune.held_numbers import HeldNumber, by_place, held_numbers, says_side, says_size
-from graphprune.inference import Inference
 from graphprune.layout import Axis, size_of
+from graphprune.recorded import Inference
 
 aten = torch.ops.aten
 _BY_NUMBER = (aten.mul, aten.div, aten.mul_, aten.div_)

@@ -15,11 +15,12 @@ from torch import Tensor, fx
 from graphprune.calibration import Layer, held_by, layers_of
 from graphprune.connections.blocks import Blocks
 from graphprune.edits import put_parameter, read_buffer
-from graphprune.inference import Inference, infer
+from graphprune.inference import infer
 from graphprune.layout import Axis, Layout, resolve, size_of
 from graphprune.pipeline import Pass, Program
 from graphprune.races import warn_of_slow
 from graphprune.races.convolution import Form, Shape, fastest
+from graphprune.recorded import Inference
 from graphprune.reorder import Order, positions, reordered
 from graphprune.rules import arguments_of
 from graphprune.runtimes import Runtime

@@ -34,7 +34,7 @@ said(
 )
 def channels_of_one_size_of_inputs(_: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "_fix_unread", lambda *_: None)
+        patch.setattr(inference, "fix_unread", lambda *_: None)
         patch.setattr(inference, "reconcile", pair_only)
         model = Positions(lambda table, t: table[:t]).eval()
         gp.slim(model, 0.5, IDS, form="module")

@@ -180,8 +180,8 @@ def pair_only(first, others, reason_for):  # type: ignore[no-untyped-def]
 
 
 def take_the_fix_out(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(inference, "_fix_unread", lambda *_: None)
-    patch.setattr(inference, "_fix_parts_of_tables", lambda *_: None)
+    patch.setattr(inference, "fix_unread", lambda *_: None)
+    patch.setattr(inference, "fix_parts_of_tables", lambda *_: None)
     patch.setattr(inference, "reconcile", pair_only)
 
 

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import kernels
 from graphprune.errors import InvalidRequestError
-from graphprune.inference import Inference, Step, Value
 from graphprune.layout import (
     Axis,
     Concat,
@@ -34,6 +33,7 @@ from graphprune.layout import (
     size_of,
 )
 from graphprune.literals import restricted_arguments, rewrite_literals
+from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import (
     Call,
     Layouts,

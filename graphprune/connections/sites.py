@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from graphprune.groups import DependencyGraph
-from graphprune.inference import Step, Value
 from graphprune.layout import Axis, Layout, free_axes, resolve, size_of, slots_of
+from graphprune.recorded import Step, Value
 
 aten = torch.ops.aten
 

@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from graphprune.capture import unlifted
 from graphprune.cost import Cost, work_of
 from graphprune.groups import DependencyGraph
-from graphprune.inference import Inference, Step, Value, infer
+from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.layout import Axis, kept_size, leaves, size_of
 from graphprune.onnx import PREFIX, Traced
+from graphprune.recorded import Inference, Step, Value
 
 
 @dataclass(frozen=True)
