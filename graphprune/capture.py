@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
-from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -378,7 +377,7 @@ def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: 
     """Warn where the model as it evaluates takes a fast path that gives something else."""
     if not fused_modules(model) or _has_no_data(model):
         return
-    with same_chance():
+    with hushed(), same_chance():
         usual = list(output_tensors(call(model, inputs)))
     with same_chance():
         given = list(output_tensors(call(graph_module, inputs)))
@@ -429,37 +428,10 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     graph._tracer_cls = None  # the module would remember it, and could not be read back
     graph_module = fx.GraphModule(module, graph)
     graph._codegen = module.graph._codegen
-    _pass_tensors_plainly(graph_module.graph)
     _drop_assertions(graph_module.graph)
     _follow_device(graph_module.graph)
     follow_training(graph_module)
     return graph_module.eval()
-
-
-def _pass_tensors_plainly(graph: fx.Graph) -> None:
-    """Let a graph of tensors in, a tensor or a tuple of them out, take and give them as they are.
-
-    The code that flattens arguments otherwise is one that `torch.jit.script` cannot read.
-    """
-    info = getattr(graph._codegen, "pytree_info", None)
-    inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
-    if info is None or not all(isinstance(node.meta.get("val"), Tensor) for node in inputs):
-        return
-    positional = len(pytree.tree_unflatten(range(len(inputs)), info.in_spec)[0])
-    by_name = {str(node.target): 0 for node in inputs[positional:]}
-    plain = (0,) * positional, by_name
-    results = output.args[0]
-    if not isinstance(results, (tuple, list)) or not all(isinstance(r, fx.Node) for r in results):
-        return
-    if info.in_spec != pytree.tree_structure(plain):
-        return
-    if info.out_spec == pytree.tree_structure(0):
-        output.args = (results[0],)
-    elif info.out_spec == pytree.tree_structure(tuple(results)):
-        output.args = (tuple(results),)
-    else:
-        return
-    graph.set_codegen(CodeGen())
 
 
 def _drop_assertions(graph: fx.Graph) -> None:

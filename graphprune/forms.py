@@ -264,15 +264,15 @@ def as_module_with_sizes(
 ) -> Slimmed:
     """Return the model's own class, cut only where no size in its code could be in the way.
 
-    The sizes in torch's own modules are left out where that does: most of them follow.
+    The heads of nn.MultiheadAttention are cut where that works: most of its sizes follow.
 
     Raises:
         CaptureError: that leaves nothing to cut, or the code does not follow all the same.
 
     """
     sizes = counts_of(plan.masks(graph))
-    for of_torch in (False, True):
-        held = axes_given_as_sizes(job.module, graph.inference, sizes, of_torch=of_torch)
+    for of_attention in (False, True):
+        held = axes_given_as_sizes(job.module, graph.inference, sizes, of_attention=of_attention)
         whole = sorted(graph.by_axis[axis].name for axis in held)
         rest = plan.without(whole)
         if not whole or not rest.removed:

@@ -119,13 +119,18 @@ def _alike_by_choice(
 
 
 def axes_given_as_sizes(
-    model: nn.Module, inference: Inference, kept: Mapping[Axis, int], *, of_torch: bool
+    model: nn.Module, inference: Inference, kept: Mapping[Axis, int], *, of_attention: bool
 ) -> set[Axis]:
     """Return the cut axes in dimensions whose size an operator in code of one's own was given.
 
-    With `of_torch` those in torch's own modules count too, which hold sizes as well (`num_heads`).
+    With `of_attention` those that nn.MultiheadAttention was given count too: it holds its number of heads.
     """
-    paths = {path for path, m in model.named_modules() if of_torch or not is_of_torch(type(m))}
+    paths = {
+        path
+        for path, module in model.named_modules()
+        if not is_of_torch(type(module))
+        or (of_attention and isinstance(module, nn.MultiheadAttention))
+    }
     axes: set[Axis] = set()
     for step in inference.steps:
         for layout in _dimensions_asked(step) if step.place.module in paths else ():

@@ -44,7 +44,7 @@ from graphprune.precision import coarsest, tolerance_of
 from graphprune.runtimes import open_session
 from graphprune.sparse_files import hold_sparsely
 from graphprune.state import evaluating, named_tensors, working_copy
-from graphprune.switches import alone, fused_modules, plain_transformers, warn_of_fused
+from graphprune.switches import alone, fused_modules, hushed, plain_transformers, warn_of_fused
 from graphprune.wrappers import unwrapped
 
 aten = torch.ops.aten
@@ -227,7 +227,7 @@ class _Case:
     def of(cls, flat: _Flat, times: int) -> _Case:
         """Return the case of the example repeated `times` times along what is free."""
         tensors = flat.repeated(times)
-        with torch.no_grad():
+        with hushed(), torch.no_grad():
             expected = flat.outputs(tensors)
             if not fused_modules(flat.model):
                 return cls(flat.batch * times, tensors, expected, expected)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,11 +69,13 @@ def test_where_nothing_can_be_traced_the_heads_of_torchs_attention_stay_and_the_
     None
 ):
     model = Gated().eval()
-    slim = gp.slimmed(model, 0.5, torch.randn(2, 7, 16), align=1)
+    with pytest.warns(GraphPruneWarning, match=r"^attention\.in_proj_weight:0\.0 stay whole"):
+        slim = gp.slimmed(model, 0.5, torch.randn(2, 7, 16), align=1)
     assert slim.form == "module"
     assert slim.model.first.out_features == 16  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings("ignore:asked to remove 0%")
 def test_a_graph_that_differs_from_the_fast_path_of_torch_says_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Padded().eval(), tokens()
@@ -86,37 +85,6 @@ def test_a_graph_that_differs_from_the_fast_path_of_torch_says_so(tmp_path: Path
     with pytest.warns(GraphPruneWarning, match=r"net\.onnx gives what body gives in training"):
         exported = gp.export(model, x, tmp_path / "net.onnx")
     assert exported.difference < 1e-5
-
-
-def test_a_graph_of_tensors_is_scripted_copied_pickled_and_exported_again() -> None:
-    x = torch.randn(3, 8)
-    graph = gp.slim(mlp(), 0.5, x, form="graph")
-    expected = graph(x)
-    again: list[Any] = [
-        torch.jit.script(graph),
-        copy.deepcopy(graph),
-        pickle.loads(pickle.dumps(graph)),
-        torch.export.export(graph, (x,)).module(),
-    ]
-    for module in again:
-        torch.testing.assert_close(module(x), expected)
-
-
-def test_a_scripted_graph_takes_keywords_and_gives_a_tuple() -> None:
-    class Keyword(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor, Tensor]:
-            y = self.net(x * scale)
-            return y, y.sum(1)
-
-    inputs = gp.Inputs(torch.randn(3, 8), scale=torch.rand(3, 1))
-    graph = gp.slim(Keyword().eval(), 0.5, inputs, form="graph")
-    found = torch.jit.script(graph)(*inputs.args, **inputs.kwargs)
-    assert isinstance(found, tuple)
-    torch.testing.assert_close(found, graph(*inputs.args, **inputs.kwargs))
 
 
 def test_four_threads_trace_and_export_at_once(tmp_path: Path) -> None:
