@@ -88,20 +88,25 @@ class Interpretation(TorchDispatchMode):
         return pytree.tree_map_only(Tensor, self._normal, result)
 
     def _run_as_it_can(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call the operator; where it does not take float64, on copies in a type that it takes."""
+        """Call the operator; where it does not take float64, on copies in a type that it takes.
+
+        One that takes none of them fails for another reason, which the usual type of models shows best.
+        """
         try:
             return kernels.run(func, args, kwargs)
         except Exception:
             if func.is_view or not kernels.takes_doubles(args, kwargs):
                 raise
-            for dtype in kernels.ROUNDED:
-                try:
-                    result = kernels.run_rounded(func, args, kwargs, dtype)
-                except Exception:
-                    continue
-                self.precision.note(func, dtype)
-                return result
-            raise
+        failures: list[Exception] = []
+        for dtype in kernels.ROUNDED:
+            try:
+                result = kernels.run_rounded(func, args, kwargs, dtype)
+            except Exception as failure:
+                failures.append(failure)
+                continue
+            self.precision.note(func, dtype)
+            return result
+        raise failures[0]
 
     def _normal(self, tensor: Tensor) -> Tensor:
         held = self.precision.held(tensor)
