@@ -234,7 +234,7 @@ def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data:
     if not with_data:
         with without_data(model, inputs, precision) as (stand_in, its_inputs):
             return _infer(stand_in, its_inputs, precision)
-    real_model = copy_with(model, lambda _, tensor: precision.copy(tensor))
+    real_model = copy_with(model, lambda _, tensor: precision.copy(tensor)).requires_grad_(False)
     found = _infer(real_model, inputs.map(precision.copy), precision)
     found.with_data = True
     return found

@@ -276,6 +276,8 @@ class _Sides:
         self.original = silenced_copy(model, run.inference, run.masks, constants, precision)
         filled = partial(_filled_copy, constants=constants, precision=precision)
         self.slim = copy_with(slimmer, filled)
+        for side in (self.original, self.slim):  # torch multiplies what it may have to derive in
+            side.requires_grad_(False)  # another way, and analysis is done without derivatives
 
     def compared_on(self, run: Run) -> Verification:
         """Run both, each from the state that it was given in, and compare their outputs."""
