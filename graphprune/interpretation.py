@@ -94,8 +94,10 @@ class Interpretation(TorchDispatchMode):
         """
         try:
             return kernels.run(func, args, kwargs)
-        except Exception:
-            if func.is_view or not kernels.takes_doubles(args, kwargs):
+        except Exception as failure:
+            if not (
+                kernels.takes_doubles(args, kwargs) and kernels.may_lack_doubles(func, failure)
+            ):
                 raise
         failures: list[Exception] = []
         for dtype in kernels.ROUNDED:

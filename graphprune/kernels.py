@@ -5,6 +5,7 @@ Torch's own kernels do nearly all of it; here is what they cannot do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,22 @@ ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 def takes_doubles(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Say whether float64 tensors are among the arguments."""
     return any(tensor.dtype == torch.float64 for tensor in tensors_in((*args, *kwargs.values())))
+
+
+# How torch's own operators say that they do not take a type.
+_OF_A_TYPE = re.compile("double|float64|scalar type|dtype", re.IGNORECASE)
+
+
+def may_lack_doubles(func: OpOverload, failure: Exception) -> bool:
+    """Say whether an operator that failed on float64 tensors may do so because of their type.
+
+    Torch's own say so. Others must not be tried in another type: in float32 some kernels (oneDNN's of
+    LSTM) do not look whether sizes fit together.
+    """
+    if func.is_view:
+        return False
+    of_a_type = isinstance(failure, NotImplementedError) or _OF_A_TYPE.search(str(failure))
+    return func.namespace != "aten" or bool(of_a_type)
 
 
 def run_rounded(

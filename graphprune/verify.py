@@ -260,6 +260,25 @@ def verify(
     return replace(seen, dtype=sides.precision.dtype)
 
 
+def silenced_outputs(model: nn.Module, run: Run) -> list[tuple[str, Tensor]]:
+    """Return the outputs of the original with the removed slots silenced."""
+    precision = Precision(run.inference.in_double)
+    return _run_silenced(silenced_copy(model, run.inference, run.masks, {}), run, precision)
+
+
+def _run_silenced(silenced: nn.Module, run: Run, precision: Precision) -> list[tuple[str, Tensor]]:
+    silenced = working_copy(silenced).eval()
+    mode = Silencing(silenced, run.inference, run.masks, precision)
+    try:
+        outputs = list(output_tensors(interpret(silenced, run.inputs.map(precision.copy), mode)))
+        mode.check_at_end()
+        return outputs
+    except GraphPruneError:
+        raise
+    except Exception as failure:
+        raise not_runnable(silenced, run.inputs, failure) from failure
+
+
 class _Sides:
     """Copies of both models for any number of runs: the silenced original, and the slim model."""
 
@@ -275,13 +294,11 @@ class _Sides:
         self.precision = precision
         self.original = silenced_copy(model, run.inference, run.masks, constants, precision)
         filled = partial(_filled_copy, constants=constants, precision=precision)
-        self.slim = copy_with(slimmer, filled)
-        for side in (self.original, self.slim):  # torch multiplies what it may have to derive in
-            side.requires_grad_(False)  # another way, and analysis is done without derivatives
+        self.slim = _without_derivatives(copy_with(slimmer, filled))
 
     def compared_on(self, run: Run) -> Verification:
         """Run both, each from the state that it was given in, and compare their outputs."""
-        expected = self._silenced_outputs(run)
+        expected = _run_silenced(self.original, run, self.precision)
         _check_comparable(self.model, expected)
         inputs = run.inputs.map(self.precision.copy)
         outputs = _outputs(working_copy(self.slim), inputs, _Counting(self.precision))
@@ -290,19 +307,6 @@ class _Sides:
             for (name, wanted), (_, given) in zip(expected, outputs, strict=True)
         )
         return Verification(max(differences), len(expected), (run.inputs,))
-
-    def _silenced_outputs(self, run: Run) -> list[tuple[str, Tensor]]:
-        original = working_copy(self.original).eval()
-        mode = Silencing(original, run.inference, run.masks, self.precision)
-        try:
-            inputs = run.inputs.map(self.precision.copy)
-            outputs = list(output_tensors(interpret(original, inputs, mode)))
-            mode.check_at_end()
-            return outputs
-        except GraphPruneError:
-            raise
-        except Exception as failure:
-            raise not_runnable(self.model, run.inputs, failure) from failure
 
 
 def _say_how_precisely(model: nn.Module, precision: Precision) -> None:
@@ -408,7 +412,12 @@ def silenced_copy(
     """
     precision = precision or Precision(inference.in_double)
     copied = partial(_filled_copy, constants=constants, precision=precision)
-    return without(model, inference, masks, copied)
+    return _without_derivatives(without(model, inference, masks, copied))
+
+
+def _without_derivatives(model: nn.Module) -> nn.Module:
+    """Return the model as it is analysed: torch multiplies what it may have to derive in another way."""
+    return model.requires_grad_(False)
 
 
 def _own_copy(_: str, tensor: Tensor) -> Tensor:

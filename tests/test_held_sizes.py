@@ -156,6 +156,7 @@ def test_a_record_is_about_the_module_that_it_names() -> None:
     assert [info["num_chs"] for info in slimmer.feature_info] == [24, 12]
 
 
+@pytest.mark.filterwarnings("ignore:ratio and align will not be read")
 def test_code_tells_which_of_two_equal_dimensions_a_number_is_of() -> None:
     slimmer = cut(Stages(), exclude=["first*"])
     assert slimmer.num_features == 12

@@ -28,7 +28,7 @@ from graphprune.inference import infer
 from graphprune.inputs import Inputs, call, output_tensors
 from graphprune.layout import Axis, Mask
 from graphprune.switches import plain_kernels
-from graphprune.verify import silenced_outputs
+from graphprune.verify import Run, silenced_outputs
 from tests.structures import STRUCTURES
 
 # Structures whose channels an operator mixes along the cut dimension before anything reads them, or
@@ -273,7 +273,7 @@ def test_a_closed_gate_silences_its_channel(name: str) -> None:
         with plain_kernels():  # as the silenced model is run
             given = float(gated(gates, inputs, None))
         masks: dict[Axis, Mask] = {group.axis: np.arange(group.size) != slot}
-        outputs = silenced_outputs(model, inputs, graph.inference, masks, {})
+        outputs = silenced_outputs(model, Run(inputs, graph.inference, masks))
         wanted = float(_squares([tensor for _, tensor in outputs], None))
         assert given == pytest.approx(wanted, rel=1e-4), group.name
 

@@ -124,6 +124,7 @@ def test_a_second_run_of_nothing_changes_nothing(model: nn.Module, x: Tensor) ->
     assert again.code == traced.code
 
 
+@pytest.mark.filterwarnings("ignore:asked to remove 60% of channels")
 def test_a_pipeline_as_text_as_python_and_in_a_pass_manager_gives_the_same(
     model: nn.Module, x: Tensor
 ) -> None:
