@@ -15,8 +15,8 @@ from graphprune.atomic_files import write_text
 from graphprune.capture import prepared
 from graphprune.errors import VerificationError
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.onnx import relative_difference
 from graphprune.pipeline import Pass
+from graphprune.precision import relative_difference
 from graphprune.state import evaluating, working_copy
 
 

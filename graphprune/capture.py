@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from graphprune.caches import without_caches
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.precision import coarsest, tolerance_of
+from graphprune.precision import coarsest, relative_difference, tolerance_of
 from graphprune.state import check_not_quantised, copy_with, named_tensors, working_copy
 from graphprune.switches import (
     alone,
@@ -382,9 +382,9 @@ def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: 
     with same_chance():
         given = list(output_tensors(call(graph_module, inputs)))
     gaps = [
-        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-12))
-        for (_, a), (_, b) in zip(usual, given, strict=True)
-        if a.is_floating_point() and a.numel()
+        relative_difference(*(tensor.double().numpy(force=True) for tensor in pair))
+        for pair in ((a, b) for (_, a), (_, b) in zip(usual, given, strict=True))
+        if pair[0].is_floating_point()
     ]
     if max(gaps, default=0.0) > _tolerance(model, inputs):
         warn_of_fused(model, "the graph", max(gaps))

@@ -7,25 +7,21 @@ import contextlib
 import dataclasses
 import inspect
 import io
-import itertools
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
-from graphprune.atomic_files import checked_target
+from graphprune.atomic_files import checked_target, drafted_folder
 from graphprune.block_sparse.scan import TRANSLATIONS
 from graphprune.caches import without_caches
 from graphprune.errors import ExportError, in_a_line, warn
@@ -40,7 +36,14 @@ from graphprune.free_sizes import (
     with_fewer_names,
 )
 from graphprune.inputs import Inputs, output_tensors
-from graphprune.precision import coarsest, tolerance_of
+from graphprune.onnx_cleanup import (
+    free_lengths,
+    remove_assertions,
+    renamed,
+    tidy,
+    values_of,
+)
+from graphprune.precision import coarsest, relative_difference, tolerance_of
 from graphprune.runtimes import open_session
 from graphprune.sparse_files import hold_sparsely
 from graphprune.state import evaluating, named_tensors, working_copy
@@ -130,7 +133,7 @@ def export(
             "batch": `{"x": {0: "length", 1: "batch"}}`.
         opset: version of the ONNX operators; by default PyTorch's own choice.
         tolerance: largest difference accepted, relative to the largest value of the output; by default
-            0.0001, 0.005 for a model with float16 numbers and 0.04 for one with bfloat16.
+            0.0001, 0.005 for a model with float16 numbers and 0.03 for one with bfloat16.
         sparse_weights: hold weights that are mostly zero by what is not, with its places, where that is
             smaller. ONNX Runtime makes them dense when it loads them: the file is smaller, memory and time
             are not.
@@ -345,10 +348,10 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
     flat, free = request.flat, len(cases) > 1
     traced, program = _translated(flat, cases[-1].tensors, request.options.opset, free)
     if free:
-        _free_lengths(program.model)
+        free_lengths(program.model)
         _name_free(flat, program.model)
     origins = _origins(program)
-    _tidy(program.model, flat.names, [name for name, _ in cases[0].expected])
+    tidy(program.model, flat.names, [name for name, _ in cases[0].expected], PREFIX)
     size, difference = _save(program, request, cases)
     graph = program.model.graph
     exported = Exported(
@@ -369,17 +372,14 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
 
 def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
     """Check the file elsewhere and put it in its place; return its bytes and its difference."""
-    folder = request.path.parent
-    with tempfile.TemporaryDirectory(dir=folder) as elsewhere:
-        draft = Path(elsewhere) / request.path.name
+    with drafted_folder(request.path.parent, last=request.path.name) as elsewhere:
+        draft = elsewhere / request.path.name
         program.save(draft)
         if request.options.sparse_weights:
             hold_sparsely(draft)
         difference = _difference(draft, cases, request)
-        files = list(Path(elsewhere).iterdir())  # above 2 GB the weights have a file of their own
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
-            file.replace(folder / file.name)
+        # Above 2 GB the weights have a file of their own.
+        size = sum(file.stat().st_size for file in elsewhere.iterdir())
     return size, difference
 
 
@@ -392,7 +392,7 @@ def _translated(
     shapes = {"tensors": tuple(dims or None for dims in auto)}
     with _quiet(), plain_transformers(), torch.no_grad():
         program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        _without_assertions(program)
+        remove_assertions(program)
         for node in program.graph.nodes:
             node.meta["custom"] = {
                 _ORIGIN: node.name
@@ -422,37 +422,6 @@ def _origins(program: ONNXProgram) -> list[tuple[ir.Node, str]]:
     return found
 
 
-def _without_assertions(program: torch.export.ExportedProgram) -> None:
-    """Take out the checks of values that a model makes (`torch._check`), and what is only for them."""
-    graph = program.graph_module.graph
-    for node in reversed(graph.nodes):
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet in _ASSERTIONS or not (node.users or node.is_impure()):
-            graph.erase_node(node)
-    program.graph_module.recompile()
-
-
-_ASSERTIONS = (aten._assert_async, aten._assert_scalar, aten._assert_tensor_metadata)
-
-
-def _free_lengths(model: ir.Model) -> None:
-    """Let recurrent layers join their directions at any length: the exporter writes down the traced one."""
-    for node in list(model.graph):
-        source = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
-        if source is None or source.op_type != "Transpose" or source.inputs[0] is None:
-            continue
-        layer = source.inputs[0].producer()
-        if layer is None or layer.op_type not in ("LSTM", "GRU", "RNN"):
-            continue
-        if source.inputs[0] is layer.outputs[0]:  # [time, direction, batch, unit], the two swapped
-            name = f"{node.outputs[0].name}_shape"
-            shape = ir.Value(name=name, const_value=ir.tensor([0, 0, -1], ir.DataType.INT64, name))
-            model.graph.register_initializer(shape)
-            node.replace_input_with(1, shape)
-            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # 0 is "as it is"
-    RemoveUnusedNodesPass()(model)
-
-
 def _name_free(flat: _Flat, model: ir.Model) -> None:
     """Name the free dimensions, or raise if the exporter made a number of the batch.
 
@@ -474,51 +443,10 @@ def _name_free(flat: _Flat, model: ir.Model) -> None:
             else:
                 names.setdefault(str(sizes[d]), name)
         value.shape = ir.Shape(sizes)
-    for value in _values(model.graph):
+    for value in values_of(model.graph):
         if value.shape is not None and not value.is_initializer():
             unknown = is_number and value not in inputs
-            value.shape = ir.Shape([None if unknown else _renamed(d, names) for d in value.shape])
-
-
-def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
-    """Return a dimension with its symbols renamed."""
-    if isinstance(dim, int) or dim.value is None:
-        return dim if isinstance(dim, int) else None
-    symbols = "|".join(map(re.escape, names)) or "(?!)"
-    return re.sub(rf"\b({symbols})\b", lambda found: names[found[0]], str(dim))
-
-
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    """Return the inputs, weights and results of a graph and the graphs in its nodes, each once."""
-    results = [value for node in graph.all_nodes() for value in node.outputs]
-    inner = [value for its in graph.subgraphs() for value in its.inputs]
-    return list(dict.fromkeys([*graph.inputs, *graph.initializers.values(), *inner, *results]))
-
-
-def _tidy(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
-    """Name inputs, outputs and weights as the caller does; drop stack traces and local paths."""
-    graph = model.graph
-    ends = [*graph.inputs, *graph.outputs]
-    inner = [value for value in _values(graph) if value not in ends]
-    names = _unique([*inputs, *map(_output_name, outputs)], set())
-    names += _unique([str(value.name).removeprefix(PREFIX) for value in inner], set(names))
-    for value, name in zip([*ends, *inner], names, strict=True):
-        value.name = name
-    places: list[ir.Model | ir.Graph | ir.Node | ir.Value]
-    places = [model, graph, *graph.all_nodes(), *ends, *inner]
-    for place in places:
-        place.metadata_props.clear()
-        place.doc_string = None
-
-
-def _unique(names: Iterable[str], taken: set[str]) -> list[str]:
-    """Return the names, those already taken or given before with _2, _3... at the end."""
-    given: list[str] = []
-    for name in names:
-        candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
-        given.append(next(candidate for candidate in candidates if candidate not in taken))
-        taken.add(given[-1])
-    return given
+            value.shape = ir.Shape([None if unknown else renamed(d, names) for d in value.shape])
 
 
 def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -531,12 +459,6 @@ def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
         re.findall(r"\w+", pytree.keystr(p)) for p, leaf in located if isinstance(leaf, Tensor)
     ]
     return ["_".join([positional[int(w[1])] if w[0] == "0" else w[1], *w[2:]]) for w in words]
-
-
-def _output_name(name: str) -> str:
-    """Return an output's name as an identifier: `output['logits']` is logits."""
-    words = re.findall(r"\w+", name)
-    return "_".join(words[1:] if len(words) > 1 and not words[1].isdigit() else words)
 
 
 def _difference(path: Path, cases: list[_Case], request: _Request) -> float:
@@ -584,16 +506,6 @@ def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], request: _Reque
             f"{str(request.flat.dtype).removeprefix('torch.')}, and tolerance= sets another"
         )
     return difference
-
-
-def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Return max|a - b| / max|a|; equal infinities agree, and so do NaNs at the same places."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    differs = ~((x == y) | (np.isnan(x) & np.isnan(y)))
-    if not differs.any():
-        return 0.0
-    largest = np.abs(x[np.isfinite(x)]).max(initial=1e-12)
-    return float((np.abs(x[differs] - y[differs]) / largest).max())
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

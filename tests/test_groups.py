@@ -52,6 +52,7 @@ LAYERS = [
     "cost",
     "runtimes",
     "sparse_files",
+    "onnx_cleanup",
     "onnx",
     "timing",
     "races",

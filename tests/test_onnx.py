@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
 from graphprune.inputs import Inputs, call
-from graphprune.onnx import Exported, export, relative_difference
+from graphprune.onnx import Exported, export
+from graphprune.precision import relative_difference
 from graphprune.runtimes import Runtime, open_session
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
