@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, islice, product
 from typing import Any, TypeAlias
@@ -33,7 +33,6 @@ from graphprune.forms import Slimmed
 from graphprune.inference import infer
 from graphprune.layout import counts_of, kept_size, size_of
 from graphprune.recorded import Inference, Step, Value
-from graphprune.state import copy_with
 
 # Sets of changes that are tried at most; each is a model built without memory.
 _MOST_TRIED = 300
@@ -122,7 +121,6 @@ def find(result: Slimmed, written: Written | None = None) -> Fit:
 
     """
     architecture = Architecture(result.model)
-    result = _with_computed_buffers_whole(architecture, result)
     search = Search(architecture, shapes(result.model), Numbers(architecture, result))
     first: Difference | None = None
     for changes in islice(search.fitting(), _MOST_COMPARED):
@@ -137,27 +135,6 @@ def find(result: Slimmed, written: Written | None = None) -> Fit:
             return Fit(result, model, content, search)
         first = first or difference
     return Fit(result, None, {}, search, first)
-
-
-def _with_computed_buffers_whole(architecture: Architecture, result: Slimmed) -> Slimmed:
-    """Return the slim model without cuts that concern only what no checkpoint holds.
-
-    The part of a buffer of positions that shorter inputs do not reach is a group by itself; a model that
-    is built from a config has it whole.
-    """
-    state = result.model.state_dict().keys()
-    computed = [
-        name
-        for name in result.plan.keep
-        if all(member.parameter not in state for member in result.graph.by_name[name].members)
-    ]
-    if not computed:
-        return result
-    members = [m.parameter for name in computed for m in result.graph.by_name[name].members]
-    original = tensors_of(architecture.changed({}))
-    whole = {name: original[name] for name in members if name in original}
-    model = copy_with(result.model, lambda name, tensor: whole.get(name, tensor))
-    return replace(result, model=model, plan=result.plan.without(computed))
 
 
 class Numbers:
