@@ -18,9 +18,11 @@ from graphprune.layout import (
     Axis,
     Concat,
     Layout,
+    Permuted,
     Product,
     free_axes,
     leaves,
+    parts_of,
     resolve,
     size_of,
 )
@@ -98,8 +100,8 @@ def _rest_of(layout: Layout, axis: Axis) -> list[int]:
     layout = resolve(layout)
     if layout is axis:
         return [1]
-    if isinstance(layout, Concat):
-        return [rest for part in layout.parts for rest in _rest_of(part, axis)]
+    if isinstance(layout, Concat | Permuted):
+        return [rest for part in parts_of(layout) for rest in _rest_of(part, axis)]
     if isinstance(layout, Product) and any(leaf is axis for leaf in leaves(layout)):
         for factor in layout.factors:
             inside = _rest_of(factor, axis)

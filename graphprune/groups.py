@@ -19,10 +19,12 @@ from graphprune.layout import (
     Axis,
     Concat,
     Layout,
+    Permuted,
     Product,
     Reason,
     describe,
     free_axes,
+    parts_of,
     resolve,
     why_fixed,
 )
@@ -285,8 +287,8 @@ def _inner_axes(layout: Layout, known: set[Axis]) -> Iterator[Axis]:
     both orders in different places, the one seen first as the outer one is cut.
     """
     layout = resolve(layout)
-    if isinstance(layout, Concat):
-        for part in layout.parts:
+    if isinstance(layout, Concat | Permuted):
+        for part in parts_of(layout):
             yield from _inner_axes(part, known)
     elif isinstance(layout, Product):
         below = False

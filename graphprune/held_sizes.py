@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from graphprune.attributes import DESCRIBED
 from graphprune.errors import VerificationError
 from graphprune.held_numbers import HeldNumber, held_numbers, is_of_torch, put_number
-from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
+from graphprune.layout import Axis, Layout, free_axes, kept_size, resolve, size_of
 from graphprune.recorded import Inference, Step
 
 # Ways of following that are tried at most; each is a run without data.
@@ -121,7 +121,7 @@ def _alike_by_choice(
 def axes_given_as_sizes(
     model: nn.Module, inference: Inference, kept: Mapping[Axis, int], *, of_attention: bool
 ) -> set[Axis]:
-    """Return the cut axes in dimensions whose size an operator in code of one's own was given.
+    """Return the cut axes in dimensions whose size, or order, an operator in code of one's own was given.
 
     With `of_attention` those that nn.MultiheadAttention was given count too: it holds its number of heads.
     """
@@ -133,9 +133,18 @@ def axes_given_as_sizes(
     }
     axes: set[Axis] = set()
     for step in inference.steps:
-        for layout in _dimensions_asked(step) if step.place.module in paths else ():
-            axes.update(axis for axis in free_axes(layout) if axis in kept)
+        if step.place.module in paths:
+            for layout in (*_dimensions_asked(step), *_ordered_by_code(step)):
+                axes.update(axis for axis in free_axes(layout) if axis in kept)
     return axes
+
+
+def _ordered_by_code(step: Step) -> Iterator[Layout]:
+    """Yield the dimension of a step's result whose slots come in an order that stands in code."""
+    if step.addresses and any(value.numbers and not value.numbers.name for value in step.inputs):
+        for before, after in zip(step.inputs[0].layouts, step.outputs[0].layouts, strict=True):
+            if resolve(before) != resolve(after):
+                yield after
 
 
 def _dimensions_asked(step: Step) -> Iterator[Layout]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from graphprune.layout import (
     flattened,
     size_of,
 )
+from graphprune.orders import fix_misread_orders, numbers_in, passes_numbers_on
 from graphprune.other_sizes import all_lengths_vary, other_inputs, reconcile
 from graphprune.precision import Precision
 from graphprune.reach import (
@@ -41,6 +42,7 @@ from graphprune.recorded import Inference, OtherRun, Step, Value
 from graphprune.rules import (
     Call,
     Layouts,
+    Numbers,
     Rule,
     bind_arguments,
     is_in_place,
@@ -58,9 +60,9 @@ UNKNOWN = "an operator without a rule"
 class LayoutInference(Interpretation):
     """Gives every tensor its layouts by the rule of the operator that makes it."""
 
-    def __init__(self, precision: Precision | None = None) -> None:
+    def __init__(self, precision: Precision | None = None, *, with_data: bool = False) -> None:
         super().__init__(precision)
-        self.found = Inference(in_double=self.precision.double)
+        self.found = Inference(in_double=self.precision.double, with_data=with_data)
         self.values: Any = WeakTensorKeyDictionary()
         self.in_training = False
 
@@ -89,6 +91,16 @@ class LayoutInference(Interpretation):
         """Return the layouts of a tensor."""
         return self.value_of(tensor).layouts
 
+    def numbers_of(self, tensor: Tensor) -> Numbers | None:
+        """Return what a tensor holds: the model's own numbers, or those that stand in its code.
+
+        Where the code sees data, numbers in it may follow from these.
+        """
+        value = self.value_of(tensor)
+        if value.source == "constant" and not self.found.with_data:
+            value.numbers = numbers_in("", tensor)
+        return value.numbers
+
     def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operator, apply its rule and record both."""
         arguments = bind_arguments(func, args, kwargs)
@@ -99,13 +111,28 @@ class LayoutInference(Interpretation):
         outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
         if not outputs:
             return result
-        call = Call(func, arguments, self.layouts_of, outputs, self.place(func), strides)
+        place = self.place(func)
+        call = Call(func, arguments, self.layouts_of, outputs, place, strides, self.numbers_of)
         layouts = self._apply(rule, call)
         values = self._results(call, layouts, inputs)
+        if passes_numbers_on(func, outputs[0]):
+            values[0].numbers = self.numbers_of(operands[0])
+        for name, layout in call.addressed.items():
+            if name:
+                call.unify(self.found.addressed.setdefault(name, layout), layout)
         recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
-            Step(func, call.reason, inputs, values, recorded, call.renormalises, node)
+            Step(
+                func,
+                place,
+                inputs,
+                values,
+                recorded,
+                call.renormalises,
+                node,
+                bool(call.addressed),
+            )
         )
         return result
 
@@ -231,13 +258,14 @@ def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
 
 def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
     """Infer in one precision, on the model's real tensors or on tensors without data."""
+    tensors = named_tensors(model).items()
+    held = {name: numbers_in(name, tensor) for name, tensor in tensors}
     if not with_data:
         with without_data(model, inputs, precision) as (stand_in, its_inputs):
-            return _infer(stand_in, its_inputs, precision)
+            return _infer(stand_in, its_inputs, LayoutInference(precision), held)
     real_model = copy_with(model, lambda _, tensor: precision.copy(tensor)).requires_grad_(False)
-    found = _infer(real_model, inputs.map(precision.copy), precision)
-    found.with_data = True
-    return found
+    mode = LayoutInference(precision, with_data=True)
+    return _infer(real_model, inputs.map(precision.copy), mode, held)
 
 
 @contextmanager
@@ -274,16 +302,16 @@ def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> Captur
     )
 
 
-def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
-    mode = LayoutInference(precision)
+def _infer(
+    model: nn.Module, inputs: Inputs, mode: LayoutInference, held: Mapping[str, Numbers | None]
+) -> Inference:
     found = mode.found
     holders: dict[int, str] = {}
     for name, tensor in named_tensors(model).items():
         first = holders.setdefault(id(tensor), name)
         if first == name:
-            found.parameters[name] = mode.declare(
-                tensor, [Axis(n) for n in tensor.shape], name
-            ).layouts
+            value = mode.declare(tensor, [Axis(n) for n in tensor.shape], name)
+            value.numbers, found.parameters[name] = held[name], value.layouts
             found.trainable.update([name] if isinstance(tensor, nn.Parameter) else [])
         found.names.setdefault(first, []).append(name)
     for position, tensor in enumerate(inputs.tensors()):
@@ -300,6 +328,7 @@ def _infer(model: nn.Module, inputs: Inputs, precision: Precision) -> Inference:
         steps += _steps_in_training(model, inputs, mode)
         read |= names_read(steps)
     fix_unused(found, read)
+    fix_misread_orders(found, steps)
     fix_ranks(model, found.parameters, found.names)
     fix_unread(found, steps)
     return found

@@ -1,15 +1,16 @@
 """What a tensor dimension is made of, and how two dimensions are made the same.
 
 The layout of a dimension is an `Axis` (slots that may be removed one by one), a `Product` of layouts
-(row-major, what a reshape makes) or a `Concat` of layouts (what a concatenation makes). `unify` is
-the one way to say that two dimensions must lose the same slots; what it cannot express it fixes, and
-a fixed axis is never cut, so the answer is always safe. Nothing here knows about torch.
+(row-major, what a reshape makes), a `Concat` of layouts (what a concatenation makes) or a `Permuted`
+layout (what a flip makes). `unify` is the one way to say that two dimensions must lose the same
+slots; what it cannot express it fixes, and a fixed axis is never cut, so the answer is always safe.
+Nothing here knows about torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import TypeAlias
@@ -102,7 +103,21 @@ class Concat(_NotANumber):
         return f"({' + '.join(map(repr, self.parts))})"
 
 
-Layout: TypeAlias = Axis | Product | Concat
+@dataclass(frozen=True, repr=False)
+class Permuted(_NotANumber):
+    """A layout in another order: position `i` is position `order[i]` of `inner`.
+
+    What is kept of it comes in that order too: of slots a b c d, reversed, without b, are left d c a.
+    """
+
+    inner: Layout
+    order: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"permuted {self.inner!r}"
+
+
+Layout: TypeAlias = Axis | Product | Concat | Permuted
 
 UNIT = Product(())
 EMPTY = Concat(())
@@ -119,6 +134,8 @@ def resolve(layout: Layout) -> Layout:
         if EMPTY in factors:
             return EMPTY
         return factors[0] if len(factors) == 1 else Product(tuple(factors))
+    if isinstance(layout, Permuted):
+        return _resolve_permuted(layout)
     parts: list[Layout] = []
     for part in map(resolve, layout.parts):
         parts.extend(part.parts if isinstance(part, Concat) else (part,))
@@ -145,13 +162,32 @@ def _resolve_axis(axis: Axis) -> Layout:
     return layout
 
 
+def _resolve_permuted(layout: Permuted) -> Layout:
+    """Follow one order after the other; slots that come out in their own are not permuted."""
+    inner, order = resolve(layout.inner), layout.order
+    if isinstance(inner, Permuted):
+        order = tuple(map(inner.order.__getitem__, order))
+        inner = inner.inner
+    in_order = all(i == position for i, position in enumerate(order))
+    return inner if in_order else Permuted(inner, order)
+
+
 def size_of(layout: Layout) -> int:
     """Return the number of positions along a dimension of this layout."""
     if isinstance(layout, Axis):
         return layout.size
+    if isinstance(layout, Permuted):
+        return len(layout.order)
     if isinstance(layout, Product):
         return prod(map(size_of, layout.factors))
     return sum(map(size_of, layout.parts))
+
+
+def parts_of(layout: Product | Concat | Permuted) -> tuple[Layout, ...]:
+    """Return the layouts that one is made of: factors, pieces, or the one that is permuted."""
+    if isinstance(layout, Product):
+        return layout.factors
+    return layout.parts if isinstance(layout, Concat) else (layout.inner,)
 
 
 def leaves(layout: Layout) -> Iterator[Axis]:
@@ -160,7 +196,7 @@ def leaves(layout: Layout) -> Iterator[Axis]:
     if isinstance(resolved, Axis):
         yield resolved
     else:
-        for inner in resolved.factors if isinstance(resolved, Product) else resolved.parts:
+        for inner in parts_of(resolved):
             yield from leaves(inner)
 
 
@@ -169,7 +205,7 @@ def given_axes(layout: Layout) -> Iterator[Axis]:
     if isinstance(layout, Axis):
         yield layout
     else:
-        for inner in layout.factors if isinstance(layout, Product) else layout.parts:
+        for inner in parts_of(layout):
             yield from given_axes(inner)
 
 
@@ -244,8 +280,29 @@ def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
         _bind(a, b, reason)
     elif isinstance(a, Product) and isinstance(b, Product):
         _unify_products(a, b, reason, depth + 1)
+    elif isinstance(a, Permuted) and _undoes(a, b):
+        _unify(a.inner, _back_in_order(b, a), reason, depth + 1)
+    elif isinstance(b, Permuted) and _undoes(b, a):
+        _unify(b.inner, _back_in_order(a, b), reason, depth + 1)
+    elif not (isinstance(a, Concat) or isinstance(b, Concat)):
+        _fix_both(a, b, reason)
     else:
         _unify_pieces(a, b, reason, depth + 1)
+
+
+def _undoes(a: Permuted, b: Layout) -> bool:
+    """Say whether what `a` permutes can be unified with `b` in the order that takes that back."""
+    return isinstance(a.inner, Axis) or (isinstance(b, Permuted) and a.order == b.order)
+
+
+def _back_in_order(layout: Layout, other: Permuted) -> Layout:
+    """Return what stands in `layout` where the slots of `other.inner` stand in `other`."""
+    return resolve(Permuted(layout, inverse_of(other.order)))
+
+
+def inverse_of(order: Sequence[int]) -> tuple[int, ...]:
+    """Return the order that takes another one back."""
+    return tuple(int(position) for position in np.argsort(order))
 
 
 def _fix_both(a: Layout, b: Layout, reason: Reason) -> None:
@@ -255,7 +312,7 @@ def _fix_both(a: Layout, b: Layout, reason: Reason) -> None:
 
 def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
     if any(leaf is axis for leaf in leaves(layout)):
-        fix(layout, reason)
+        fix(layout, replace(reason, why="to be kept like itself in another order"))
         return
     axis.bound = layout
     for mark in axis.renormalised:
@@ -281,7 +338,7 @@ def _unify_pieces(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
     if len(cuts) > MAX_PIECES:
         _fix_both(a, b, reason)
         return
-    for x, y in zip(cut(a, cuts), cut(b, cuts), strict=True):
+    for x, y in zip(cut(a, cuts, reason), cut(b, cuts, reason), strict=True):
         _unify(x, y, reason, depth)
 
 
@@ -299,6 +356,8 @@ def can_split(layout: Layout, inner: int) -> bool:
         return layout.size % inner == 0
     if isinstance(layout, Concat):
         return all(can_split(part, inner) for part in layout.parts)
+    if isinstance(layout, Permuted):
+        return False
     for factor in reversed(layout.factors):
         size = size_of(factor)
         if inner % size:
@@ -322,6 +381,8 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
         pieces = _fresh_like(layout, layout.size // inner), _fresh_like(layout, inner)
         _take_apart(layout, Product(pieces))
         return pieces
+    if isinstance(layout, Permuted):
+        raise AssertionError("can_split was asked first")
     if isinstance(layout, Concat):
         pairs = [split(part, inner, reason) for part in layout.parts]
         shared = pairs[0][1]
@@ -352,18 +413,21 @@ def _take_apart(axis: Axis, pieces: Layout) -> None:
         axis.bound = pieces
 
 
-def cut(layout: Layout, positions: Sequence[int]) -> list[Layout]:
-    """Return the consecutive pieces of a layout between the given increasing positions."""
+def cut(layout: Layout, positions: Sequence[int], reason: Reason) -> list[Layout]:
+    """Return the consecutive pieces of a layout between the given increasing positions.
+
+    Where slots that are in another order do not lie together in their own, they are fixed, for `reason`.
+    """
     pieces: list[Layout] = []
     rest, done = layout, 0
     for position in positions:
-        piece, rest = _cut_once(rest, position - done)
+        piece, rest = _cut_once(rest, position - done, reason)
         pieces.append(piece)
         done = position
     return [resolve(piece) for piece in (*pieces, rest)]
 
 
-def _cut_once(layout: Layout, at: int) -> tuple[Layout, Layout]:
+def _cut_once(layout: Layout, at: int, reason: Reason) -> tuple[Layout, Layout]:
     layout = resolve(layout)
     if at == 0:
         return EMPTY, layout
@@ -374,32 +438,48 @@ def _cut_once(layout: Layout, at: int) -> tuple[Layout, Layout]:
         _take_apart(layout, Concat((head, tail)))
         return head, tail
     if isinstance(layout, Concat):
-        return _cut_concat(layout, at)
-    return _cut_product(layout, at)
+        return _cut_concat(layout, at, reason)
+    if isinstance(layout, Permuted):
+        return _cut_permuted(layout, at, reason)
+    return _cut_product(layout, at, reason)
 
 
-def _cut_concat(layout: Concat, at: int) -> tuple[Layout, Layout]:
+def _cut_concat(layout: Concat, at: int, reason: Reason) -> tuple[Layout, Layout]:
     before: list[Layout] = []
     for index, part in enumerate(layout.parts):
         size = size_of(part)
         if at <= size:
-            head, tail = _cut_once(part, at)
+            head, tail = _cut_once(part, at, reason)
             return Concat((*before, head)), Concat((tail, *layout.parts[index + 1 :]))
         before.append(part)
         at -= size
     raise AssertionError("the position lies inside the layout")
 
 
-def _cut_product(layout: Product, at: int) -> tuple[Layout, Layout]:
+def _cut_product(layout: Product, at: int, reason: Reason) -> tuple[Layout, Layout]:
     """Cut between slots of the outer factor, or through one slot of it, which then stays whole."""
     outer, inner = layout.factors[0], Product(layout.factors[1:])
     slot, offset = divmod(at, size_of(inner))
     if offset == 0:
-        head, tail = _cut_once(outer, slot)
+        head, tail = _cut_once(outer, slot, reason)
         return Product((head, inner)), Product((tail, inner))
-    before, _, after = cut(outer, [slot, slot + 1])
-    head, tail = _cut_once(inner, offset)
+    before, _, after = cut(outer, [slot, slot + 1], reason)
+    head, tail = _cut_once(inner, offset, reason)
     return Concat((Product((before, inner)), head)), Concat((tail, Product((after, inner))))
+
+
+def _cut_permuted(layout: Permuted, at: int, reason: Reason) -> tuple[Layout, Layout]:
+    """Cut where the first positions are neighbours in their own order too; else all slots stay."""
+    first = min(layout.order[:at])
+    if max(layout.order[:at]) - first != at - 1:
+        why = replace(reason, why="taken apart in another order than its own")
+        fix(layout, why)
+        return Axis(at, why), Axis(len(layout.order) - at, why)
+    before, head, after = cut(layout.inner, [first, first + at], reason)
+    order = np.array(layout.order)
+    order_of_rest = order[at:] - at * (order[at:] > first)
+    rest = Permuted(Concat((before, after)), tuple(order_of_rest.tolist()))
+    return Permuted(head, tuple((order[:at] - first).tolist())), rest
 
 
 def regroup(dims: Sequence[Layout], sizes: Sequence[int], reason: Reason) -> list[Layout]:
@@ -464,6 +544,8 @@ def mask_of(layout: Layout, keep: Mapping[Axis, Mask]) -> Mask:
     if isinstance(layout, Concat):
         parts = [mask_of(part, keep) for part in layout.parts]
         return np.concatenate(parts) if parts else np.ones(0, dtype=bool)
+    if isinstance(layout, Permuted):
+        return mask_of(layout.inner, keep)[list(layout.order)]
     mask = np.ones(1, dtype=bool)
     for factor in layout.factors:
         mask = np.outer(mask, mask_of(factor, keep)).reshape(-1)
@@ -482,7 +564,7 @@ def kept_size(layout: Layout, kept: Mapping[Axis, int]) -> int:
         return kept.get(layout, layout.size)
     if isinstance(layout, Product):
         return prod(kept_size(factor, kept) for factor in layout.factors)
-    return sum(kept_size(part, kept) for part in layout.parts)
+    return sum(kept_size(part, kept) for part in parts_of(layout))
 
 
 def touches(layout: Layout, axes: Mapping[Axis, object]) -> bool:
@@ -501,6 +583,8 @@ def slots_of(layout: Layout, axis: Axis) -> list[npt.NDArray[np.int64]]:
         return [np.arange(axis.size)] if layout is axis else []
     if isinstance(layout, Product):
         return list(_slots_of_product(layout, axis))
+    if isinstance(layout, Permuted):
+        return [slots[list(layout.order)] for slots in slots_of(layout.inner, axis)]
     found = [slots_of(part, axis) for part in layout.parts]
     sizes = [size_of(part) for part in layout.parts]
     return [
@@ -531,4 +615,6 @@ def describe(layout: Layout, names: Mapping[Axis, str] | None = None) -> str:
         return (
             f"({' '.join(describe(f, names) for f in layout.factors)})" if layout.factors else "1"
         )
+    if isinstance(layout, Permuted):
+        return f"permuted {describe(layout.inner, names)}"
     return f"({' + '.join(describe(part, names) for part in layout.parts)})"

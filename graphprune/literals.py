@@ -32,8 +32,8 @@ from graphprune.rules import Layouts, arguments_of, bind_arguments
 
 aten = torch.ops.aten
 
-# Splits here repeat what inference did, so that nothing is left to unify or to fix.
-_NO_REASON = Reason("the same split as in inference")
+# Splits and cuts here repeat what inference did, so that nothing is left to unify or to fix.
+_NO_REASON = Reason("the same as in inference")
 
 
 def restricted_arguments(
@@ -203,7 +203,7 @@ def _slice(site: _Site) -> None:
 
 
 def _kept_before(site: _Site, layout: Layout, position: int) -> int:
-    return site.left(cut(layout, [position])[0])
+    return site.left(cut(layout, [position], _NO_REASON)[0])
 
 
 def _select(site: _Site) -> None:
@@ -263,8 +263,10 @@ def _pad(site: _Site) -> None:
         inside = site.layouts("self")[-1 - i]
         if not site.is_cut(layout) and not site.is_cut(inside):
             continue
-        pieces = cut(layout, [max(before, 0), size_of(layout) - max(after, 0)])
-        dropped = cut(inside, [max(-before, 0), size_of(inside) - max(-after, 0)])
+        ends = [max(before, 0), size_of(layout) - max(after, 0)]
+        pieces = cut(layout, ends, _NO_REASON)
+        ends_inside = [max(-before, 0), size_of(inside) - max(-after, 0)]
+        dropped = cut(inside, ends_inside, _NO_REASON)
         for offset, side in ((0, 0), (1, 2)):
             amounts[2 * i + offset] = site.left(pieces[side]) - site.left(dropped[side])
     site.set("pad", amounts)

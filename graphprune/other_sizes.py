@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Layout, Product, Reason, fix, is_fixed, resolve, size_of
+from graphprune.layout import (
+    Axis,
+    Layout,
+    Permuted,
+    Product,
+    Reason,
+    fix,
+    is_fixed,
+    resolve,
+    size_of,
+)
 from graphprune.rules import Layouts
 
 # Sizes that networks halve again and again are multiples of a power of two, at most this one.
@@ -162,6 +172,8 @@ def _outline(layout: Layout) -> _Outline:
         return layout
     if isinstance(layout, Product):
         return "product", tuple(map(_outline, layout.factors))
+    if isinstance(layout, Permuted):
+        return f"permuted by {layout.order}", (_outline(layout.inner),)
     return "concat", tuple(_merged(map(_outline, layout.parts)))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch._ops import OpOverload
 
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Reason
-from graphprune.rules import Ask, Layouts
+from graphprune.layout import Axis, Layout, Reason
+from graphprune.rules import Ask, Layouts, Numbers
 
 
 @dataclass
@@ -20,12 +20,14 @@ class Value:
         layouts: one layout a dimension.
         source: the name of a parameter, buffer, attribute or input, or the number of a step.
         asks: what is to be done once something reads it.
+        numbers: what it holds, where that is known.
 
     """
 
     layouts: Layouts
     source: str | int
     asks: list[Ask] = field(default_factory=list, repr=False, compare=False)
+    numbers: Numbers | None = None
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Step:
         arguments: its arguments by schema name, tensors replaced by their values.
         renormalises: whether it takes a statistic along an axis.
         node: for a graph, the name of the node that called it.
+        addresses: whether it puts slots in an order that the model holds as numbers.
 
     """
 
@@ -50,6 +53,7 @@ class Step:
     arguments: dict[str, Any]
     renormalises: bool = False
     node: str = ""
+    addresses: bool = False
 
 
 @dataclass
@@ -65,6 +69,8 @@ class Inference:
         output_sources: where each of them comes from, as `Value.source`.
         steps: the operator calls in order.
         nodes: for a graph, by node name, the layouts of what it gave, in the structure it gave it.
+        addressed: by name of a buffer whose numbers say in which order the slots of a dimension come,
+            that dimension's layout; these numbers change when slots go.
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
@@ -81,6 +87,7 @@ class Inference:
     output_sources: dict[str, str | int] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     nodes: dict[str, Any] = field(default_factory=dict)
+    addressed: dict[str, Layout] = field(default_factory=dict)
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     with_data: bool = False

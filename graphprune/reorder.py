@@ -9,7 +9,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from graphprune.layout import Axis, Concat, Layout, resolve, size_of, touches
+from graphprune.layout import (
+    Axis,
+    Concat,
+    Layout,
+    Permuted,
+    inverse_of,
+    resolve,
+    size_of,
+    touches,
+)
 from graphprune.recorded import Inference
 from graphprune.state import copy_with
 
@@ -28,6 +37,8 @@ def reordered(model: nn.Module, inference: Inference, orders: Mapping[Axis, Orde
 
     def ordered(name: str, tensor: Tensor) -> Tensor | None:
         result = tensor.detach()
+        if name in inference.addressed:  # an order of slots, whichever these are
+            return None
         for dim, layout in enumerate(inference.parameters.get(name, [])):
             if touches(layout, orders):
                 index = torch.from_numpy(positions(layout, orders)).to(tensor.device)
@@ -46,6 +57,9 @@ def positions(layout: Layout, orders: Mapping[Axis, Order]) -> Order:
         starts = np.cumsum([0, *map(size_of, layout.parts)])
         parts = [positions(p, orders) + s for p, s in zip(layout.parts, starts, strict=False)]
         return np.concatenate(parts)
+    if isinstance(layout, Permuted):
+        back = np.array(inverse_of(layout.order))
+        return back[positions(layout.inner, orders)[list(layout.order)]]
     found = np.zeros(1, dtype=np.int64)
     for factor in layout.factors:
         found = (found[:, None] * size_of(factor) + positions(factor, orders)).flatten()

@@ -18,7 +18,7 @@ from graphprune.forms import Slimmed
 from graphprune.plan import Plan
 from graphprune.shards import Checkpoint, Weights
 from graphprune.slim import slimmed
-from graphprune.state import copy_with, named_tensors
+from graphprune.state import copy_with, may_be_an_order, named_tensors
 
 FORMAT = "graphprune-model"
 VERSION = "1"
@@ -108,9 +108,12 @@ def _load_folder(folder: Path, model: nn.Module, example_inputs: Any) -> nn.Modu
             f"{path} is no file that graphprune.shrink_checkpoint wrote: {error}"
         ) from error
     weights, own = Weights.of(Checkpoint.of(folder), model), named_tensors(model)
-    empty = copy_with(
-        model, lambda name, tensor: tensor.detach().to("meta") if name in weights.by_name else None
-    )
+
+    def emptied(name: str, tensor: Tensor) -> Tensor | None:
+        held = name in weights.by_name and not may_be_an_order(tensor)
+        return tensor.detach().to("meta") if held else None
+
+    empty = copy_with(model, emptied)
     slim = slimmed(empty, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
     weights.check_shapes(slim)
 

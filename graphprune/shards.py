@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from graphprune import json_files
 from graphprune.errors import InvalidRequestError, listed
-from graphprune.state import named_tensors
+from graphprune.state import copy_with, may_be_an_order, named_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -265,6 +265,20 @@ class Weights:
                 "checkpoint is of"
             )
         return cls(checkpoint, names, by_name)
+
+    def without_values(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model on the meta device, but for what may be orders of its channels."""
+
+        def emptied(name: str, tensor: Tensor) -> Tensor:
+            if not (may_be_an_order(tensor) and (name in self.by_name or not tensor.is_meta)):
+                return tensor.detach().to("meta")
+            if name not in self.by_name:
+                return tensor.detach().clone()
+            order = torch.empty_like(tensor, device="cpu")
+            self.by_name[name].copy_to(order)
+            return order
+
+        return copy_with(model, emptied)
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check that the tensors of a model have the shapes of those in the files.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graphprune.attributes import describe_tensors
 from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of
+from graphprune.orders import renumbered
 from graphprune.recorded import Inference
 from graphprune.state import copy_with, evaluating
 
@@ -20,7 +21,10 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
     """
 
     def slim(name: str, tensor: Tensor) -> Tensor | None:
-        return sliced(tensor, inference.parameters.get(name, []), masks)
+        smaller = sliced(tensor, inference.parameters.get(name, []), masks)
+        if smaller is None or name not in inference.addressed:
+            return smaller
+        return renumbered(smaller, mask_of(inference.addressed[name], masks))
 
     slimmer = copy_with(model, slim)
     kept = counts_of(masks)

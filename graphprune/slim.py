@@ -260,6 +260,8 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if order.data is None else batches_of(order.data)
     weights = None if order.weights is None else weights_for(order, module)
+    if weights is not None:
+        module = weights.without_values(module)
     choice = Choice(order, module, batches, whole, weights)
     job = Job(module, inputs, choice.plan_for, order.verify and has_data)
     if order.plan is None and order.request.of == "latency":

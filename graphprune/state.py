@@ -49,6 +49,16 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
+# The types of an index; one of bytes is a mask. And no dimension whose slots have an order has more.
+OF_AN_INDEX = {torch.int32, torch.int64}
+_MOST_SLOTS = 65536
+
+
+def may_be_an_order(tensor: Tensor) -> bool:
+    """Say whether a tensor is whole numbers in a row, in which an order of slots may stand."""
+    return tensor.dtype in OF_AN_INDEX and tensor.dim() == 1 and len(tensor) <= _MOST_SLOTS
+
+
 def check_not_quantised(model: nn.Module) -> None:
     """See that no weights of a model are integers that its operators unpack, whose channels nobody can cut.
 

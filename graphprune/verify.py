@@ -435,7 +435,8 @@ def without(
 
     def silent(name: str, tensor: Tensor) -> Tensor:
         value = copied(name, tensor)
-        _silence(value, inference.parameters[name], masks)
+        if name not in inference.addressed:  # an order of slots, which those that are zero keep
+            _silence(value, inference.parameters[name], masks)
         return value
 
     return copy_with(model, silent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -24,6 +25,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
+
+
+def in_disorder(width: int) -> Tensor:
+    """Return the numbers below a width in an order that is no other's backwards."""
+    return torch.randperm(width, generator=torch.Generator().manual_seed(width))
 
 
 def divisor(width: int, detail: int) -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.random_blocks import Block, divisor
+from tests.random_blocks import Block, divisor, in_disorder
 
 
 def conv(width: int, detail: int) -> Block:
@@ -235,9 +235,27 @@ def every_other(width: int, detail: int) -> Block:
 
 def in_order(width: int, detail: int) -> Block:
     """The order of the channels matters here: none may go."""
-    along = [lambda x: x.roll(1, 1), lambda x: x.flip(1), lambda x: x.softmax(1) * 4,
+    along = [lambda x: x.roll(1, 1), lambda x: x.softmax(1) * 4,
              lambda x: x.cumsum(1) / width, lambda x: x.sort(1)[0]]  # fmt: skip
-    return Block(lambda m, x: m.layer(along[detail % 5](x)), 6, layer=nn.Conv2d(width, 6, 1))
+    return Block(lambda m, x: m.layer(along[detail % 4](x)), 6, layer=nn.Conv2d(width, 6, 1))
+
+
+def in_another_order(width: int, detail: int) -> Block:
+    order = in_disorder(width)
+    ways: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m.layer(x.flip(1)),
+        lambda m, x: m.layer(x[:, m.order]) + x.flip(1),
+        lambda m, x: m.layer(x[:, m.order])[:, m.order.argsort()],
+        lambda m, x: m.layer(x[:, order.tolist()]) * x[:, order.tolist()].sigmoid(),
+        lambda m, x: torch.cat([x, m.layer(x.index_select(1, m.order))], 1).flip(1, 2)[:, :width],
+        lambda m, x: torch.cat(m.layer(x.flip(1)).tensor_split(2, 1)[::-1], 1) + x.mean(1, True),
+        lambda m, x: m.layer(x)[:, m.order][:, m.back].relu() + m.layer(x)[:, m.order],
+        lambda m, x: m.layer(x[:, m.order]) + m.order.view(-1, 1, 1) / width,
+    ]
+    block = Block(ways[detail % 8], width, layer=nn.Conv2d(width, width, 1))
+    block.register_buffer("order", order)
+    block.register_buffer("back", order.argsort() - width * (detail % 3 == 0))
+    return block
 
 
 def space_to_depth(width: int, detail: int) -> Block:
@@ -341,7 +359,7 @@ IMAGE: dict[str, Callable[[int, int], Block]] = {
     for f in (conv, grouped, depthwise, transposed, residual, dense, shuffle, split_and_swap, halves,
               sliced, written, padded, squeeze_excite, pixel_shuffle, normed, channels_last_norm, masked,
               twice, resampled, scaled, stacked, maxout, projected, inception, linear_unit,
-              three_pieces, interleaved, every_other, in_order, space_to_depth, spatial_gate, gram,
-              windowed, overlaid, gathered)
+              three_pieces, interleaved, every_other, in_order, in_another_order, space_to_depth,
+              spatial_gate, gram, windowed, overlaid, gathered)
 }  # fmt: skip
 IMAGE_HEADS = (pooled(1), pooled(2), written_out, two_maps)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models import randomise
-from tests.random_blocks import Block, divisor
+from tests.random_blocks import Block, divisor, in_disorder
 from tests.random_images import IMAGE, IMAGE_HEADS
 from tests.random_tables import (
     masked_scores,
@@ -301,17 +301,31 @@ def of_the_last(width: int, detail: int) -> Block:
     return Block(lambda m, x: m.layer(x[:, -1]), 7, layer=nn.Linear(width, 7))
 
 
+def in_another_order(width: int, detail: int) -> Block:
+    ways: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m.layer(x.flip(-1)) + x,
+        lambda m, x: m.layer(x[..., m.order]) * x[..., m.order],
+        lambda m, x: m.layer(x).index_select(-1, m.order) + x.flip(-1),
+        lambda m, x: F.linear(x, m.layer.weight[m.order], m.layer.bias.flip(0)) + x,
+        lambda m, x: torch.cat([m.layer(x), x.flip(-1)], -1).flip(-1),
+    ]
+    block = Block(ways[detail % 5], width * (1 + (detail % 5 == 4)), layer=nn.Linear(width, width))
+    block.register_buffer("order", in_disorder(width))
+    return block
+
+
 VECTOR: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (linear, gated, regrouped, summed, joined, layer_norm, batch_normed, tied, head_norms,
-              experts, each_group, outer, parameters, unit_length, swapped, table_of_the_batch)
+              experts, each_group, outer, parameters, unit_length, swapped, table_of_the_batch,
+              in_another_order)
 }  # fmt: skip
 SEQUENCE: dict[str, Callable[[int, int], Block]] = {
     f.__name__: f
     for f in (linear, gated, attention, fused_attention, multihead, layer_norm, convolved, recurrent,
               channel_mixed, regrouped, summed, joined, directions, tied, head_norms,
               paired_rotation, context, time_mixed, experts, each_group, parameters, swapped, table,
-              masked_scores)
+              masked_scores, in_another_order)
 }  # fmt: skip
 SEQUENCE_HEADS = (of_each, of_the_mean, of_the_last, two_outputs)
 VECTOR_HEADS = (of_each, of_each, two_outputs)

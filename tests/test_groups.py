@@ -42,6 +42,7 @@ LAYERS = [
     "interpretation",
     "other_sizes",
     "recorded",
+    "orders",
     "reach",
     "inference",
     "capture",

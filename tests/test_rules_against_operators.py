@@ -33,6 +33,7 @@ from graphprune.layout import (
     size_of,
 )
 from graphprune.literals import restricted_arguments, rewrite_literals
+from graphprune.orders import numbers_in, renumbered
 from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import (
     Call,
@@ -87,9 +88,12 @@ class Examined:
         """Return the layouts of every output; as in inference, what is not described is fixed."""
         outputs = _tensors(self.result)
         layouts_of = lambda tensor: self.layouts[id(tensor)]  # noqa: E731
+        numbers_of = lambda tensor: numbers_in(str(id(tensor)), tensor)  # noqa: E731
         strides = self.operands[0].stride() if self.operands else ()
-        call = Call(self.case.func, self.arguments, layouts_of, outputs, Reason("case"), strides)
+        place = Reason("case")
+        call = Call(self.case.func, self.arguments, layouts_of, outputs, place, strides, numbers_of)
         given: list[Layouts] = [list(dims) for dims in rule(call)][: len(outputs)]
+        self.addressed = call.addressed
         for index, asks in call.asks.items():
             for ask in asks if index not in self.case.unread else ():
                 ask()
@@ -112,6 +116,8 @@ class Examined:
 
         def silent(tensor: Tensor) -> Tensor:
             zeroed = tensor.clone()
+            if str(id(tensor)) in self.addressed:
+                return zeroed
             for dim, layout in enumerate(self.layouts[id(tensor)]):
                 if tensor.stride(dim) == 0:  # expanded: a view, which verification leaves alone
                     continue
@@ -127,10 +133,13 @@ class Examined:
         """Return the results on operands that lack the removed slots, with literals rewritten."""
         kept = counts_of(masks)
         program = self._program(kept)
-        layouts = (self.layouts[id(tensor)] for tensor in self.operands)
-        pairs = zip(self.operands, layouts, strict=True)
         with _OurKernels():
-            return _tensors(program(*[_restricted(tensor, dims, masks) for tensor, dims in pairs]))
+            return _tensors(program(*[self._slim_operand(t, masks) for t in self.operands]))
+
+    def _slim_operand(self, tensor: Tensor, masks: Mapping[Axis, Mask]) -> Tensor:
+        smaller = _restricted(tensor, self.layouts[id(tensor)], masks)
+        order_of = self.addressed.get(str(id(tensor)))
+        return smaller if order_of is None else renumbered(smaller, mask_of(order_of, masks))
 
     def _program(self, kept: Mapping[Axis, int]) -> fx.GraphModule:
         graph, nodes = fx.Graph(), {}
@@ -448,7 +457,11 @@ PLANTED: dict[str, tuple[Rule, Case]] = {
         _one(aten.expand.default, x(4, 1), [4, 4]),
     ),
     "transpose that does nothing": (_pass, _one(aten.transpose.int, x(4, 4), 0, 1)),
-    "flip that is not fixed": (_pass, _one(aten.flip.default, x(2, 6), [1])),
+    "flip that keeps the order": (_pass, _one(aten.flip.default, x(2, 6), [1])),
+    "index that keeps the order": (
+        _pass,
+        _one(aten.index_select.default, x(2, 6), 1, torch.tensor([3, 1, 0, 5, 4, 2])),
+    ),
     "roll that is not fixed": (_pass, _one(aten.roll.default, x(2, 6), [1], [1])),
     "softmax that is not marked": (_pass, _one(aten._softmax.default, x(2, 6), 1, False)),
     "mean that is not marked": (_drop(1), _one(aten.mean.dim, x(2, 6), [1])),

@@ -23,13 +23,13 @@ from graphprune.cost import count_parameters
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.forms import Slimmed
 from graphprune.layout import Mask, mask_of
+from graphprune.orders import renumbered
 from graphprune.plan import Plan
 from graphprune.progress import track
 from graphprune.saving import PLAN_FILE, folder_content
 from graphprune.shards import INDEX, SINGLE, Checkpoint, Shard, Stored, Weights
 from graphprune.shrink import cut
 from graphprune.slim import slimmed
-from graphprune.state import copy_with
 
 FINGERPRINT = "graphprune"
 CONFIG = "config.json"
@@ -116,7 +116,7 @@ def shrink_checkpoint(
     checkpoint = Checkpoint.of(source)
     weights = Weights.of(checkpoint, module)
     weights.check_shapes(module)
-    empty = copy_with(module, lambda _, tensor: tensor.detach().to("meta"))
+    empty = weights.without_values(module)
     result = slimmed(empty, example_inputs=inputs, plan=plan, verify=False)
     fingerprint = _fingerprint(checkpoint, result)
     files = {
@@ -158,10 +158,12 @@ class ToShrink:
         firsts = {name: first for first, names in inference.names.items() for name in names}
         self.tensors: dict[str, ToWrite] = {}
         for name, stored in shard.tensors.items():
-            layouts = inference.parameters.get(firsts.get(weights.names[name], ""), [])
-            kept = [mask_of(layout, masks) for layout in layouts]
+            first = firsts.get(weights.names[name], "")
+            kept = [mask_of(layout, masks) for layout in inference.parameters.get(first, [])]
             shape = tuple(int(mask.sum()) for mask in kept) if kept else stored.shape
-            self.tensors[name] = ToWrite(stored.dtype, shape, CutBlocks(stored, kept))
+            ordered = inference.addressed.get(first)
+            blocks = CutBlocks(stored, kept, None if ordered is None else mask_of(ordered, masks))
+            self.tensors[name] = ToWrite(stored.dtype, shape, blocks)
 
     def is_at(self, path: Path) -> bool:
         """Say whether a file is whole, and what is to be written."""
@@ -178,10 +180,18 @@ class ToShrink:
 
 @dataclass(frozen=True)
 class CutBlocks:
-    """What is kept of a stored tensor, block after block."""
+    """What is kept of a stored tensor, block after block.
+
+    Attributes:
+        stored: the tensor.
+        kept: which positions of each of its dimensions stay.
+        ordered: where it holds an order of slots, which of these stay.
+
+    """
 
     stored: Stored
     kept: list[Mask]
+    ordered: Mask | None
 
     def __iter__(self) -> Iterator[Tensor]:
         done = 0
@@ -189,7 +199,7 @@ class CutBlocks:
             if self.kept:
                 stop = done + len(block)
                 block, done = cut(block, [self.kept[0][done:stop], *self.kept[1:]]), stop
-            yield block
+            yield block if self.ordered is None else renumbered(block, self.ordered)
 
 
 def _fingerprint(checkpoint: Checkpoint, result: Slimmed) -> str:

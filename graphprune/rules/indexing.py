@@ -1,4 +1,8 @@
-"""Operators that address slots by number: the addressed dimension keeps its numbering."""
+"""Operators that address slots by number: the addressed dimension keeps its numbering.
+
+Only where all slots are taken once, in an order that the model holds, may some go: the others keep
+that order, and what holds it is numbered anew.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graphprune.layout import Layout, size_of
+from graphprune.layout import Layout, Permuted, is_fixed, size_of
 from graphprune.rules.pointwise import broadcast
 from graphprune.rules.registry import Call, Layouts, rule
 
@@ -20,6 +24,12 @@ ADDRESSED = "slots are addressed by number"
 def index(call: Call) -> Sequence[Layouts]:
     """Replace the indexed dimensions by those of the indices (NumPy's advanced indexing)."""
     layouts, shape = call.layouts("self"), call.outputs[0].shape
+    given = [(dim, tensor) for dim, tensor in enumerate(call["indices"]) if tensor is not None]
+    if len(given) == 1:
+        dim, tensor = given[0]
+        reordered = _reordered(call, layouts[dim], tensor)
+        if reordered is not None:
+            return [[*layouts[:dim], reordered, *layouts[dim + 1 :]]]
     indices = _indices(call)
     indexed = list(indices)
     for dim in indexed:
@@ -38,6 +48,21 @@ def index(call: Call) -> Sequence[Layouts]:
     else:
         selected = broadcast(call, operands, shape[at : at + rank])
     return [[*untouched[:at], *selected, *untouched[at:]]]
+
+
+def _reordered(call: Call, layout: Layout, index: Tensor) -> Layout | None:
+    """Return a dimension whose slots come in the order of known numbers; None if it is another case."""
+    numbers, size = call.numbers_of(index), size_of(layout)
+    if numbers is None or is_fixed(layout):
+        return None
+    order = tuple(number + size if number < 0 else number for number in numbers.values)
+    if sorted(order) != list(range(size)):
+        return None
+    call.addressed[numbers.name] = layout
+    reordered = Permuted(layout, order)
+    if numbers.name:
+        call.unify(call.layouts_of(index)[0], reordered)
+    return reordered
 
 
 def _indices(call: Call) -> dict[int, Layouts | None]:
@@ -83,9 +108,12 @@ def index_put(call: Call) -> Sequence[Layouts]:
 def index_select(call: Call) -> Sequence[Layouts]:
     """Take slots of one dimension by number."""
     layouts, dim = list(call.layouts("self")), call.dim()
-    call.fix(layouts[dim], ADDRESSED)
-    chosen = call.layouts("index")
-    layouts[dim] = chosen[0] if chosen else call.fixed(1, ADDRESSED)
+    reordered = _reordered(call, layouts[dim], call["index"]) if layouts else None
+    if reordered is None:
+        call.fix(layouts[dim], ADDRESSED)
+        chosen = call.layouts("index")
+        reordered = chosen[0] if chosen else call.fixed(1, ADDRESSED)
+    layouts[dim] = reordered
     return [layouts]
 
 

@@ -31,6 +31,20 @@ Ask: TypeAlias = Callable[[], None]
 """What an output of a call asks for, such as to fix a dimension."""
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Whole numbers in a row that no input changes.
+
+    Attributes:
+        name: of the buffer or attribute that holds them; "" where they stand in the model's code.
+        values: the numbers.
+
+    """
+
+    name: str
+    values: tuple[int, ...]
+
+
 @dataclass
 class Call:
     """One operator call: its arguments by name, the layouts of its tensors, and what it returned.
@@ -44,7 +58,10 @@ class Call:
         strides: of the first tensor argument, as they were before the call.
         renormalises: set once a statistic along an axis that could be cut was declared; it is then
             compared on the kept slots alone.
+        numbers_of: what a tensor argument holds, where that is known.
         asks: by the number of an output, what it asks for once it is read.
+        addressed: by `Numbers.name` of what says in which order the slots of a dimension come, that
+            dimension.
 
     """
 
@@ -54,8 +71,10 @@ class Call:
     outputs: list[Tensor]
     reason: Reason
     strides: tuple[int, ...] = ()
+    numbers_of: Callable[[Tensor], Numbers | None] = lambda _: None
     renormalises: bool = field(default=False, init=False)
     asks: dict[int, list[Ask]] = field(default_factory=dict, init=False)
+    addressed: dict[str, Layout] = field(default_factory=dict, init=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -13,9 +13,12 @@ from graphprune.layout import (
     Axis,
     Concat,
     Layout,
+    Permuted,
     Product,
+    Reason,
     can_split,
     cut,
+    is_fixed,
     regroup,
     size_of,
     split,
@@ -100,7 +103,7 @@ def slice_(call: Call) -> Sequence[Layouts]:
     start, end, step = slice(call["start"], call["end"], call["step"]).indices(size)
     end = max(start, end)
     if step == 1:
-        layouts[dim] = cut(layouts[dim], [start, end])[1]
+        layouts[dim] = cut(layouts[dim], [start, end], call.why("a slice"))[1]
     elif start < step and end == size and can_split(layouts[dim], step):
         outer, inner = split(layouts[dim], step, call.why("a strided slice"))
         call.fix(inner, "a strided slice")
@@ -117,7 +120,7 @@ def select(call: Call) -> Sequence[Layouts]:
     layouts = list(call.layouts("self"))
     layout = layouts.pop(call.dim())
     index = call["index"] % size_of(layout)
-    cut(layout, [index, index + 1])
+    cut(layout, [index, index + 1], call.why("a slot is selected"))
     return [layouts]
 
 
@@ -142,7 +145,7 @@ def split_(call: Call) -> Sequence[Layouts]:
     for output in call.outputs:
         end += output.shape[dim]
         ends.append(end)
-    pieces = cut(layouts[dim], ends[:-1])
+    pieces = cut(layouts[dim], ends[:-1], call.why("a split"))
     return [[*layouts[:dim], piece, *layouts[dim + 1 :]] for piece in pieces]
 
 
@@ -188,13 +191,15 @@ def pad(call: Call) -> Sequence[Layouts]:
     amounts = list(call["pad"])
     for i in range(len(amounts) // 2):
         dim = len(layouts) - 1 - i
-        layouts[dim] = _padded(layouts[dim], amounts[2 * i], amounts[2 * i + 1])
+        layouts[dim] = _padded(
+            layouts[dim], amounts[2 * i], amounts[2 * i + 1], call.why("padding")
+        )
     return [layouts]
 
 
-def _padded(layout: Layout, before: int, after: int) -> Layout:
+def _padded(layout: Layout, before: int, after: int, reason: Reason) -> Layout:
     size = size_of(layout)
-    inside = cut(layout, [max(0, -before), size - max(0, -after)])[1]
+    inside = cut(layout, [max(0, -before), size - max(0, -after)], reason)[1]
     ends = [Axis(amount) if amount > 0 else EMPTY for amount in (before, after)]
     return Concat((ends[0], inside, ends[1]))
 
@@ -205,10 +210,12 @@ pattern("*b -> *b 2", aten.view_as_real)
 
 @rule(aten.flip)
 def flip(call: Call) -> Sequence[Layouts]:
-    """Reverse dimensions, which are fixed."""
-    layouts = call.layouts("self")
+    """Reverse the order of slots."""
+    layouts = list(call.layouts("self"))
     for dim in call["dims"]:
-        call.fix(layouts[dim], "the order of slots is reversed")
+        backwards = range(size_of(layouts[dim]) - 1, -1, -1)
+        if not is_fixed(layouts[dim]):
+            layouts[dim] = Permuted(layouts[dim], tuple(backwards))
     return [layouts]
 
 

@@ -36,6 +36,7 @@ from graphprune.layout import (
     Product,
     describe,
     free_axes,
+    parts_of,
     resolve,
     size_of,
     why_fixed,
@@ -134,7 +135,5 @@ def _size(layout: Layout, names: Mapping[Axis, str]) -> Size:
         return size_of(layout)
     if isinstance(layout, Axis):
         return names[layout]
-    parts = layout.factors if isinstance(layout, Product) else layout.parts
-    return {
-        "times" if isinstance(layout, Product) else "plus": [_size(part, names) for part in parts]
-    }
+    parts = [_size(part, names) for part in parts_of(layout)]
+    return {"times" if isinstance(layout, Product) else "plus": parts}
