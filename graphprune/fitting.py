@@ -24,11 +24,10 @@ from graphprune.configs import (
     Number,
     Place,
     Shapes,
-    has_config,
     shapes,
     tensors_of,
 )
-from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
+from graphprune.errors import GraphPruneError, in_a_line
 from graphprune.forms import Slimmed
 from graphprune.inference import infer
 from graphprune.layout import counts_of, kept_size, size_of
@@ -91,21 +90,6 @@ class Fit:
     content: Mapping[str, Any]
     search: Search
     difference: Difference | None = None
-
-
-def fitting_config(result: Slimmed) -> Any | None:
-    """Return a config from which the slim model's class builds what the slim model is, or None.
-
-    The slim model is not changed; `model.config = fitting_config(result)` would let its own
-    `save_pretrained` write a folder that `from_pretrained` reads.
-    """
-    if result.form != "module" or not has_config(result.model):
-        return None
-    try:
-        model: Any = find(result).model
-    except InvalidRequestError:
-        return None
-    return None if model is None else model.config
 
 
 def find(result: Slimmed, written: Written | None = None) -> Fit:
@@ -233,6 +217,9 @@ class Search:
         ]
         choices = dict(self._choices())
         done: list[dict[Place, Number]] = []
+        if not self.missed:
+            done.append({})
+            yield {}
         for picks in islice(_likeliest_first(list(choices.values())), self._most_tried()):
             picked = dict(zip(choices, picks, strict=True))
             changes = {p: v for p, v in (self.needed | picked).items() if v != self._places[p]}

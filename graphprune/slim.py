@@ -28,6 +28,7 @@ from graphprune.importance.magnitude import BY_WEIGHTS
 from graphprune.latency import NANO, Bench, LatencyModel
 from graphprune.plan import Plan
 from graphprune.preflight import check_use, refuse_nan
+from graphprune.pretrained import with_own_config
 from graphprune.processes import together
 from graphprune.runtimes import Runtime
 from graphprune.selection import Pattern
@@ -268,6 +269,7 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
         result = towards_latency(order, job, choice, runtime)
     else:
         result = in_form(order.form, job)
+    result = with_own_config(result)
     result = replace(result, scores=choice.scores.get(groups_of(result.graph)))
     if batches is not None:
         batches.ranks.agree("arrived at another plan", result.plan.digest)

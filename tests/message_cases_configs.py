@@ -34,6 +34,15 @@ def llama() -> nn.Module:
 
 
 @case(
+    r"the config of the slim BertModel still says the sizes of the original, since none can say all of its "
+    r"own: what its save_pretrained writes cannot be loaded; use graphprune\.save, or leave whole the groups "
+    r"that graphprune\.save_pretrained names"
+)
+def a_config_that_stays_as_it_was(folder: Path) -> None:
+    gp.slim(bert(), 0.5, TOKENS, align=1)
+
+
+@case(
     r"no BertConfig says the sizes of the slim model: hidden_size would have to be 32 for \S+ and 16 for "
     r"encoder\.layer\.0\.attention\.\S+; slim with "
     r"exclude=\['encoder\.layer\.\*\.attention\.self\.query\.weight:0\.0'\], which leaves these groups "

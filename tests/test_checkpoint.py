@@ -130,6 +130,7 @@ def test_a_single_file_is_shrunk_and_loaded(importance: str, device: str, tmp_pa
     assert loaded[3].in_channels == 16
 
 
+@pytest.mark.filterwarnings("ignore:the config of the slim LlamaForCausalLM")
 def test_layers_of_uneven_width_are_loaded_by_their_plan(source: Path, tmp_path: Path) -> None:
     result = gp.slimmed(llama(), 0.25, TOKENS, of="parameters")
     kept = {len(keep) for name, keep in result.plan.keep.items() if "mlp" in name}
@@ -146,6 +147,7 @@ def test_layers_of_uneven_width_are_loaded_by_their_plan(source: Path, tmp_path:
         assert torch.equal(loaded(**TOKENS).logits, result.model(**TOKENS).logits)
 
 
+@pytest.mark.filterwarnings("ignore:the config of the slim LlamaForCausalLM")
 def test_a_config_that_would_compute_other_numbers_is_not_written(
     source: Path, tmp_path: Path
 ) -> None:

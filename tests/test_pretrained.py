@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.fitting import fitting_config
 from graphprune.inputs import call, output_tensors
 from tests.models import Example, example, import_transformers
 
@@ -121,19 +120,25 @@ def test_the_config_says_what_the_slim_model_computes(name: str, tmp_path: Path)
     model = built(kind, config, numbers)
     inputs = IMAGES if model.main_input_name == "pixel_values" else TOKENS
     result = cut(model, inputs, renormalised)
-    gp.save_pretrained(result, tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert {key: getattr(loaded.config, key) for key in wanted} == wanted
-    outputs = [list(output_tensors(call(m, gp.Inputs.of(inputs)))) for m in (loaded, result.model)]
-    for (_, a), (_, b) in zip(*outputs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    gp.save_pretrained(result, tmp_path / "by us")
+    result.model.save_pretrained(tmp_path / "by itself")
+    for folder in ("by us", "by itself"):
+        loaded = type(model).from_pretrained(tmp_path / folder).eval()
+        assert {key: getattr(loaded.config, key) for key in wanted} == wanted
+        models = (loaded, result.model)
+        outputs = [list(output_tensors(call(m, gp.Inputs.of(inputs)))) for m in models]
+        for (_, a), (_, b) in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_model_that_is_given_the_config_saves_itself(tmp_path: Path) -> None:
+def test_the_models_own_config_follows_so_that_it_saves_itself(tmp_path: Path) -> None:
     kind, config, numbers, renormalised, wanted = KINDS["head size left open"]
-    result = cut(built(kind, config, numbers), TOKENS, renormalised)
-    result.model.config = fitting_config(result)
-    assert result.model.config.head_dim == wanted["head_dim"]
+    model = built(kind, config, numbers)
+    before = model.config.to_dict()
+    result = cut(model, TOKENS, renormalised)
+    assert model.config.to_dict() == before
+    assert {key: getattr(result.model.config, key) for key in wanted} == wanted
+    assert result.model.model.layers[0].self_attn.config is result.model.config
     result.model.save_pretrained(tmp_path)
     loaded = type(result.model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -144,7 +149,9 @@ def test_a_config_of_the_right_shapes_but_other_numbers_is_refused(tmp_path: Pat
     """Gemma multiplies embeddings by the root of the hidden size, which the slim model keeps."""
     numbers = {**SIZES, "vocab_size": 30, "num_key_value_heads": 2, "head_dim": 16}
     result = cut(built("Gemma2ForCausalLM", "Gemma2Config", numbers), TOKENS, True)
-    assert fitting_config(result) is None
+    stale = {size.name: size.value for size in result.ambiguous_sizes}
+    assert stale["config.intermediate_size"] == numbers["intermediate_size"]
+    assert result.model.config.intermediate_size == numbers["intermediate_size"]
     with pytest.raises(gp.InvalidRequestError, match="no Gemma2Config says the sizes"):
         gp.save_pretrained(result, tmp_path)
 
