@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphprune as gp
 from tests.message_cases import case
@@ -30,9 +30,20 @@ def graph_beside_a_fast_path(_: Path) -> None:
 
 
 @case(
-    r"the model holds bfloat16 numbers, for which ONNX Runtime lacks operators here, so the file cannot be "
-    r"checked: .+; export model\.float\(\) or model\.half\(\) instead"
+    r"the model computes with bfloat16 numbers, for which ONNX Runtime lacks operators here, so the file "
+    r"cannot be checked: .+; let it compute in float32 or float16"
 )
 def export_of_bfloat16(folder: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 4)).to(torch.bfloat16).eval()
     gp.export(model, torch.randn(2, 8).to(torch.bfloat16), folder / "net.onnx")
+
+
+class WithAutocast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+@case(r"the model computes with bfloat16 numbers, for which ONNX Runtime lacks operators here, .+")
+def export_of_autocast(folder: Path) -> None:
+    gp.export(WithAutocast(8, 4).eval(), torch.randn(2, 8), folder / "net.onnx")
