@@ -35,8 +35,8 @@ def llama() -> nn.Module:
 
 @case(
     r"the config of the slim BertModel still says the sizes of the original, since none can say all of its "
-    r"own: what its save_pretrained writes cannot be loaded; use graphprune\.save, or leave whole the groups "
-    r"that graphprune\.save_pretrained names"
+    r"own: what its save_pretrained writes cannot be loaded; use graphprune\.save, or leave whole the "
+    r"groups that graphprune\.save_pretrained names"
 )
 def a_config_that_stays_as_it_was(folder: Path) -> None:
     gp.slim(bert(), 0.5, TOKENS, align=1)
