@@ -133,7 +133,7 @@ def by_values(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("middle", [never_traced, by_values])
-@pytest.mark.filterwarnings("ignore:first.weight:0 stay whole")
+@pytest.mark.filterwarnings("ignore:first.weight.0 stay whole")
 def test_an_order_in_code_that_cannot_be_rewritten_leaves_its_channels_whole(
     middle: Forward,
 ) -> None:
