@@ -16,7 +16,6 @@ from typing import Annotated, Any, Unpack
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -30,15 +29,15 @@ from graphprune.choose import Ranking, Unit
 from graphprune.compare import compare as compare_models
 from graphprune.comparison import SUFFIXES as COMPARISON_SUFFIXES
 from graphprune.cost import count_macs, count_parameters
-from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
+from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.groups import analyze
 from graphprune.importance import CRITERIA
 from graphprune.inputs import Inputs
 from graphprune.onnx import export
 from graphprune.pipeline import Pass, Pipeline
-from graphprune.progress import no_bars
 from graphprune.saving import save
 from graphprune.slim import Options, slimmed
+from graphprune.terminal import group, told, working
 from graphprune.view import SUFFIXES as GRAPH_SUFFIXES
 from graphprune.view import document
 from graphprune.view.tree import group_lines, tree
@@ -558,42 +557,3 @@ def _example_input(text: str) -> torch.Tensor:
     except ValueError:
         raise InvalidRequestError(f"--input {text!r} is not a shape such as 2,3,224,224") from None
     return torch.zeros(shape, dtype=torch.int64) if kind == "int" else torch.randn(shape)
-
-
-@contextmanager
-def group() -> Iterator[bool]:
-    """Join the process group of torchrun, where that started this; say whether this process writes."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield True
-        return
-    dist.init_process_group()
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Turn errors that are meant for users into a line and an exit status.
-
-    Meanwhile modules of the current folder can be imported, where none of that name is installed.
-    """
-    before = list(sys.path)
-    sys.path.append("")
-    try:
-        yield
-    except BrokenPipeError:  # who reads the output has read enough
-        raise
-    except (GraphPruneError, OSError) as error:
-        print(f"graphprune: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
-    finally:
-        sys.path[:] = before
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """Show that something is going on, where a person watches."""
-    with Console(stderr=True).status(what), no_bars():
-        yield

@@ -54,6 +54,17 @@ def test_slim_writes_a_model_that_loads(tmp_path: Path) -> None:
     assert report["parameters"][1] == gp.count_parameters(torch.load(out, weights_only=False))
 
 
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    command = "from graphprune.cli import app; app()"
+    out = str(tmp_path / "slim.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", command, "slim", BUILDER, "--out", out, "--ratio", "0.3"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("graphprune: warning: asked to remove 30% of channels, and 25% go: ")
+
+
 def test_slim_chooses_and_repairs_on_data(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.concatenate([part.numpy() for part, _ in batches()]))
     common = ["slim", BUILDER, "--ranking", "global", "--json"]

@@ -99,6 +99,7 @@ LAYERS = [
     "comparison",
     "compare",
     "report",
+    "terminal",
     "cli",
     "demo",
 ]
