@@ -32,6 +32,7 @@ from graphprune.forms import Slimmed
 from graphprune.inference import infer
 from graphprune.layout import counts_of, kept_size, size_of
 from graphprune.recorded import Inference, Step, Value
+from graphprune.switches import alone
 
 # Sets of changes that are tried at most; each is a model built without memory.
 _MOST_TRIED = 300
@@ -104,6 +105,11 @@ def find(result: Slimmed, written: Written | None = None) -> Fit:
         InvalidRequestError: the model's class cannot be built from its config alone.
 
     """
+    with alone():  # reads of the config's class are watched, whoever reads
+        return _found(result, written)
+
+
+def _found(result: Slimmed, written: Written | None) -> Fit:
     architecture = Architecture(result.model)
     search = Search(architecture, shapes(result.model), Numbers(architecture, result))
     first: Difference | None = None

@@ -191,6 +191,7 @@ def test_slimming_in_inference_mode_and_without_gradients_is_fine() -> None:
         assert all(p.requires_grad for p in gp.slim(net(), 0.5, X).parameters())
 
 
+@pytest.mark.filterwarnings("ignore:the config of the slim")
 def test_threads_do_not_disturb_each_other() -> None:
     names = ["resnet50", "bert", "lstm_net", "mobilenet_v2"] * 2
 

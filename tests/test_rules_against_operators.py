@@ -382,7 +382,8 @@ def _view_by_columns(call: Call) -> Any:
 
 def _slice_off_by_one(call: Call) -> Any:
     rows, columns = call.layouts("self")
-    return [[rows, cut(columns, [call["start"] - 1, call["end"] - 1])[1]]]
+    where = [call["start"] - 1, call["end"] - 1]
+    return [[rows, cut(columns, where, Reason("a slice"))[1]]]
 
 
 def _expand_of_the_wrong_dimension(call: Call) -> Any:

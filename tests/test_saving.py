@@ -13,6 +13,7 @@ from graphprune.inputs import call, output_tensors
 from tests.models import build, example
 
 
+@pytest.mark.filterwarnings("ignore:the config of the slim")
 @pytest.mark.parametrize("form", ["module", "graph"])
 @pytest.mark.parametrize("name", ["crnn", "bert", "llama"])
 def test_a_slim_model_comes_back_from_its_file(name: str, form: str, tmp_path: Path) -> None:

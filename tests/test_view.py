@@ -88,6 +88,7 @@ def total(sizes: list[Any], kept: dict[str, int], whole: dict[str, int]) -> int:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:the config of the slim")
 @pytest.mark.parametrize("name", ["resnet50", "bert", "llama", "lstm_net"])
 def test_the_document_counts_as_the_library_does(name: str) -> None:
     example = ALL[name](small=True)
