@@ -199,7 +199,12 @@ def _slice(site: _Site) -> None:
         return
     start, end, _ = slice(*given).indices(size_of(layout))
     site.set("start", _kept_before(site, layout, start))
-    site.set("end", _kept_before(site, layout, max(start, end)))
+    if not _is_open(given[1]):  # else it ends where the dimension does, at any size of the inputs
+        site.set("end", _kept_before(site, layout, max(start, end)))
+
+
+def _is_open(end: int | None) -> bool:
+    return end is None or end == torch.iinfo(torch.int64).max
 
 
 def _kept_before(site: _Site, layout: Layout, position: int) -> int:

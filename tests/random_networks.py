@@ -301,6 +301,20 @@ def of_the_last(width: int, detail: int) -> Block:
     return Block(lambda m, x: m.layer(x[:, -1]), 7, layer=nn.Linear(width, 7))
 
 
+def heads_in_the_batch(width: int, detail: int) -> Block:
+    heads, size = 2 + detail % 3, 2 + detail % 4
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        y = m.heads(x).view(b, t, heads, size).transpose(1, 2).reshape(b * heads, t, size)
+        y = y[:, detail % 2 :].mean(1) if detail % 5 else y[:, :, 1:].amax(1).repeat(1, 2)[:, :size]
+        y = y.reshape(b, 1, heads * size)
+        return m.out(y) + x if detail % 7 else x * y.sum(-1, keepdim=True)
+
+    return Block(forward, width, heads=nn.Linear(width, heads * size),
+                 out=nn.Linear(heads * size, width))  # fmt: skip
+
+
 def in_another_order(width: int, detail: int) -> Block:
     ways: list[Callable[[nn.Module, Tensor], Tensor]] = [
         lambda m, x: m.layer(x.flip(-1)) + x,
@@ -325,7 +339,7 @@ SEQUENCE: dict[str, Callable[[int, int], Block]] = {
     for f in (linear, gated, attention, fused_attention, multihead, layer_norm, convolved, recurrent,
               channel_mixed, regrouped, summed, joined, directions, tied, head_norms,
               paired_rotation, context, time_mixed, experts, each_group, parameters, swapped, table,
-              masked_scores, in_another_order)
+              masked_scores, in_another_order, heads_in_the_batch)
 }  # fmt: skip
 SEQUENCE_HEADS = (of_each, of_the_mean, of_the_last, two_outputs)
 VECTOR_HEADS = (of_each, of_each, two_outputs)

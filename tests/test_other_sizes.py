@@ -244,3 +244,25 @@ def test_many_random_networks_are_caught_without_the_fix() -> None:
     changed, caught = count_of_caught(1000)
     assert changed >= 500
     assert caught == changed
+
+
+class BatchTimesHeads(nn.Module):
+    """Has the batch and the heads in one dimension, of which it takes everything (`[:, 1:]`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.out = nn.Linear(6, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        y = self.rows(x).view(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8)
+        y = y[:, 1:].view(b, 4, t - 1, 8).transpose(1, 2)
+        return self.out(y.reshape(b, t - 1, 32))
+
+
+def test_all_of_a_dimension_is_all_of_it_at_another_batch_too() -> None:
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    result = gp.slimmed(BatchTimesHeads().eval(), 0.5, x, align=1)
+    assert result.form == "graph"
+    assert result.plan.removed == 2
+    assert result.model(torch.cat([x, x])).shape == (4, 4, 4)
