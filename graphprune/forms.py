@@ -384,11 +384,12 @@ def _at_other_sizes(graph: DependencyGraph, masks: Mapping[Axis, Mask]) -> Itera
 
 
 def _check_same_axes(graph: DependencyGraph, masks: Mapping[Axis, Mask], other: OtherRun) -> None:
+    unknown = other.inference.unknown_here
     unlike = [
         graph.by_axis[axis].name
         for axis in masks
         if axis not in other.axes
-        and any(m.parameter not in other.inference.unused for m in graph.by_axis[axis].members)
+        and any(m.parameter not in unknown for m in graph.by_axis[axis].members)
     ]
     if unlike:
         raise VerificationError(

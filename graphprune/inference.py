@@ -325,8 +325,10 @@ def _infer(
     read = names_read(steps)
     read |= _follow_replaced(model, mode, read)
     if found.trainable - read and not isinstance(model, fx.GraphModule):
-        steps += _steps_in_training(model, inputs, mode)
-        read |= names_read(steps)
+        in_training, trains = _steps_in_training(model, inputs, mode)
+        found.half_read = set() if trains else names_read(in_training) - read
+        steps += in_training
+        read |= names_read(in_training)
     fix_unused(found, read)
     fix_misread_orders(found, steps)
     fix_ranks(model, found.parameters, found.names)
@@ -366,11 +368,15 @@ def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) ->
     return followed
 
 
-def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> list[Step]:
-    """Tie what only training reads (an auxiliary head, say) to its surroundings; return its operators.
+def _steps_in_training(
+    model: nn.Module, inputs: Inputs, mode: LayoutInference
+) -> tuple[list[Step], bool]:
+    """Tie what only training reads (an auxiliary head, say) to its surroundings.
 
-    None of them is recorded: the slim model is described and compared as it is in evaluation. A
-    model that does not train on these inputs is left as it was found.
+    Returns:
+        Its operators, none of which is recorded: the slim model is described and compared as it is in
+        evaluation. And whether the model trains on these inputs: these are all of them.
+
     """
     found = mode.found
     steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
@@ -382,9 +388,9 @@ def _steps_in_training(model: nn.Module, inputs: Inputs, mode: LayoutInference) 
             module.training = False
     try:
         _run(model, inputs, mode)
-        return found.steps[steps:]
+        return found.steps[steps:], True
     except Exception:
-        return []
+        return found.steps[steps:], False
     finally:
         del found.steps[steps:], found.unknown[unknown:]
         found.outputs, found.output_sources = outputs, sources
@@ -402,7 +408,7 @@ def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[Othe
     runs = [_first_that_runs(precision, model, some, found.with_data) for some in candidates]
     others = [run for run in runs if run is not None]
     read = [
-        {name: x for name, x in second.parameters.items() if name not in second.unused}
+        {name: x for name, x in second.parameters.items() if name not in second.unknown_here}
         for _, second in others
     ]
     if not all_lengths_vary(inputs, [there for there, _ in others], tied):

@@ -73,6 +73,7 @@ class Inference:
             that dimension's layout; these numbers change when slots go.
         unknown: places of operators that have no rule.
         unused: names of parameters that the run never read.
+        half_read: names of those that only training reads, where it fails on these inputs further on.
         with_data: whether the model's code asked for values, so that it ran on its real tensors.
         others: what runs at other sizes of the inputs found, where these were needed and possible.
         in_double: whether it ran in float64; in its own types if it does not run so.
@@ -90,9 +91,15 @@ class Inference:
     addressed: dict[str, Layout] = field(default_factory=dict)
     unknown: list[Reason] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    half_read: set[str] = field(default_factory=set)
     with_data: bool = False
     in_double: bool = True
     others: list[OtherRun] = field(default_factory=list)
+
+    @property
+    def unknown_here(self) -> set[str]:
+        """Names of parameters of whose use the run shows nothing, or not all."""
+        return self.half_read.union(self.unused)
 
 
 @dataclass

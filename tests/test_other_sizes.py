@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +267,37 @@ def test_all_of_a_dimension_is_all_of_it_at_another_batch_too() -> None:
     assert result.form == "graph"
     assert result.plan.removed == 2
     assert result.model(torch.cat([x, x])).shape == (4, 4, 4)
+
+
+class WithAuxiliaryHead(nn.Module):
+    """In training a head reads an early map too, which fits no map smaller than eight by eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.early, self.late, self.out = (
+            nn.Conv2d(16, 8, 1), nn.Conv2d(8, 4, 8), nn.Conv2d(16, 4, 1)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x).relu()
+        y = self.out(self.second(x).relu()).mean((2, 3))
+        return (y, self.late(self.early(x).relu())) if self.training else y
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_head_for_training_that_takes_fewer_sizes_holds_nothing_back(size: int) -> None:
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    result = gp.slimmed(WithAuxiliaryHead().eval(), 0.5, x, align=1)
+    assert result.form == "module"
+    assert result.verification is not None
+    assert any(inputs.tensors()[0].shape[2] < 8 for inputs in result.verification.inputs)
+    assert [len(layer.weight) for layer in result.model.children()] == [8, 8, 4, 4, 4]
+    result.model.train()(x)
+
+
+@pytest.mark.filterwarnings("ignore:the example inputs reach no operator that reads late")
+def test_a_head_for_training_that_fails_on_the_example_keeps_what_was_not_seen() -> None:
+    result = gp.slimmed(WithAuxiliaryHead().eval(), 0.5, torch.randn(2, 3, 6, 6), align=1)
+    assert [len(layer.weight) for layer in result.model.children()] == [8, 8, 8, 4, 4]
+    result.model.train()(torch.randn(2, 3, 8, 8))
