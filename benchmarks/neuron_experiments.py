@@ -25,7 +25,8 @@ from graphprune.importance import Subject, scores
 from graphprune.importance.gates import GatedLoss
 from graphprune.inference import infer
 from graphprune.inputs import Inputs, call
-from graphprune.layout import Axis, Mask
+from graphprune.layout import Axis
+from graphprune.masks import Mask
 from graphprune.verify import without
 
 BATCH = 500  # images that are looked at at once

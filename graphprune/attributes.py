@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch._ops import OpOverloadPacket
 
-from graphprune.layout import Axis, can_split, kept_size, size_of, split
+from graphprune.layout import Axis, can_split, size_of, split
+from graphprune.masks import kept_size
 from graphprune.recorded import Inference, Step
 from graphprune.rules.recurrent import GATES
 

@@ -17,7 +17,8 @@ from torch import nn
 from graphprune.block_sparse.recurrent import OPERATOR
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Layout, free_axes, kept_size, size_of
+from graphprune.layout import Axis, Layout, free_axes, size_of
+from graphprune.masks import kept_size
 from graphprune.recorded import Inference, Step
 from graphprune.rules.recurrent import GATES
 from graphprune.wrappers import unwrapped

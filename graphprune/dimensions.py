@@ -8,17 +8,8 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from graphprune.layout import (
-    Axis,
-    Concat,
-    Layout,
-    Product,
-    kept_size,
-    leaves,
-    resolve,
-    size_of,
-    why_fixed,
-)
+from graphprune.layout import Axis, Concat, Layout, Product, leaves, resolve, size_of, why_fixed
+from graphprune.masks import kept_size
 from graphprune.recorded import Inference, Step, Value
 
 

@@ -30,7 +30,8 @@ from graphprune.configs import (
 from graphprune.errors import GraphPruneError, in_a_line
 from graphprune.forms import Slimmed
 from graphprune.inference import infer
-from graphprune.layout import counts_of, kept_size, size_of
+from graphprune.layout import size_of
+from graphprune.masks import counts_of, kept_size
 from graphprune.recorded import Inference, Step, Value
 from graphprune.switches import alone
 

@@ -34,8 +34,9 @@ from graphprune.importance import Scores
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
 from graphprune.latency import Reached
-from graphprune.layout import Axis, Mask, counts_of
+from graphprune.layout import Axis
 from graphprune.literals import rewrite_literals
+from graphprune.masks import Mask, counts_of
 from graphprune.plan import Plan
 from graphprune.recorded import OtherRun
 from graphprune.shrink import shrunk

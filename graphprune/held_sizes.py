@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 from graphprune.attributes import DESCRIBED
 from graphprune.errors import VerificationError
 from graphprune.held_numbers import HeldNumber, held_numbers, is_of_torch, put_number
-from graphprune.layout import Axis, Layout, free_axes, kept_size, resolve, size_of
+from graphprune.layout import Axis, Layout, free_axes, resolve, size_of
+from graphprune.masks import kept_size
 from graphprune.recorded import Inference, Step
 
 # Ways of following that are tried at most; each is a run without data.

@@ -19,13 +19,7 @@ from graphprune.adapters import fix_ranks
 from graphprune.errors import CaptureError
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import (
-    Axis,
-    Reason,
-    fix,
-    flattened,
-    size_of,
-)
+from graphprune.layout import Axis, Reason, fix, flattened, size_of
 from graphprune.orders import fix_misread_orders, numbers_in, passes_numbers_on
 from graphprune.other_sizes import all_lengths_vary, other_inputs, reconcile
 from graphprune.precision import Precision

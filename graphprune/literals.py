@@ -16,17 +16,8 @@ from torch import fx
 from torch._ops import OpOverload
 
 from graphprune.attributes import kept_groups
-from graphprune.layout import (
-    Axis,
-    Layout,
-    Reason,
-    can_split,
-    cut,
-    kept_size,
-    size_of,
-    split,
-    touches,
-)
+from graphprune.layout import Axis, Layout, Reason, can_split, cut, size_of, split
+from graphprune.masks import kept_size, touches
 from graphprune.recorded import Inference, Step
 from graphprune.rules import Layouts, arguments_of, bind_arguments
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from graphprune.layout import Mask, fix
+from graphprune.layout import fix
+from graphprune.masks import Mask
 from graphprune.recorded import Inference, Step
 from graphprune.rules import Numbers
 from graphprune.state import OF_AN_INDEX, may_be_an_order

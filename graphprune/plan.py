@@ -15,7 +15,8 @@ from graphprune import json_files
 from graphprune.atomic_files import checked_target, write_text
 from graphprune.errors import PlanError
 from graphprune.groups import DependencyGraph
-from graphprune.layout import Axis, Mask
+from graphprune.layout import Axis
+from graphprune.masks import Mask
 
 FORMAT = "graphprune-plan"
 VERSION = 1

@@ -11,16 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from graphprune.layout import (
-    Axis,
-    Layout,
-    Reason,
-    fix,
-    free_axes,
-    given_axes,
-    is_fixed,
-    leaves,
-)
+from graphprune.layout import Axis, Layout, Reason, fix, free_axes, given_axes, is_fixed, leaves
 from graphprune.recorded import Inference, Step, Value
 
 aten = torch.ops.aten

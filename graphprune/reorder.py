@@ -9,16 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from graphprune.layout import (
-    Axis,
-    Concat,
-    Layout,
-    Permuted,
-    inverse_of,
-    resolve,
-    size_of,
-    touches,
-)
+from graphprune.layout import Axis, Concat, Layout, Permuted, inverse_of, resolve, size_of
+from graphprune.masks import touches
 from graphprune.recorded import Inference
 from graphprune.state import copy_with
 

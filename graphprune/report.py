@@ -14,7 +14,8 @@ from graphprune.atomic_files import checked_target, write_text
 from graphprune.comparison import Comparison, context
 from graphprune.cost import mac_cost, parameter_cost
 from graphprune.forms import Slimmed
-from graphprune.layout import kept_size, size_of
+from graphprune.layout import size_of
+from graphprune.masks import kept_size
 from graphprune.pages import rendered
 from graphprune.view import document, page, scripts
 

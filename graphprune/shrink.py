@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.attributes import describe_tensors
-from graphprune.layout import Axis, Layout, Mask, counts_of, mask_of
+from graphprune.layout import Axis, Layout
+from graphprune.masks import Mask, counts_of, mask_of
 from graphprune.orders import renumbered
 from graphprune.recorded import Inference
 from graphprune.state import copy_with, evaluating

@@ -12,7 +12,8 @@ from graphprune.configs import Architecture, Place, Shapes, shapes, tensors_of
 from graphprune.errors import listed
 from graphprune.fitting import Dim, Fit, Search
 from graphprune.forms import Slimmed
-from graphprune.layout import Layout, counts_of, free_axes, kept_size
+from graphprune.layout import Layout, free_axes
+from graphprune.masks import counts_of, kept_size
 from graphprune.plan import Plan
 
 # Groups are left whole in so many rounds at most; more at a time follow from what the first ones leave.

@@ -35,8 +35,9 @@ from graphprune.errors import (
 from graphprune.inference import not_runnable, without_data
 from graphprune.inputs import Inputs, output_tensors
 from graphprune.interpretation import Interpretation, interpret
-from graphprune.layout import Axis, Layout, Mask, counts_of, kept_size, mask_of, size_of, touches
+from graphprune.layout import Axis, Layout, size_of
 from graphprune.literals import restricted_arguments
+from graphprune.masks import Mask, counts_of, kept_size, mask_of, touches
 from graphprune.precision import Precision
 from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import Rule, is_in_place, tensors_in

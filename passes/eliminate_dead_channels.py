@@ -14,7 +14,7 @@ from graphprune.edits import put_bias
 from graphprune.groups import DependencyGraph, Group
 from graphprune.importance.readers import Reader, readers_of, unread_groups
 from graphprune.inference import infer
-from graphprune.layout import slots_of
+from graphprune.masks import slots_of
 from graphprune.pipeline import Pass, Program
 from graphprune.plan import Plan
 from graphprune.slim import slimmed

@@ -26,6 +26,7 @@ LAYERS = [
     "inputs",
     "free_sizes",
     "layout",
+    "masks",
     "adapters",
     "rules",
     "block_sparse",

@@ -26,7 +26,8 @@ from graphprune.importance.gates import GatedLoss
 from graphprune.importance.scan import _Kept
 from graphprune.inference import infer
 from graphprune.inputs import Inputs, call, output_tensors
-from graphprune.layout import Axis, Mask
+from graphprune.layout import Axis
+from graphprune.masks import Mask
 from graphprune.switches import plain_kernels
 from graphprune.verify import Run, silenced_outputs
 from tests.structures import STRUCTURES

@@ -28,18 +28,16 @@ from graphprune.layout import (
     flattened,
     free_axes,
     is_fixed,
-    kept_size,
     leaves,
     mark_renormalised,
-    mask_of,
     regroup,
     resolve,
     size_of,
-    slots_of,
     split,
     unify,
     why_fixed,
 )
+from graphprune.masks import kept_size, mask_of, slots_of
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 WHY = Reason("a test", "aten.test", "net.layer", "test.py:1")

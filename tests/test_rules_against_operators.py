@@ -19,20 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import kernels
 from graphprune.errors import InvalidRequestError
-from graphprune.layout import (
-    Axis,
-    Concat,
-    Mask,
-    Product,
-    Reason,
-    counts_of,
-    cut,
-    free_axes,
-    kept_size,
-    mask_of,
-    size_of,
-)
+from graphprune.layout import Axis, Concat, Product, Reason, cut, free_axes, size_of
 from graphprune.literals import restricted_arguments, rewrite_literals
+from graphprune.masks import Mask, counts_of, kept_size, mask_of
 from graphprune.orders import numbers_in, renumbered
 from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import (

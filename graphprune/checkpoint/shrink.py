@@ -22,7 +22,7 @@ from graphprune.checkpoint.writer import ToWrite, header_of, write_safetensors
 from graphprune.cost import count_parameters
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.forms import Slimmed
-from graphprune.layout import Mask, mask_of
+from graphprune.masks import Mask, mask_of
 from graphprune.orders import renumbered
 from graphprune.plan import Plan
 from graphprune.progress import track

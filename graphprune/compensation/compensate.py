@@ -27,7 +27,8 @@ from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, Mask, mask_of
+from graphprune.layout import Axis
+from graphprune.masks import Mask, mask_of
 from graphprune.plan import Plan
 from graphprune.processes import Ranks
 from graphprune.progress import track

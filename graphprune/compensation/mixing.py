@@ -19,7 +19,8 @@ from torch import Tensor
 from graphprune.calibration import Share
 from graphprune.calibration.layers import ConvolutionLayer, Layer
 from graphprune.compensation.fit import NormalEquations
-from graphprune.layout import Axis, Layout, Mask, Product, mask_of, resolve, size_of, touches
+from graphprune.layout import Axis, Layout, Product, resolve, size_of
+from graphprune.masks import Mask, mask_of, touches
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from graphprune.calibration import Run, Share, held_by, refuse_unless_finite
 from graphprune.compensation.fit import NormalEquations
-from graphprune.layout import Axis, Layout, Mask, mask_of
+from graphprune.layout import Axis, Layout
+from graphprune.masks import Mask, mask_of
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
 from graphprune.state import parameter_names

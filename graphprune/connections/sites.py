@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from graphprune.groups import DependencyGraph
-from graphprune.layout import Axis, Layout, free_axes, resolve, size_of, slots_of
+from graphprune.layout import Axis, Layout, free_axes, resolve, size_of
+from graphprune.masks import slots_of
 from graphprune.recorded import Step, Value
 
 aten = torch.ops.aten

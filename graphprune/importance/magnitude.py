@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphprune.groups import DependencyGraph
 from graphprune.importance.subject import Scores, Subject
-from graphprune.layout import slots_of
+from graphprune.masks import slots_of
 from graphprune.progress import track
 
 aten = torch.ops.aten

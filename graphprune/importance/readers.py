@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphprune.groups import DependencyGraph, Group
-from graphprune.layout import Axis, Layout, free_axes, slots_of
+from graphprune.layout import Axis, Layout, free_axes
+from graphprune.masks import slots_of
 from graphprune.recorded import Inference, Step, Value
 from graphprune.rules.recurrent import GATES
 

@@ -18,7 +18,8 @@ from graphprune.importance.magnitude import l2
 from graphprune.importance.running import check_runs
 from graphprune.importance.subject import Scores, Subject
 from graphprune.inference import infer
-from graphprune.layout import Axis, Layout, free_axes, slots_of
+from graphprune.layout import Axis, Layout, free_axes
+from graphprune.masks import slots_of
 from graphprune.processes import Ranks
 from graphprune.progress import track
 from graphprune.state import evaluating

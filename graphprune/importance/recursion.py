@@ -35,7 +35,8 @@ from graphprune.groups import DependencyGraph
 from graphprune.importance.gates import GatedLoss
 from graphprune.importance.subject import Loss, Scores, Subject
 from graphprune.inference import infer
-from graphprune.layout import Axis, Layout, size_of, slots_of
+from graphprune.layout import Axis, Layout, size_of
+from graphprune.masks import slots_of
 from graphprune.rules import bind_arguments, functional_twin, is_in_place, writes
 from graphprune.state import evaluating
 

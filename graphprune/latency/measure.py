@@ -18,7 +18,8 @@ from graphprune.inputs import Inputs
 from graphprune.latency.cache import Cache
 from graphprune.latency.model import GroupLatency, LatencyModel, translated
 from graphprune.latency.parts import Program
-from graphprune.layout import Axis, counts_of
+from graphprune.layout import Axis
+from graphprune.masks import counts_of
 from graphprune.onnx import Feed, Traced, traced_export
 from graphprune.plan import Plan
 from graphprune.processes import present

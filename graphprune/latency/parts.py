@@ -14,7 +14,8 @@ from graphprune.cost import Cost, work_of
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
 from graphprune.inputs import Inputs
-from graphprune.layout import Axis, kept_size, leaves, size_of
+from graphprune.layout import Axis, leaves, size_of
+from graphprune.masks import kept_size
 from graphprune.onnx import PREFIX, Traced
 from graphprune.recorded import Inference, Step, Value
 

@@ -12,15 +12,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from graphprune.errors import InvalidRequestError
-from graphprune.layout import (
-    Axis,
-    Layout,
-    Reason,
-    fix,
-    mark_renormalised,
-    size_of,
-    unify,
-)
+from graphprune.layout import Axis, Layout, Reason, fix, mark_renormalised, size_of, unify
 
 Layouts: TypeAlias = list[Layout]
 Operator: TypeAlias = OpOverload | OpOverloadPacket | str

@@ -12,7 +12,7 @@ from graphprune.capture import prepared
 from graphprune.errors import InvalidRequestError
 from graphprune.groups import DependencyGraph
 from graphprune.inference import infer
-from graphprune.layout import slots_of
+from graphprune.masks import slots_of
 from graphprune.state import named_tensors
 
 
