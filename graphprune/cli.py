@@ -16,6 +16,7 @@ from typing import Annotated, Any, Unpack
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,7 @@ from graphprune.onnx import export
 from graphprune.pipeline import Pass, Pipeline
 from graphprune.saving import save
 from graphprune.slim import Options, slimmed
-from graphprune.terminal import group, told, working
+from graphprune.terminal import told, working
 from graphprune.view import SUFFIXES as GRAPH_SUFFIXES
 from graphprune.view import document
 from graphprune.view.tree import group_lines, tree
@@ -557,3 +558,16 @@ def _example_input(text: str) -> torch.Tensor:
     except ValueError:
         raise InvalidRequestError(f"--input {text!r} is not a shape such as 2,3,224,224") from None
     return torch.zeros(shape, dtype=torch.int64) if kind == "int" else torch.randn(shape)
+
+
+@contextmanager
+def group() -> Iterator[bool]:
+    """Join the process group of torchrun, where that started this; say whether this process writes."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield True
+        return
+    dist.init_process_group()
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()

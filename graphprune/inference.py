@@ -118,16 +118,10 @@ class LayoutInference(Interpretation):
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
             Step(
-                func,
-                place,
-                inputs,
-                values,
-                recorded,
-                call.renormalises,
-                node,
-                bool(call.addressed),
+                func, place, inputs, values, recorded,
+                renormalises=call.renormalises, node=node, addresses=bool(call.addressed),
             )
-        )
+        )  # fmt: skip
         return result
 
     def _results(self, call: Call, layouts: list[Layouts], before: Sequence[Value]) -> list[Value]:

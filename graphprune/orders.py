@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from graphprune.layout import fix
 from graphprune.masks import Mask
-from graphprune.recorded import Inference, Step
+from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import Numbers
 from graphprune.state import OF_AN_INDEX, may_be_an_order
 
@@ -43,12 +43,16 @@ def numbers_in(name: str, tensor: Tensor) -> Numbers | None:
 def fix_misread_orders(found: Inference, steps: Sequence[Step]) -> None:
     """Fix what comes in the order of numbers that an operator reads as anything but this order."""
     for step in steps:
-        passed_on = step.outputs[0].numbers if step.outputs else None
         for value in () if step.addresses else step.inputs:
             name = value.numbers.name if value.numbers else ""
-            if name in found.addressed and value.numbers != passed_on:
+            if name in found.addressed and not _passes_on(value, step):
                 why = replace(step.place, why="an order of channels that is read as numbers")
                 fix(found.parameters[name][0], why)
+
+
+def _passes_on(value: Value, step: Step) -> bool:
+    """Say whether the step's result is a copy of the numbers, not what it wrote in their place."""
+    return any(made is not value and made.numbers == value.numbers for made in step.outputs)
 
 
 def renumbered(order: Tensor, kept: Mask) -> Tensor:

@@ -270,7 +270,7 @@ class Weights:
         """Return a copy of the model on the meta device, but for what may be orders of its channels."""
 
         def emptied(name: str, tensor: Tensor) -> Tensor:
-            if not (may_be_an_order(tensor) and (name in self.by_name or not tensor.is_meta)):
+            if not may_be_an_order(tensor):
                 return tensor.detach().to("meta")
             if name not in self.by_name:
                 return tensor.detach().clone()

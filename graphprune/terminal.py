@@ -9,25 +9,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch.distributed as dist
 import typer
 from rich.console import Console
 
 from graphprune.errors import GraphPruneError, GraphPruneWarning
 from graphprune.progress import no_bars
-
-
-@contextmanager
-def group() -> Iterator[bool]:
-    """Join the process group of torchrun, where that started this; say whether this process writes."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield True
-        return
-    dist.init_process_group()
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager

@@ -83,6 +83,10 @@ STAYS: dict[str, tuple[Forward, str]] = {
         lambda m, x: x[:, m.order][:, m.order.argsort()],
         "slots are sorted",
     ),
+    "numbers that are written over": (
+        lambda m, x: x[:, m.order.remainder_(8)],
+        "an order of channels that is read as numbers",
+    ),
     "added to themselves backwards": (
         lambda m, x: x + x.flip(1),
         "to be kept like itself in another order",
