@@ -24,8 +24,8 @@ from torch import Tensor
 
 import graphprune as gp
 from graphprune.checkpoint.writer import ToWrite, write_safetensors
-from graphprune.runtimes import Runtime
-from graphprune.shards import INDEX, row_blocks
+from graphprune.onnx_export.providers import Runtime
+from graphprune.utils.safetensors_blocks import INDEX, row_blocks
 
 RESULTS = Path(__file__).parent / "results" / "checkpoints.md"
 RATIO = 0.25

@@ -24,12 +24,12 @@ from fashion_mnist import normalised_part
 from tasks import BATCH, CALIBRATION, Task, arguments, fashion
 
 import graphprune as gp
-from graphprune.calibration import batches_of
+from graphprune.calibration.batches import batches_of
 from graphprune.demo.data import sample
-from graphprune.forms import Slimmed
 from graphprune.importance import Subject, are_losses, scores
-from graphprune.latency import Bench
-from graphprune.runtimes import Runtime, machine
+from graphprune.onnx_export.providers import Runtime, machine
+from graphprune.runtime.latency import Bench
+from graphprune.slimming.forms import Slimmed
 
 RESULTS = Path(__file__).parent / "results" / "equal_latency.md"
 SHARES = (0.7, 0.5, 0.4, 0.3, 0.2)

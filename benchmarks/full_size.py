@@ -44,7 +44,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
 
 def measured(name: str) -> dict[str, Any]:
     import graphprune as gp
-    from graphprune.inputs import call
+    from graphprune.utils.inputs import call
 
     model, inputs = build(name)
     row: dict[str, Any] = {"parameters": gp.count_parameters(model), "ratios": {}}

@@ -56,7 +56,7 @@ def one_sample(name: str, quick: bool) -> tuple[nn.Module, Any]:
 
 
 def header(title: str, runtimes: Sequence[Any]) -> list[str]:
-    from graphprune.runtimes import machine
+    from graphprune.onnx_export.providers import machine
 
     about = machine(*runtimes)
     numbers = [f"onnxruntime {onnxruntime.__version__}", f"torch {torch.__version__}"]
@@ -65,7 +65,7 @@ def header(title: str, runtimes: Sequence[Any]) -> list[str]:
 
 
 def timed(files: dict[str, Path], feeds: dict[str, Any], runtime: Any, seconds: float) -> Any:
-    from graphprune.timing import time_onnx
+    from graphprune.runtime.timing import time_onnx
 
     return time_onnx(files, feeds, runtimes=[runtime], seconds=seconds)[str(runtime)]
 
@@ -75,7 +75,7 @@ def timed(files: dict[str, Path], feeds: dict[str, Any], runtime: Any, seconds: 
 
 def ratios(options: argparse.Namespace) -> list[str]:
     import graphprune as gp
-    from graphprune.runtimes import Runtime
+    from graphprune.onnx_export.providers import Runtime
 
     runtime = Runtime()
     lines = header("Latency against MACs, one image, one CPU thread", [runtime])
@@ -112,7 +112,7 @@ def ratios(options: argparse.Namespace) -> list[str]:
 
 def targets(options: argparse.Namespace) -> list[str]:
     import graphprune as gp
-    from graphprune.runtimes import Runtime
+    from graphprune.onnx_export.providers import Runtime
 
     lines = header(
         'of="latency", one sample, one CPU thread, timed by a process of its own', [Runtime()]
@@ -155,7 +155,7 @@ def targets(options: argparse.Namespace) -> list[str]:
 
 def again(options: argparse.Namespace) -> None:
     """Print how much time the slim file of a folder takes, of what the original takes."""
-    from graphprune.runtimes import Runtime
+    from graphprune.onnx_export.providers import Runtime
 
     _, inputs = one_sample(options.models[0], options.quick)
     folder = Path(options.folder)
@@ -174,7 +174,7 @@ def again(options: argparse.Namespace) -> None:
 def prepare(name: str, ratio: float, quick: bool, folder: Path, half: bool) -> tuple[Path, int]:
     """Write a network without some channels as an ONNX file; return it and its MACs on one sample."""
     import graphprune as gp
-    from graphprune.runtimes import in_precision
+    from graphprune.onnx_export.providers import in_precision
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -188,7 +188,7 @@ def prepare(name: str, ratio: float, quick: bool, folder: Path, half: bool) -> t
 
 
 def providers(options: argparse.Namespace) -> list[str]:
-    from graphprune.runtimes import Runtime, default_runtimes
+    from graphprune.onnx_export.providers import Runtime, default_runtimes
 
     runtimes = [Runtime.of(each) for each in options.provider] or default_runtimes()
     names = options.models or ["resnet50", "mobilenet_v2", "vit", "bert", "unet"]

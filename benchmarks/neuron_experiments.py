@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import graphprune as gp
-from graphprune.calibration import Batch, batches_of
-from graphprune.capture import capture
-from graphprune.groups import DependencyGraph
+from graphprune.calibration.batches import Batch, batches_of
+from graphprune.capture.capture import capture
+from graphprune.groups.groups import DependencyGraph
 from graphprune.importance import Subject, scores
-from graphprune.importance.gates import GatedLoss
-from graphprune.inference import infer
-from graphprune.inputs import Inputs, call
+from graphprune.importance.gated_loss import GatedLoss
+from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask
+from graphprune.utils.inputs import Inputs, call
 from graphprune.verify import without
 
 BATCH = 500  # images that are looked at at once

@@ -53,7 +53,7 @@ from neuron_experiments import (
 )
 from torch import nn
 
-from graphprune.importance.many import CHUNK
+from graphprune.importance.vmap_or_loop import CHUNK
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "graphprune"

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.calibration import batches_of
+from graphprune.calibration.batches import batches_of
 from graphprune.demo.network import ResNet8
+from graphprune.distributed.process_group import together
 from graphprune.importance import Subject, scores
-from graphprune.processes import together
 
 Loss = Callable[[Any, Tensor], Tensor]
 

@@ -35,13 +35,13 @@ from torch import nn
 from trainings import Job, Kept, Row, add_options, all_jobs, mean_and_spread, plot, with_spread
 
 import graphprune as gp
-from graphprune.connections import masks_of
-from graphprune.connections.masks import mask
-from graphprune.connections.sites import sites_of
 from graphprune.demo.data import Sample
 from graphprune.demo.main import accuracy
 from graphprune.demo.network import ResNet8
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
+from graphprune.sparsity.connections import masks_of
+from graphprune.sparsity.connections.parametrization import mask
+from graphprune.sparsity.connections.sites import sites_of
 
 RESULTS = Path(__file__).parent / "results"
 X = torch.zeros(1, 1, 28, 28)

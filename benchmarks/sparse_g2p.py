@@ -27,7 +27,7 @@ from torch import nn
 from trainings import Job, Kept, Row, add_options, all_jobs, mean_and_spread, with_spread
 
 import graphprune as gp
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
 
 RESULTS = Path(__file__).parent / "results" / "sparse_recurrent_g2p.md"
 WORDS, JUDGED, EPOCHS, BATCH, PEAK = 100_000, 2_000, 1, 64, 5e-4

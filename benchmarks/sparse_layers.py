@@ -21,8 +21,8 @@ from latency import header, timed
 from torch import nn
 
 import graphprune as gp
-from graphprune.memory import peak_memory
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
+from graphprune.runtime.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "sparse_layers.md"
 DENSITIES = (0.25, 0.125)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from trainings import Job, Kept, Row, add_options, all_jobs, mean_and_spread, plot, with_spread
 
 import graphprune as gp
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
 
 RESULTS = Path(__file__).parent / "results"
 HIDDEN, STEPS = 512, 2500

@@ -19,8 +19,8 @@ from latency import header, timed
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.runtimes import Runtime
-from graphprune.timing import in_turns
+from graphprune.onnx_export.providers import Runtime
+from graphprune.runtime.timing import in_turns
 
 RESULTS = Path(__file__).parent / "results" / "sparse_recurrent_layers.md"
 UNITS, LENGTH, BATCHES = 1760, 20, (1, 8, 32)

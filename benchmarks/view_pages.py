@@ -21,7 +21,7 @@ from latency import header
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import graphprune as gp
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
 from tests import browsers
 from tests.models import ALL
 

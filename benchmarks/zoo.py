@@ -32,8 +32,8 @@ import zoo_members
 from torch import nn
 
 import graphprune as gp
-from graphprune.inputs import call
 from graphprune.layout import Concat, Layout, free_axes, resolve, size_of, why_fixed
+from graphprune.utils.inputs import call
 
 Row: TypeAlias = dict[str, Any]
 

@@ -1,16 +1,9 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
-from graphprune.calibration import OwnShare
+from graphprune.calibration.batches import OwnShare
 from graphprune.checkpoint import ShrunkCheckpoint, shrink_checkpoint
-from graphprune.compare import compare
-from graphprune.comparison import Comparison
-from graphprune.connections import (
-    DropAndGrow,
-    IncrementalConnections,
-    connect_sparsely,
-    make_permanent,
-)
-from graphprune.cost import count_macs, count_parameters
+from graphprune.checkpoint.save import load, save
+from graphprune.distributed.wrappers import wrapped_like
 from graphprune.errors import (
     CaptureError,
     DistributedError,
@@ -21,21 +14,28 @@ from graphprune.errors import (
     PlanError,
     VerificationError,
 )
-from graphprune.forms import Slimmed
-from graphprune.gradually import slim_gradually
-from graphprune.groups import DependencyGraph, Group, analyze
+from graphprune.groups.cost import count_macs, count_parameters
+from graphprune.groups.groups import DependencyGraph, Group, analyze
 from graphprune.importance import Sensitivity, sensitivity
-from graphprune.inputs import Inputs
-from graphprune.onnx import Exported, export
-from graphprune.pipeline import Pass, Pipeline
-from graphprune.plan import Plan
-from graphprune.pretrained import save_pretrained
+from graphprune.onnx_export.export import Exported, export
+from graphprune.pipeline.pipeline import Pass, Pipeline
+from graphprune.report.compare import compare
+from graphprune.report.comparison import Comparison
 from graphprune.rules import pattern, rule
-from graphprune.saving import load, save
-from graphprune.slim import slim, slimmed
+from graphprune.selection.plan import Plan
+from graphprune.slimming.forms import Slimmed
+from graphprune.slimming.gradual import slim_gradually
+from graphprune.slimming.slim import slim, slimmed
+from graphprune.slimming.width import width_multiplier
+from graphprune.sparsity.connections import (
+    DropAndGrow,
+    IncrementalConnections,
+    connect_sparsely,
+    make_permanent,
+)
 from graphprune.training import Distillation, GradualSparsity, GroupLasso, carry_optimizer, finetune
-from graphprune.width import width_multiplier
-from graphprune.wrappers import wrapped_like
+from graphprune.transformers_config.pretrained import save_pretrained
+from graphprune.utils.inputs import Inputs
 
 __all__ = [
     "CaptureError",

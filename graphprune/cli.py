@@ -23,25 +23,25 @@ from rich.table import Table
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.atomic_files import checked_target, written_whole
-from graphprune.capture import prepared
+from graphprune.capture.capture import prepared
 from graphprune.checkpoint import check_target, shrink_checkpoint
-from graphprune.choose import Ranking, Unit
-from graphprune.compare import compare as compare_models
-from graphprune.comparison import SUFFIXES as COMPARISON_SUFFIXES
-from graphprune.cost import count_macs, count_parameters
+from graphprune.checkpoint.save import save
 from graphprune.errors import InvalidRequestError, in_a_line
-from graphprune.groups import analyze
+from graphprune.groups.cost import count_macs, count_parameters
+from graphprune.groups.groups import analyze
 from graphprune.importance import CRITERIA
-from graphprune.inputs import Inputs
-from graphprune.onnx import export
-from graphprune.pipeline import Pass, Pipeline
-from graphprune.saving import save
-from graphprune.slim import Options, slimmed
-from graphprune.terminal import told, working
-from graphprune.view import SUFFIXES as GRAPH_SUFFIXES
-from graphprune.view import document
-from graphprune.view.tree import group_lines, tree
+from graphprune.inspection import SUFFIXES as GRAPH_SUFFIXES
+from graphprune.inspection import document
+from graphprune.inspection.terminal_tree import group_lines, tree
+from graphprune.onnx_export.export import export
+from graphprune.pipeline.pipeline import Pass, Pipeline
+from graphprune.report.compare import compare as compare_models
+from graphprune.report.comparison import SUFFIXES as COMPARISON_SUFFIXES
+from graphprune.selection.choose import Ranking, Unit
+from graphprune.slimming.slim import Options, slimmed
+from graphprune.utils.atomic_files import checked_target, written_whole
+from graphprune.utils.inputs import Inputs
+from graphprune.utils.terminal import told, working
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -32,17 +32,17 @@ from graphprune.errors import (
     listed,
     warn,
 )
-from graphprune.inference import not_runnable, without_data
-from graphprune.inputs import Inputs, output_tensors
-from graphprune.interpretation import Interpretation, interpret
+from graphprune.inference.infer import not_runnable, without_data
+from graphprune.inference.interpreter import Interpretation, interpret
+from graphprune.inference.precision import Precision
+from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, Layout, size_of
-from graphprune.literals import restricted_arguments
 from graphprune.masks import Mask, counts_of, kept_size, mask_of, touches
-from graphprune.precision import Precision
-from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import Rule, is_in_place, tensors_in
-from graphprune.shrink import sliced
-from graphprune.state import (
+from graphprune.shrink.graph_literals import restricted_arguments
+from graphprune.shrink.tensors import sliced
+from graphprune.utils.inputs import Inputs, output_tensors
+from graphprune.utils.tensors import (
     copy_with,
     evaluating,
     named_tensors,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.constants import pads, written_by
-from graphprune.edits import (
+from graphprune.graph_utils.constant_inputs import pads, written_by
+from graphprune.graph_utils.edits import (
     drop_unread,
     new_name,
     put_parameter,
@@ -20,9 +19,10 @@ from graphprune.edits import (
     rescale_input,
     shift_input,
 )
-from graphprune.pipeline import Pass, Program
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of, writes
-from graphprune.state import evaluating
+from graphprune.utils.tensors import evaluating
 
 aten = torch.ops.aten
 

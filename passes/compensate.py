@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.calibration import batches_of
+from graphprune.calibration.batches import batches_of
 from graphprune.compensation import Method, compensated, method_of
-from graphprune.pipeline import Pass, Program
-from graphprune.plan import Plan
-from graphprune.processes import together
+from graphprune.distributed.process_group import together
+from graphprune.pipeline.pipeline import Pass, Program
+from graphprune.selection.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.constants import constant_inputs, pads
-from graphprune.edits import put_bias
-from graphprune.groups import DependencyGraph, Group
-from graphprune.importance.readers import Reader, readers_of, unread_groups
-from graphprune.inference import infer
+from graphprune.graph_utils.constant_inputs import constant_inputs, pads
+from graphprune.graph_utils.edits import put_bias
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.readers import Reader, readers_of, unread_groups
+from graphprune.inference.infer import infer
 from graphprune.masks import slots_of
-from graphprune.pipeline import Pass, Program
-from graphprune.plan import Plan
-from graphprune.slim import slimmed
-from graphprune.state import evaluating, named_tensors
+from graphprune.pipeline.pipeline import Pass, Program
+from graphprune.selection.plan import Plan
+from graphprune.slimming.slim import slimmed
+from graphprune.utils.tensors import evaluating, named_tensors
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.edits import drop_unread, rescale
-from graphprune.pipeline import Pass, Program
+from graphprune.graph_utils.edits import drop_unread, rescale
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 
 aten = torch.ops.aten

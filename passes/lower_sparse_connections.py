@@ -12,18 +12,18 @@ import torch
 from graphprune.passes.absorb_constants import compute_constants
 from torch import Tensor, fx
 
-from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.connections.blocks import Blocks
-from graphprune.edits import put_parameter, read_buffer
-from graphprune.inference import infer
+from graphprune.graph_utils.edits import put_parameter, read_buffer
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.inference.infer import infer
+from graphprune.inference.recorded import Inference
 from graphprune.layout import Axis, Layout, resolve, size_of
-from graphprune.pipeline import Pass, Program
-from graphprune.races import warn_of_slow
-from graphprune.races.convolution import Form, Shape, fastest
-from graphprune.recorded import Inference
-from graphprune.reorder import Order, positions, reordered
+from graphprune.onnx_export.providers import Runtime
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
-from graphprune.runtimes import Runtime
+from graphprune.runtime.autotune import warn_of_slow
+from graphprune.runtime.autotune.convolution import Form, Shape, fastest
+from graphprune.shrink.reorder import Order, positions, reordered
+from graphprune.sparsity.connections.filter_blocks import Blocks
 
 aten = torch.ops.aten
 

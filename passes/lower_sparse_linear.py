@@ -9,15 +9,15 @@ from math import prod
 import torch
 from torch import fx
 
-from graphprune.block_sparse.packing import Packed, has_zeros, packed_well, run_of
-from graphprune.calibration import Layer, held_by, layers_of
-from graphprune.edits import drop_unread, read_packed
-from graphprune.inference import infer
+from graphprune.graph_utils.edits import drop_unread, read_packed
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.inference.infer import infer
 from graphprune.layout import size_of
-from graphprune.pipeline import Pass, Program
-from graphprune.races import warn_of_alone, warn_of_slow
-from graphprune.races.packed import LinearShape, MatrixShape
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
+from graphprune.ops.block_packing import Packed, has_zeros, packed_well, run_of
+from graphprune.pipeline.pipeline import Pass, Program
+from graphprune.runtime.autotune import warn_of_alone, warn_of_slow
+from graphprune.runtime.autotune.packed import LinearShape, MatrixShape
 
 aten = torch.ops.aten
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.block_sparse.packing import Block, Packed, has_zeros, packed_well
-from graphprune.block_sparse.recurrent import OPERATOR
-from graphprune.calibration import held_by
-from graphprune.edits import drop_unread, read_packed
-from graphprune.inference import infer
+from graphprune.graph_utils.edits import drop_unread, read_packed
+from graphprune.graph_utils.linear_layers import held_by
+from graphprune.inference.infer import infer
 from graphprune.layout import size_of
-from graphprune.pipeline import Pass, Program
-from graphprune.races import warn_of_alone, warn_of_slow
-from graphprune.races.packed import MatrixShape, RecurrentShape
+from graphprune.onnx_export.providers import Runtime
+from graphprune.ops.block_packing import Block, Packed, has_zeros, packed_well
+from graphprune.ops.block_sparse_recurrent import OPERATOR
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
-from graphprune.runtimes import Runtime
+from graphprune.runtime.autotune import warn_of_alone, warn_of_slow
+from graphprune.runtime.autotune.packed import MatrixShape, RecurrentShape
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ class LowerSparseRecurrent(Pass):
     2. In PyTorch a layer becomes one operator for each direction, which torch.compile takes as it is; in
        the file of `graphprune.export` a Scan of standard operators, with the length and the batch as free
        as they were. (torch.onnx.export writes it with `custom_translation_table=TRANSLATIONS` of
-       graphprune.block_sparse.scan.)
+       graphprune.ops.onnx_scan.)
 
     Left alone, with a warning: layers that run no faster in ONNX Runtime at the example inputs' shape, by
     measurement, and layers whose zeros stand alone. Without one: layers that are dense, cells, and layers

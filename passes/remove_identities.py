@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphprune.pipeline import Pass, Program
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of, writes
 
 aten = torch.ops.aten

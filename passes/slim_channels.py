@@ -7,12 +7,12 @@ from typing import Any, cast
 
 from torch import fx
 
-from graphprune.allocation import Align
-from graphprune.choose import Ranking, Unit
 from graphprune.compensation import Method
 from graphprune.importance import Importance, Loss
-from graphprune.pipeline import Pass, Program
-from graphprune.slim import slimmed
+from graphprune.pipeline.pipeline import Pass, Program
+from graphprune.selection.allocation import Align
+from graphprune.selection.choose import Ranking, Unit
+from graphprune.slimming.slim import slimmed
 
 
 @dataclass(frozen=True)

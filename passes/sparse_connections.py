@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.connections import PatternName, wired
-from graphprune.connections.masks import mask_like
-from graphprune.edits import read_buffer
-from graphprune.groups import DependencyGraph
+from graphprune.graph_utils.edits import read_buffer
+from graphprune.groups.groups import DependencyGraph
 from graphprune.importance import Loss
-from graphprune.inference import infer
-from graphprune.pipeline import Pass, Program
+from graphprune.inference.infer import infer
+from graphprune.pipeline.pipeline import Pass, Program
+from graphprune.sparsity.connections import PatternName, wired
+from graphprune.sparsity.connections.parametrization import mask_like
 
 
 @dataclass(frozen=True)

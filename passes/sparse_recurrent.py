@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from graphprune.edits import put_parameter
 from graphprune.errors import InvalidRequestError
-from graphprune.pipeline import Pass, Program
+from graphprune.graph_utils.edits import put_parameter
+from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
-from graphprune.training.gradual_sparsity import Matrix, without_lowest
+from graphprune.sparsity.gradual import Matrix, without_lowest
 
 
 @dataclass(frozen=True)

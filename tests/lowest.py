@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import graphprune as gp
 from graphprune.cli import app
-from graphprune.view import SUFFIXES
+from graphprune.inspection import SUFFIXES
 
 NAMES = ("networkx", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch", "typer")
 

@@ -359,7 +359,7 @@ for check in (True, False):
 
 def another_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shrinking keep other channels of the last layer than of the hidden one."""
-    shrink = importlib.import_module("graphprune.shrink")
+    shrink = importlib.import_module("graphprune.shrink.tensors")
     right = shrink.sliced
 
     def wrong(tensor: Tensor, layouts: Any, masks: Any) -> Tensor | None:

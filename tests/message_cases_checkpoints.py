@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import cli
-from graphprune.shards import INDEX, Checkpoint
+from graphprune.utils.safetensors_blocks import INDEX, Checkpoint
 from graphprune.verify import check_runs
 from tests.message_cases import CASES, Case, X, case, net, said
 from tests.models import example

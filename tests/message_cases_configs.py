@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune import pretrained
+from graphprune.transformers_config import pretrained
 from tests.message_cases import case
 from tests.models import import_transformers
 

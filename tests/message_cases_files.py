@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import graphprune as gp
 from graphprune import cli
-from graphprune.atomic_files import alone, checked_target
-from graphprune.importance.scan import _scans
+from graphprune.importance.sensitivity import _scans
+from graphprune.utils.atomic_files import alone, checked_target
 from tests.message_cases import X, case, net, said
 from tests.message_cases_checkpoints import shrunk, written
 

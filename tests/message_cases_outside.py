@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import cli, runtimes, timing
-from graphprune.callbacks import Compared
-from graphprune.comparison import Comparison, Measured
-from graphprune.view.tree import group_lines
+from graphprune import cli
+from graphprune.inspection.terminal_tree import group_lines
+from graphprune.onnx_export import providers
+from graphprune.pipeline.callbacks import Compared
+from graphprune.report.comparison import Comparison, Measured
+from graphprune.runtime import timing
 from tests.message_cases import Does, X, case, convolutions, net, said
 
 # ------------------------------------------------------------------------------------------- ONNX
@@ -80,17 +82,17 @@ def an_old_opset(folder: Path) -> None:
 
 @case(r"ONNX Runtime has no provider 'abacus' here; it has .*cpu.*")
 def a_provider_that_is_not_there(folder: Path) -> None:
-    runtimes.Runtime.of("abacus")
+    providers.Runtime.of("abacus")
 
 
 @case("'cpu-float16' asks for float16; cpu is timed in float32")
 def a_precision_that_a_provider_has_not(folder: Path) -> None:
-    runtimes.Runtime.of("cpu-float16")
+    providers.Runtime.of("cpu-float16")
 
 
 @case("threads=0 must be a whole number from 1")
 def no_threads(folder: Path) -> None:
-    runtimes.Runtime.of("cpu", 0)
+    providers.Runtime.of("cpu", 0)
 
 
 @case("ONNX Runtime cannot start 'AbacusExecutionProvider' here")
@@ -98,8 +100,8 @@ def a_provider_that_does_not_start(folder: Path) -> None:
     gp.export(net(), X, folder / "net.onnx")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(ort.InferenceSession, "__init__", lambda *_, **__: None)
-        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [runtimes.CPU])
-        runtimes.open_session(folder / "net.onnx", runtimes.Runtime("AbacusExecutionProvider"))
+        monkeypatch.setattr(ort.InferenceSession, "get_providers", lambda _: [providers.CPU])
+        providers.open_session(folder / "net.onnx", providers.Runtime("AbacusExecutionProvider"))
 
 
 class Session:
@@ -117,13 +119,13 @@ class Session:
         return [type(self).change(array) for array in self.session.run(names, feed)]
 
 
-real_session = runtimes.open_session
+real_session = providers.open_session
 
 
 def changed(folder: Path, change: Callable[[Any], Any]) -> None:
     kind = type("Changed", (Session,), {"change": staticmethod(change)})
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys.modules["graphprune.onnx"], "open_session", kind)
+        monkeypatch.setattr(sys.modules["graphprune.onnx_export.export"], "open_session", kind)
         gp.export(nn.ReLU(), torch.ones(2, 3), folder / "relu.onnx")
 
 
@@ -158,7 +160,9 @@ said(
 )
 def a_profile_of_nothing(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys.modules["graphprune.latency.measure"], "profiled", lambda *_: [])
+        monkeypatch.setattr(
+            sys.modules["graphprune.runtime.latency.bench"], "profiled", lambda *_: []
+        )
         gp.slim(net(), 0.5, X, of="latency")
 
 

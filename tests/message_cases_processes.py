@@ -16,7 +16,7 @@ from torch.distributed.tensor import distribute_tensor
 
 import graphprune as gp
 from graphprune.calibration.batches import _own
-from graphprune.processes import Ranks
+from graphprune.distributed.process_group import Ranks
 from tests.message_cases import X, case, net
 
 

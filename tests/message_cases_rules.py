@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
+from graphprune.shrink import tensors
 from tests.message_cases import Does, X, case, net
 
 
@@ -70,14 +70,14 @@ def no_number(_: Path) -> Any:
     "channels silenced, in 2 of 6 entries"
 )
 def no_number_in_the_slim_model(_: Path) -> Any:
-    sliced = SimpleNamespace(by=gp.shrink.sliced)  # type: ignore[attr-defined]
+    right = tensors.sliced
 
     def spoilt(tensor: Tensor, *rest: Any) -> Tensor | None:
-        cut: Tensor | None = sliced.by(tensor, *rest)
+        cut: Tensor | None = right(tensor, *rest)
         if cut is not None and cut.shape[0] == 3:
             cut[1] = torch.nan
         return cut
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("graphprune.shrink.sliced", spoilt)
+        monkeypatch.setattr("graphprune.shrink.tensors.sliced", spoilt)
         return gp.slim(net(), 0.5, X, form="module")

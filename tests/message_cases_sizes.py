@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import inference
+from graphprune.inference import infer
 from tests.message_cases import Does, case, said
 from tests.test_other_sizes import IDS, Positions, pair_only
 
@@ -34,7 +34,7 @@ said(
 )
 def channels_of_one_size_of_inputs(_: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "fix_unread", lambda *_: None)
-        patch.setattr(inference, "reconcile", pair_only)
+        patch.setattr(infer, "fix_unread", lambda *_: None)
+        patch.setattr(infer, "reconcile", pair_only)
         model = Positions(lambda table, t: table[:t]).eval()
         gp.slim(model, 0.5, IDS, form="module")

@@ -23,7 +23,7 @@ from torch import Tensor, library, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from graphprune.inputs import Inputs, call
+from graphprune.utils.inputs import Inputs, call
 from tests.models_images import (
     conv_norm,
     densenet121,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from graphprune.block_sparse.recurrent import OPERATOR
+from graphprune.ops.block_sparse_recurrent import OPERATOR
 from tests.deformable import deformable_convolution
 from tests.models import import_transformers
 

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.atomic_files import (
+from graphprune.importance.sensitivity import Sensitivity
+from graphprune.report.comparison import Comparison, Measured
+from graphprune.utils.atomic_files import (
     alone,
     checked_target,
     drafted,
@@ -25,8 +27,6 @@ from graphprune.atomic_files import (
     write_text,
     written_whole,
 )
-from graphprune.comparison import Comparison, Measured
-from graphprune.importance.scan import Sensitivity
 
 X = torch.ones(2, 6)
 NOTHING = Measured(0, 0, None, {})
@@ -144,7 +144,7 @@ import sys
 from pathlib import Path
 sys.modules["graphprune"] = type(sys)("graphprune")  # without torch, which takes seconds
 sys.modules["graphprune"].__path__ = [sys.argv[1]]
-from graphprune.atomic_files import write_text
+from graphprune.utils.atomic_files import write_text
 for letter in range(1_000_000):
     write_text(sys.argv[2], chr(97 + letter % 26) * 300_000)
     print(flush=True)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, library, nn
 
 import graphprune as gp
-from graphprune.block_sparse.packing import Packed, block_of, product
-from graphprune.block_sparse.recurrent import GATES, OPERATOR, block_sparse_recurrent
-from graphprune.block_sparse.scan import TRANSLATIONS
-from graphprune.races.packed import LinearShape, MatrixShape, RecurrentShape
-from graphprune.runtimes import Runtime, open_session
+from graphprune.onnx_export.providers import Runtime, open_session
+from graphprune.ops.block_packing import Packed, block_of, product
+from graphprune.ops.block_sparse_recurrent import GATES, OPERATOR, block_sparse_recurrent
+from graphprune.ops.onnx_scan import TRANSLATIONS
+from graphprune.runtime.autotune.packed import LinearShape, MatrixShape, RecurrentShape
 
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn_tanh": nn.RNN}
 

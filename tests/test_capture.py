@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import capture
+from graphprune.capture import capture
 from graphprune.errors import GraphPruneWarning
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import graphprune as gp
 from graphprune.checkpoint import shrink
-from graphprune.shards import INDEX
+from graphprune.utils.safetensors_blocks import INDEX
 
 TOKENS = {"input_ids": torch.tensor([[1, 5, 7, 2], [3, 9, 4, 8]])}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.compare import compare
-from graphprune.comparison import Comparison, Place, page
+from graphprune.report.compare import compare
+from graphprune.report.comparison import Comparison, Place, page
 
 X = torch.randn(2, 16)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.demo.data import sample, trained_network
 from graphprune.demo.main import accuracy
-from graphprune.inputs import Inputs, call
-from graphprune.plan import Plan
+from graphprune.selection.plan import Plan
+from graphprune.utils.inputs import Inputs, call
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.GraphPruneWarning")
 

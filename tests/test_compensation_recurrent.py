@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.inputs import Inputs, call
-from graphprune.plan import Plan
+from graphprune.selection.plan import Plan
+from graphprune.utils.inputs import Inputs, call
 
 
 class Recurrent(nn.Module):

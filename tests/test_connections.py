@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.connections import Wiring, masks_of, wired
-from graphprune.connections.clusters import clustered
-from graphprune.connections.patterns import PATTERNS, blocks_of, fan_in
-from graphprune.connections.sites import sites_of
 from graphprune.demo.network import ResNet8
+from graphprune.sparsity.connections import Wiring, masks_of, wired
+from graphprune.sparsity.connections.clustering import clustered
+from graphprune.sparsity.connections.patterns import PATTERNS, blocks_of, fan_in
+from graphprune.sparsity.connections.sites import sites_of
 from tests import models
 
 X = torch.randn(2, 1, 28, 28)

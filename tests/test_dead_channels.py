@@ -12,10 +12,10 @@ from graphprune.passes import EliminateDeadChannels, FoldBatchNorm
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.constants import POINTWISE, POOLING
-from graphprune.importance.readers import readers_of
-from graphprune.inputs import call, output_tensors
-from graphprune.pipeline import program_of
+from graphprune.graph_utils.constant_inputs import POINTWISE, POOLING
+from graphprune.groups.readers import readers_of
+from graphprune.pipeline.pipeline import program_of
+from graphprune.utils.inputs import call, output_tensors
 from tests.models import example
 from tests.structures import STRUCTURES
 from tests.test_passes import settled

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.explain import Explanation, Part
+from graphprune.groups.explain import Explanation, Part
 from tests.models import ALL
 from tests.structures import STRUCTURES
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneWarning
-from graphprune.free_sizes import Free, with_batch
-from graphprune.inputs import Inputs, call
-from graphprune.onnx import export
-from graphprune.runtimes import open_session
+from graphprune.onnx_export.export import export
+from graphprune.onnx_export.free_sizes import Free, with_batch
+from graphprune.onnx_export.providers import open_session
+from graphprune.utils.inputs import Inputs, call
 
 
 class Stream(nn.Module):

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.func import grad, hessian
 
 import graphprune as gp
-from graphprune.calibration import batches_of
-from graphprune.choose import Request, choose
+from graphprune.calibration.batches import batches_of
 from graphprune.demo.network import ResNet8
-from graphprune.groups import Group
-from graphprune.importance import CRITERIA, Subject, brute_force, scores
-from graphprune.importance.gates import GatedLoss
-from graphprune.importance.scan import _Kept
-from graphprune.inference import infer
-from graphprune.inputs import Inputs, call, output_tensors
+from graphprune.groups.groups import Group
+from graphprune.importance import CRITERIA, Subject, oracle, scores
+from graphprune.importance.gated_loss import GatedLoss
+from graphprune.importance.sensitivity import _Kept
+from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask
-from graphprune.switches import plain_kernels
+from graphprune.selection.choose import Request, choose
+from graphprune.utils.inputs import Inputs, call, output_tensors
+from graphprune.utils.torch_context import plain_kernels
 from graphprune.verify import Run, silenced_outputs
 from tests.structures import STRUCTURES
 
@@ -452,7 +452,7 @@ def test_a_scan_is_kept_and_goes_on_where_it_was_cut_off(
         return measure(self, gates, *rest)
 
     monkeypatch.setattr(GatedLoss, "__call__", counted)
-    monkeypatch.setattr("graphprune.importance.scan.for_each", _one_by_one)
+    monkeypatch.setattr("graphprune.importance.sensitivity.for_each", _one_by_one)
     assert gp.sensitivity(model, data, squared, cache=cache) == first
     assert set(asked) == {"first.weight:0"}
     with torch.no_grad():
@@ -547,7 +547,7 @@ def test_brute_force_behind_the_layers_alone_is_that_of_the_whole_model(
         return
     with plain_kernels():
         fast = scores(subject, "oracle")
-        monkeypatch.setattr("graphprune.importance.brute_force._traced", lambda _: None)
+        monkeypatch.setattr("graphprune.importance.oracle._traced", lambda _: None)
         whole = scores(subject, "oracle")
     for group in graph.groups:
         scale = max(1e-3, float(np.abs(whole[group.name]).max(initial=0)))
@@ -559,9 +559,9 @@ def test_brute_force_runs_what_lies_behind_alone(build: Any, shape: Any) -> None
     model, x = build(), torch.randn(shape)
     graph = gp.analyze(model, x)
     subject = Subject(model.eval(), graph, batches_of([x]), _squares)
-    graph_module = brute_force._traced(subject)
+    graph_module = oracle._traced(subject)
     assert graph_module is not None
-    assert brute_force._readers(subject, graph_module).keys() == graph.by_name.keys()
+    assert oracle._readers(subject, graph_module).keys() == graph.by_name.keys()
 
 
 def test_what_two_processes_scan_is_kept_of_both(tmp_path: Path) -> None:

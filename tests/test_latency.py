@@ -17,16 +17,16 @@ from graphprune.passes import SlimChannels
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import cost
-from graphprune.cost import mac_terms
 from graphprune.demo.network import ResNet8
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
-from graphprune.latency import Bench, measure
-from graphprune.latency.cache import Cache
-from graphprune.onnx import Feed, export
-from graphprune.profiling import Event, profiled
-from graphprune.runtimes import CUDA, Runtime
-from graphprune.timing import Latency, Spread
+from graphprune.groups import cost
+from graphprune.groups.cost import mac_terms
+from graphprune.onnx_export.export import Feed, export
+from graphprune.onnx_export.providers import CUDA, Runtime
+from graphprune.runtime.latency import Bench
+from graphprune.runtime.latency.cache import Cache
+from graphprune.runtime.profiling import Event, profiled
+from graphprune.runtime.timing import Latency, Spread
 from tests import models
 
 X = torch.randn(1, 1, 28, 28)
@@ -80,8 +80,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         found = {name: Latency(Spread(s, s, s, s), None, 1, 1) for name, s in whole.items()}
         return {str(runtimes[0]): found}
 
-    monkeypatch.setattr(measure, "profiled", profile)
-    monkeypatch.setattr(measure, "time_onnx", times)
+    monkeypatch.setattr("graphprune.runtime.latency.bench.profiled", profile)
+    monkeypatch.setattr("graphprune.runtime.latency.bench.time_onnx", times)
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
     return seen
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import graphprune as gp
-from graphprune.connections.blocks import Blocks
 from graphprune.demo.network import ResNet8
-from graphprune.races.convolution import Shape, fastest
-from graphprune.runtimes import Runtime
+from graphprune.onnx_export.providers import Runtime
+from graphprune.runtime.autotune.convolution import Shape, fastest
+from graphprune.sparsity.connections.filter_blocks import Blocks
 from tests import models
 
 X = torch.randn(2, 3, 12, 12)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphprune.inputs import Inputs, call, output_tensors
+from graphprune.utils.inputs import Inputs, call, output_tensors
 from tests import models
 from tests.structures import STRUCTURES
 

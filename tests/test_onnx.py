@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.errors import ExportError, GraphPruneWarning, InvalidRequestError
-from graphprune.inputs import Inputs, call
-from graphprune.onnx import Exported, export
-from graphprune.precision import relative_difference
-from graphprune.runtimes import Runtime, open_session
+from graphprune.inference.precision import relative_difference
+from graphprune.onnx_export.export import Exported, export
+from graphprune.onnx_export.providers import Runtime, open_session
+from graphprune.utils.inputs import Inputs, call
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -247,7 +247,9 @@ def test_a_file_that_disagrees_is_refused_and_replaces_nothing(
 
     before = tmp_path / "relu.onnx"
     before.write_text("before")
-    monkeypatch.setattr(importlib.import_module("graphprune.onnx"), "open_session", Wrong)
+    monkeypatch.setattr(
+        importlib.import_module("graphprune.onnx_export.export"), "open_session", Wrong
+    )
     says = (
         r"^output at batch 2, shape \[2, 3\], differs between PyTorch and ONNX Runtime by 0\.5 of "
         r"its largest value; the tolerance is 0\.0001 for float32, and tolerance= sets another$"

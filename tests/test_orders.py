@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.reorder import reordered
+from graphprune.shrink.reorder import reordered
 
 Forward = Callable[[Any, Tensor], Tensor]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import inference, other_sizes
-from graphprune.inputs import Inputs
+from graphprune.inference import infer, other_sizes
 from graphprune.layout import Axis, Concat, Product, Reason
+from graphprune.utils.inputs import Inputs
 from graphprune.verify import without
 from tests.models import randomise
 from tests.random_networks import Network
@@ -181,9 +181,9 @@ def pair_only(first, others, reason_for):  # type: ignore[no-untyped-def]
 
 
 def take_the_fix_out(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(inference, "fix_unread", lambda *_: None)
-    patch.setattr(inference, "fix_parts_of_tables", lambda *_: None)
-    patch.setattr(inference, "reconcile", pair_only)
+    patch.setattr(infer, "fix_unread", lambda *_: None)
+    patch.setattr(infer, "fix_parts_of_tables", lambda *_: None)
+    patch.setattr(infer, "reconcile", pair_only)
 
 
 @pytest.mark.parametrize("name", ["first", "last", "one", "bag", "bag_of_most", "every_other"])

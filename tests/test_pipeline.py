@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphprune as gp
-from graphprune.callbacks import Compared, Dumped, Printed, Timed
 from graphprune.errors import VerificationError
-from graphprune.pipeline import Program
-from graphprune.runtimes import CPU
+from graphprune.onnx_export.providers import CPU
+from graphprune.pipeline.callbacks import Compared, Dumped, Printed, Timed
+from graphprune.pipeline.pipeline import Program
 
 aten = torch.ops.aten
 

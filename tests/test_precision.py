@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.inference import infer
-from graphprune.inputs import Inputs
-from graphprune.precision import Precision
+from graphprune.inference.infer import infer
+from graphprune.inference.precision import Precision
+from graphprune.shrink import tensors
+from graphprune.utils.inputs import Inputs
 
 
 def images(count: int = 2) -> Tensor:
@@ -114,13 +115,13 @@ def test_what_runs_in_float64_is_compared_in_float64() -> None:
 @pytest.mark.parametrize("dtype", [None, *KINDS], ids=str)
 def test_a_wrong_slot_is_caught_in_every_type(only: Any, dtype: Any, monkeypatch: Any) -> None:
     model = Through(checked_by_code if dtype is None else only(dtype)).to(dtype).eval()
-    sliced = gp.shrink.sliced  # type: ignore[attr-defined]
+    sliced = tensors.sliced
 
     def rolled(tensor: Tensor, *rest: Any) -> Tensor | None:
         cut: Tensor | None = sliced(tensor, *rest)
         return cut if cut is None or cut.shape != (3, 8) else cut.roll(1, 1)
 
-    monkeypatch.setattr("graphprune.shrink.sliced", rolled)
+    monkeypatch.setattr("graphprune.shrink.tensors.sliced", rolled)
     with pytest.raises(gp.VerificationError, match="differs by"):
         quietly(model, torch.randn(2, 6, dtype=dtype), form="module")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.inputs import call, output_tensors
+from graphprune.utils.inputs import call, output_tensors
 from tests.models import Example, example, import_transformers
 
 # Models, options of `slimmed`, and what has to change in the config.

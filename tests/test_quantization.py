@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.demo.data import sample, trained_network
 from graphprune.demo.main import accuracy
-from graphprune.onnx import Exported
-from graphprune.runtimes import open_session
+from graphprune.onnx_export.export import Exported
+from graphprune.onnx_export.providers import open_session
 
 IMAGES = sample("train").images[:256]
 TEST = sample("test")

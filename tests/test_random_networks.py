@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune as gp
-from graphprune.inputs import Inputs
+from graphprune.utils.inputs import Inputs
 from graphprune.verify import Run, verify
 from tests.random_networks import KINDS, Network
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.calibration import batches_of
-from graphprune.capture import capture
+from graphprune.calibration.batches import batches_of
+from graphprune.capture.capture import capture
 from graphprune.importance import Scores, Subject, scores
-from graphprune.inputs import Inputs
+from graphprune.utils.inputs import Inputs
 
 
 def squared(output: Tensor, target: Tensor) -> Tensor:

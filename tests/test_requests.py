@@ -14,11 +14,11 @@ from graphprune.passes import SlimChannels
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import gradually
-from graphprune.allocation import Changes
-from graphprune.cost import mac_cost
+from graphprune.groups.cost import mac_cost
 from graphprune.importance import LOOK_AT_LOSS
-from graphprune.slim import Order, target_of
+from graphprune.selection.allocation import Changes
+from graphprune.slimming import gradual
+from graphprune.slimming.slim import Order, target_of
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 4
@@ -165,7 +165,7 @@ def test_steps_towards_a_latency_go_parts_of_the_way(monkeypatch: Any) -> None:
         targets.append(target_of(order, 10.0))
         return gp.slimmed(model, 0.0, inputs)
 
-    monkeypatch.setattr(gradually, "carried_out", cut)
+    monkeypatch.setattr(gradual, "carried_out", cut)
     list(gp.slim_gradually(mlp(), example_inputs=X, latency_ms=4.0, steps=3))
     assert targets == pytest.approx([8.0, 6.0, 4.0])
     targets.clear()
@@ -213,7 +213,7 @@ def test_the_cost_of_one_axis_more_or_less_is_that_of_the_whole_cost() -> None:
 def test_the_time_to_choose_grows_with_the_groups_and_not_with_their_square(
     monkeypatch: Any,
 ) -> None:
-    from graphprune import allocation
+    from graphprune.selection import allocation
 
     looks = 0
     plain = allocation._rest_of

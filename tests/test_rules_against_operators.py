@@ -17,13 +17,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune import kernels
 from graphprune.errors import InvalidRequestError
+from graphprune.inference import kernels
+from graphprune.inference.orders import numbers_in, renumbered
+from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, Concat, Product, Reason, cut, free_axes, size_of
-from graphprune.literals import restricted_arguments, rewrite_literals
 from graphprune.masks import Mask, counts_of, kept_size, mask_of
-from graphprune.orders import numbers_in, renumbered
-from graphprune.recorded import Inference, Step, Value
 from graphprune.rules import (
     Call,
     Layouts,
@@ -36,6 +35,7 @@ from graphprune.rules import (
     rule_for,
     tensors_in,
 )
+from graphprune.shrink.graph_literals import restricted_arguments, rewrite_literals
 from tests.rule_cases import CANNOT_RUN, CASES, Case, bits, whole, x
 
 aten = torch.ops.aten

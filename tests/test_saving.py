@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.inputs import call, output_tensors
+from graphprune.utils.inputs import call, output_tensors
 from tests.models import build, example
 
 
@@ -66,7 +66,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     def fails(*args: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("graphprune.saving.save_file", fails)
+    monkeypatch.setattr("graphprune.checkpoint.save.save_file", fails)
     with pytest.raises(OSError, match="no space left"):
         gp.save(result, path)
     assert path.read_bytes() == content

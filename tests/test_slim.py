@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
 import graphprune as gp
-from graphprune.inputs import call, output_tensors
-from graphprune.plan import Plan
+from graphprune.selection.plan import Plan
+from graphprune.utils.inputs import call, output_tensors
 from tests.models import ALL
 from tests.structures import STRUCTURES
 
@@ -412,14 +412,14 @@ def test_a_renormalised_cut_is_warned_about_once() -> None:
 
 
 def test_a_wrong_slice_is_caught_by_verification(images: Tensor, monkeypatch: Any) -> None:
-    from graphprune import shrink
+    from graphprune.shrink import tensors
 
     def wrong(tensor: Tensor, layouts: Any, masks: Any) -> Tensor | None:
         result = right(tensor, layouts, masks)
         return None if result is None else result.flip(0)
 
-    right = shrink.sliced
-    monkeypatch.setattr(shrink, "sliced", wrong)
+    right = tensors.sliced
+    monkeypatch.setattr(tensors, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Net(), 0.5, images, form="module")
 
@@ -493,7 +493,7 @@ def test_a_buffer_that_running_writes_to_stays_as_it_was(tmp_path: Any) -> None:
 def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
     monkeypatch: Any,
 ) -> None:
-    from graphprune import shrink
+    from graphprune.shrink import tensors
 
     class Branch(nn.Module):
         def __init__(self) -> None:
@@ -508,9 +508,9 @@ def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
         result = right(tensor, layouts, masks)
         return None if result is None else result.flip(0)
 
-    right = shrink.sliced
+    right = tensors.sliced
     gp.slim(Branch(), 0.5)
-    monkeypatch.setattr(shrink, "sliced", wrong)
+    monkeypatch.setattr(tensors, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Branch(), 0.5, form="module")
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from graphprune.errors import InvalidRequestError
-from graphprune.onnx import Exported, export
-from graphprune.runtimes import CPU, CUDA, Runtime, default_runtimes
-from graphprune.timing import Latency, Spread, time_onnx
+from graphprune.onnx_export.export import Exported, export
+from graphprune.onnx_export.providers import CPU, CUDA, Runtime, default_runtimes
+from graphprune.runtime.timing import Latency, Spread, time_onnx
 
 X = torch.randn(2, 64)
 

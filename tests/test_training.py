@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.demo.data import sample, trained_network
 from graphprune.demo.main import accuracy
-from graphprune.inputs import Inputs, call
-from graphprune.shrink import sliced
+from graphprune.shrink.tensors import sliced
+from graphprune.utils.inputs import Inputs, call
 
 
 def regression() -> tuple[nn.Module, list[Tensor]]:

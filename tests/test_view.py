@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.demo.data import trained_network
-from graphprune.groups import DependencyGraph
-from graphprune.view import document
-from graphprune.view.drawing import modules
+from graphprune.groups.groups import DependencyGraph
+from graphprune.inspection import document
+from graphprune.inspection.drawing import modules
 from tests import browsers
 from tests.models import ALL
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
+from graphprune.distributed.process_group import Ranks, together
 from graphprune.errors import InvalidRequestError
-from graphprune.inputs import Inputs
-from graphprune.processes import Ranks, together
-from graphprune.state import digest
+from graphprune.utils.inputs import Inputs
+from graphprune.utils.tensors import digest
 
 
 @dataclass(frozen=True)

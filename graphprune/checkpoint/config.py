@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.configs import Architecture, Changes, Place, has_config, with_changes
 from graphprune.errors import InvalidRequestError
-from graphprune.fitting import Written, find
-from graphprune.forms import Slimmed
-from graphprune.unfitting import why_none
+from graphprune.slimming.forms import Slimmed
+from graphprune.transformers_config.configs import (
+    Architecture,
+    Changes,
+    Place,
+    has_config,
+    with_changes,
+)
+from graphprune.transformers_config.fitting import Written, find
+from graphprune.transformers_config.unfitting import why_none
 
 
 def slim_config(

@@ -14,22 +14,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphprune import json_files
-from graphprune.atomic_files import LONGEST, PART, alone, write_text, written_whole
-from graphprune.capture import prepared
+from graphprune.capture.capture import prepared
 from graphprune.checkpoint.config import slim_config
+from graphprune.checkpoint.save import PLAN_FILE, folder_content
 from graphprune.checkpoint.writer import ToWrite, header_of, write_safetensors
-from graphprune.cost import count_parameters
 from graphprune.errors import InvalidRequestError, listed, warn
-from graphprune.forms import Slimmed
+from graphprune.groups.cost import count_parameters
+from graphprune.inference.orders import renumbered
 from graphprune.masks import Mask, mask_of
-from graphprune.orders import renumbered
-from graphprune.plan import Plan
-from graphprune.progress import track
-from graphprune.saving import PLAN_FILE, folder_content
-from graphprune.shards import INDEX, SINGLE, Checkpoint, Shard, Stored, Weights
-from graphprune.shrink import cut
-from graphprune.slim import slimmed
+from graphprune.selection.plan import Plan
+from graphprune.shrink.tensors import cut
+from graphprune.slimming.forms import Slimmed
+from graphprune.slimming.slim import slimmed
+from graphprune.utils import json_files
+from graphprune.utils.atomic_files import LONGEST, PART, alone, write_text, written_whole
+from graphprune.utils.progress import track
+from graphprune.utils.safetensors_blocks import INDEX, SINGLE, Checkpoint, Shard, Stored, Weights
 
 FINGERPRINT = "graphprune"
 CONFIG = "config.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphprune.atomic_files import written_whole
-from graphprune.shards import DTYPES
+from graphprune.utils.atomic_files import written_whole
+from graphprune.utils.safetensors_blocks import DTYPES
 
 # The data begin at a multiple of this.
 _ALIGNMENT = 8

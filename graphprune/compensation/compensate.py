@@ -17,23 +17,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration import Layer, Run, Share, held_by, layers_of
-from graphprune.capture import graph_of
-from graphprune.compensation.fitted import FittedLayer
-from graphprune.compensation.mixing import Mixing
+from graphprune.calibration.batches import Share
+from graphprune.capture.capture import graph_of
+from graphprune.compensation.channel_mixing import Mixing
+from graphprune.compensation.fitted_layer import FittedLayer
 from graphprune.compensation.recurrent import Side, recurrent_nodes, repaired_cells
 from graphprune.compensation.sites import Site, followed, sites_of
+from graphprune.distributed.process_group import Ranks
 from graphprune.errors import InvalidRequestError, listed, warn
-from graphprune.groups import DependencyGraph
-from graphprune.inference import infer
-from graphprune.inputs import Inputs
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.stepwise import Run
+from graphprune.groups.groups import DependencyGraph
+from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask, mask_of
-from graphprune.plan import Plan
-from graphprune.processes import Ranks
-from graphprune.progress import track
-from graphprune.shrink import sliced
-from graphprune.state import evaluating, named_tensors, working_copy
+from graphprune.selection.plan import Plan
+from graphprune.shrink.tensors import sliced
+from graphprune.utils.inputs import Inputs
+from graphprune.utils.progress import track
+from graphprune.utils.tensors import evaluating, named_tensors, working_copy
 
 Method: TypeAlias = Literal["least_squares", "constants"]
 

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from graphprune.calibration import Run, Share, held_by, refuse_unless_finite
-from graphprune.compensation.fit import NormalEquations
+from graphprune.calibration.batches import Share, refuse_unless_finite
+from graphprune.compensation.least_squares import NormalEquations
+from graphprune.graph_utils.linear_layers import held_by
+from graphprune.graph_utils.stepwise import Run
 from graphprune.layout import Axis, Layout
 from graphprune.masks import Mask, mask_of
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
-from graphprune.state import parameter_names
+from graphprune.utils.tensors import parameter_names
 
 aten = torch.ops.aten
 

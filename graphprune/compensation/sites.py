@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphprune.calibration.layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
 from graphprune.rules import arguments_of, writes
 
 aten = torch.ops.aten

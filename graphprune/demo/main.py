@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.cost import count_macs, count_parameters
 from graphprune.demo.data import Sample, augmented, sample, trained_network
-from graphprune.progress import no_bars
+from graphprune.groups.cost import count_macs, count_parameters
+from graphprune.utils.progress import no_bars
 
 REPAIRED_ON = 512  # of the shipped training images
 EPOCHS = 8  # passes over the shipped training images

@@ -1,5 +1,6 @@
 """How much each channel matters: a score per slot of each group, the lowest of which goes first."""
 
+from graphprune.importance.context import Loss, Scores, Subject
 from graphprune.importance.criteria import (
     CRITERIA,
     LOOK_AT_DATA,
@@ -9,8 +10,7 @@ from graphprune.importance.criteria import (
     scores,
 )
 from graphprune.importance.losses import checked_loss, value_of
-from graphprune.importance.scan import Sensitivity, sensitivity
-from graphprune.importance.subject import Loss, Scores, Subject
+from graphprune.importance.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "CRITERIA",

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from torch import nn
 
 from graphprune.errors import InvalidRequestError, listed
-from graphprune.groups import DependencyGraph, Group
-from graphprune.importance import loss_based, magnitude
-from graphprune.importance.brute_force import oracle
+from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.importance import magnitude, taylor
+from graphprune.importance.context import Scores, Subject
+from graphprune.importance.diagonal_hessian import taylor2_recursion
 from graphprune.importance.hooks import no_hooks_of_gradients
 from graphprune.importance.interpolative import interpolative
+from graphprune.importance.oracle import oracle
 from graphprune.importance.reconstruction import reconstruction
-from graphprune.importance.recursion import taylor2_recursion
-from graphprune.importance.subject import Scores, Subject
 
 Importance: TypeAlias = (
     str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
@@ -30,11 +30,11 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
     "l2": magnitude.l2,
     "lamp": magnitude.lamp,
     "bn_scale": magnitude.bn_scale,
-    "taylor": loss_based.taylor,
-    "taylor2": loss_based.taylor2,
+    "taylor": taylor.taylor,
+    "taylor2": taylor.taylor2,
     "taylor2_recursion": taylor2_recursion,
-    "fisher": loss_based.fisher,
-    "obs": loss_based.obs,
+    "fisher": taylor.fisher,
+    "obs": taylor.obs,
     "oracle": oracle,
     "reconstruction": reconstruction,
     "interpolative": interpolative,

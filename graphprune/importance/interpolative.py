@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphprune.importance.readings import Place, shared_out, surroundings
-from graphprune.importance.subject import Scores, Subject
+from graphprune.importance.context import Scores, Subject
+from graphprune.importance.layer_statistics import Place, shared_out, surroundings
 
 
 @torch.no_grad()

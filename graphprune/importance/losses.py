@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration import Batch, refuse_unless_finite
+from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
-from graphprune.importance.subject import Loss
+from graphprune.importance.context import Loss
 
 
 def checked_loss(loss: Any) -> Loss:

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from graphprune.groups import DependencyGraph
-from graphprune.importance.subject import Scores, Subject
+from graphprune.groups.groups import DependencyGraph
+from graphprune.importance.context import Scores, Subject
 from graphprune.masks import slots_of
-from graphprune.progress import track
+from graphprune.utils.progress import track
 
 aten = torch.ops.aten
 

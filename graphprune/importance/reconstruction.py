@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.calibration import Batch, Layer, Run, Share, held_by
-from graphprune.importance.readings import Place, shared_out, surroundings
-from graphprune.importance.subject import Scores, Subject
-from graphprune.state import evaluating
+from graphprune.calibration.batches import Batch, Share
+from graphprune.graph_utils.linear_layers import Layer, held_by
+from graphprune.graph_utils.stepwise import Run
+from graphprune.importance.context import Scores, Subject
+from graphprune.importance.layer_statistics import Place, shared_out, surroundings
+from graphprune.utils.tensors import evaluating
 
 # Samples that are set aside to see on them what an error in a layer does, at most this share of all.
 _MEASURED = 64

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from graphprune.calibration import Batch, refuse_unless_finite, several_inputs
+from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.errors import InvalidRequestError, in_a_line
-from graphprune.groups import DependencyGraph
-from graphprune.importance.subject import Subject
-from graphprune.inputs import call, output_tensors
+from graphprune.graph_utils.stepwise import several_inputs
+from graphprune.groups.groups import DependencyGraph
+from graphprune.importance.context import Subject
 from graphprune.layout import size_of
-from graphprune.state import working_copy
+from graphprune.utils.inputs import call, output_tensors
+from graphprune.utils.tensors import working_copy
 
 
 def output_of(run: Callable[[], Any], batch: Batch, graph: DependencyGraph) -> Any:

@@ -1,1 +1,0 @@
-"""Products with matrices of which only some blocks are not zero."""

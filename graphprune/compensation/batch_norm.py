@@ -1,0 +1,62 @@
+"""A batch norm in evaluation, seen as a scale and a shift for each channel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.graph_utils.linear_layers import held_by
+from graphprune.rules import arguments_of
+
+
+class BatchNorm:
+    """What a batch norm of a graph does to each channel, and the tensors that say so."""
+
+    def __init__(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        given = arguments_of(node)
+        self.eps: float = given["eps"]
+        self.weight, self.bias, self.mean, self.variance = (
+            held_by(graph_module, given[name])
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Weight, bias and statistics."""
+        return [self.weight, self.bias, self.mean, self.variance]
+
+    @property
+    def scale(self) -> Tensor:
+        """What each channel is multiplied by, in float64."""
+        return self.weight.double() / (self.variance.double() + self.eps).sqrt()
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Return the output for an input `[batch, channel, ...]`."""
+        shape = (1, -1, *[1] * (given.dim() - 2))
+        centred = given - self.mean.view(shape)
+        return (centred * self.scale.view(shape) + self.bias.view(shape)).to(given.dtype)
+
+    def unscaled(self, difference: Tensor) -> Tensor:
+        """Return the difference of inputs that makes such a difference of outputs.
+
+        A channel whose scale is next to zero gives the same whatever comes in: no difference does it.
+        """
+        scale = self.scale
+        inverse = torch.where(scale.abs() < 1e-6, 0.0, 1 / scale)
+        shape = (1, -1, *[1] * (difference.dim() - 2))
+        return difference * inverse.view(shape).to(difference.dtype)
+
+    def become(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
+        """Give the statistics of a new input, and do to it plus `extra` what was done to the old one.
+
+        Args:
+            mean: of the new input, a value a channel.
+            variance: of the new input.
+            extra: a bias that the new input lacks.
+
+        """
+        scale = self.scale
+        self.bias.copy_(self.bias + scale * (mean + extra - self.mean))
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.weight.copy_(scale * (variance + self.eps).sqrt())

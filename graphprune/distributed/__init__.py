@@ -1,0 +1,1 @@
+"""Several processes at one model, and models as torch.distributed wraps them."""

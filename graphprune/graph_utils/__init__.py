@@ -1,0 +1,1 @@
+"""What analyses and passes share about graphs: linear layers, constants, edits, runs by layer."""

@@ -1,0 +1,213 @@
+"""Why a dimension of a parameter stays, or what it goes with: chains of operators from here to there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from graphprune.inference.recorded import Inference
+from graphprune.layout import Axis, Layout, Reason, describe, free_axes, given_axes, leaves, size_of
+
+# More ties than this are counted, not printed.
+MAX_PRINTED = 24
+
+
+@dataclass(frozen=True)
+class Link:
+    """A tie that operators made between two dimensions.
+
+    Attributes:
+        start: the dimension nearer to the one that is explained, as `parameter:dim`.
+        end: the one farther off; where it is no parameter's, the operator that gave it.
+        by: the operators that tie the two, in order, with module paths and source lines.
+
+    """
+
+    start: str
+    end: str
+    by: tuple[Reason, ...]
+
+    def __str__(self) -> str:
+        return f"{self.end} is tied to {self.start} by {', then '.join(map(_place, self.by))}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots of a dimension that share their fate.
+
+    Attributes:
+        group: name of the group that they can be removed with, or "".
+        fixed: why none of them can be removed, or None.
+        links: for a group, what ties each other member to it; for what is fixed, the chain from the
+            dimension to the operator that fixes it.
+
+    """
+
+    group: str
+    fixed: Reason | None
+    links: tuple[Link, ...]
+
+    def __str__(self) -> str:
+        head = f"group {self.group}" if self.fixed is None else "fixed"
+        lines = [f"  {head}", *(f"    {link}" for link in self.links[:MAX_PRINTED])]
+        if len(self.links) > MAX_PRINTED:
+            lines.append(f"    and {len(self.links) - MAX_PRINTED} more")
+        return "\n".join(lines if self.fixed is None else [*lines, f"    {self.fixed}"])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is known of one dimension of a parameter; `print` it.
+
+    Attributes:
+        name: the dimension, as `parameter:dim`.
+        size: its number of slots.
+        layout: what it is made of, in words.
+        parts: the groups and the fixed slots in it.
+
+    """
+
+    name: str
+    size: int
+    layout: str
+    parts: tuple[Part, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} has {self.size} slots: {self.layout}", *map(str, self.parts)]
+        return "\n".join(lines if self.parts else [*lines, "  nothing to cut: one slot"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the same in plain types."""
+        return {
+            "name": self.name,
+            "size": self.size,
+            "layout": self.layout,
+            "parts": [
+                {
+                    "group": part.group,
+                    "fixed": str(part.fixed or ""),
+                    "links": [
+                        {"from": link.start, "to": link.end, "by": list(map(str, link.by))}
+                        for link in part.links
+                    ],
+                }
+                for part in self.parts
+            ],
+        }
+
+
+class Explainer:
+    """Follows ties through the layouts of an inference.
+
+    Attributes:
+        names: the parameter dimensions that an axis was declared for, as `parameter:dim`.
+
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+        self.names: dict[Axis, str] = {}
+        for parameter, layouts in inference.parameters.items():
+            for dim, layout in enumerate(layouts):
+                for axis in given_axes(layout):
+                    self.names.setdefault(axis, f"{parameter}:{dim}")
+
+    def explained(self, parameter: str, dim: int, groups: dict[Axis, str]) -> Explanation:
+        """Return the explanation of a dimension.
+
+        Args:
+            parameter: its name in the inference.
+            dim: which of its dimensions, from 0.
+            groups: the name of each axis that can be cut.
+
+        """
+        layout = self.inference.parameters[parameter][dim]
+        start = f"{parameter}:{dim}"
+        parts = [
+            Part(groups[axis], None, tuple(self._ties(layout, axis, start)))
+            for axis in free_axes(layout)
+        ]
+        reasons = dict.fromkeys(axis.fixed for axis in leaves(layout) if axis.fixed is not None)
+        parts += [Part("", why, tuple(self._way_to(layout, why, start))) for why in reasons]
+        return Explanation(start, size_of(layout), describe(layout, groups), tuple(parts))
+
+    def _ties(self, layout: Layout, axis: Axis, start: str) -> Iterator[Link]:
+        """Yield a link to every other parameter dimension that has a part in the axis."""
+        found = _Search(layout, lambda leaf: leaf is axis)
+        seen = {start}
+        for reached in found.came_from:
+            name = self.names.get(reached, start)
+            if name not in seen:
+                seen.add(name)
+                yield self._links(found, reached, start)[-1]
+
+    def _way_to(self, layout: Layout, why: Reason, start: str) -> list[Link]:
+        """Return the links to the axis for which the reason was given."""
+        found = _Search(layout, lambda leaf: leaf.fixed == why)
+        ends = (axis for axis in found.came_from if axis.fixed_here and axis.fixed == why)
+        return self._links(found, next(ends), start)
+
+    def _links(self, found: _Search, reached: Axis, start: str) -> list[Link]:
+        """Return the way to an axis, a link from each parameter dimension on it to the next."""
+        links: list[Link] = []
+        by: list[Reason] = []
+        at, last = start, reached
+        for axis, tie in found.way_to(reached):
+            if tie is not None and tie not in by:
+                by.append(tie)
+            name = self.names.get(axis, "")
+            if by and name not in ("", at):
+                links.append(Link(at, name, tuple(by)))
+                at, by = name, []
+            last = axis
+        if by:
+            links.append(Link(at, self._maker_of(last), tuple(by)))
+        return links
+
+    def _maker_of(self, axis: Axis) -> str:
+        """Return in words the value that an axis first stood in."""
+        for name, layouts in self.inference.inputs.items():
+            if any(axis is given for layout in layouts for given in given_axes(layout)):
+                return name
+        for step in self.inference.steps:
+            for value in step.outputs:
+                if any(axis is given for layout in value.layouts for given in given_axes(layout)):
+                    return f"the result of {_place(step.place)}"
+        return "a dimension on the way"
+
+
+class _Search:
+    """The axes that are tied to a layout, nearest first, and how each was reached."""
+
+    def __init__(self, layout: Layout, wanted: Callable[[Axis], bool]) -> None:
+        self.came_from: dict[Axis, tuple[Axis, Reason | None] | None] = {}
+        waiting: deque[Axis] = deque()
+
+        def visit(given: Layout, way: tuple[Axis, Reason | None] | None) -> None:
+            for axis in given_axes(given):
+                if axis not in self.came_from and any(map(wanted, leaves(axis))):
+                    self.came_from[axis] = way
+                    waiting.append(axis)
+
+        visit(layout, None)
+        while waiting:
+            axis = waiting.popleft()
+            for other, tie in axis.ties:
+                visit(other, (axis, tie))
+
+    def way_to(self, axis: Axis) -> list[tuple[Axis, Reason | None]]:
+        """Return the axes from the start to this one, each with the tie that leads to it."""
+        steps: list[tuple[Axis, Reason | None]] = []
+        way = self.came_from[axis]
+        while way is not None:
+            steps.append((axis, way[1]))
+            axis = way[0]
+            way = self.came_from[axis]
+        return steps[::-1]
+
+
+def _place(reason: Reason) -> str:
+    where = ", ".join(word for word in (reason.module, reason.source) if word)
+    return f"{reason.operator} ({where})" if where else reason.operator

@@ -1,0 +1,166 @@
+"""Which groups the patterns of a request mean: by their names, or those of parameters or modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
+from typing import TypeAlias
+
+from torch import nn
+
+from graphprune.errors import InvalidRequestError, listed
+from graphprune.groups.groups import DependencyGraph, Group
+
+Pattern: TypeAlias = str | nn.Module
+"""A glob of names of groups, parameters or modules; or a module, for all that is in it."""
+
+
+def by_name(patterns: Sequence[Pattern], model: nn.Module, what: str) -> tuple[str, ...]:
+    """Return the patterns with globs of its parameters for each module.
+
+    Args:
+        patterns: globs, and modules of the model.
+        model: where the modules are.
+        what: the name of the argument, for messages.
+
+    Raises:
+        InvalidRequestError: a module is not in the model, or holds nothing.
+
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        found += [pattern] if isinstance(pattern, str) else _globs(pattern, model, what)
+    return tuple(found)
+
+
+def _globs(module: nn.Module, model: nn.Module, what: str) -> list[str]:
+    modules = model.named_modules(remove_duplicate=False)
+    paths = [path for path, own in modules if own is module]
+    if not paths:
+        raise InvalidRequestError(
+            f"{what} holds a {type(module).__name__} that is no module of the model itself; pass one of "
+            f"model.modules(), not of a copy or of another form of it, or its name, as in {what}=['head']"
+        )
+    if next(module.parameters(), None) is None:
+        raise InvalidRequestError(
+            f"{what} holds {paths[0]!r}, a {type(module).__name__} without parameters, so it says of no "
+            "channels that they should go or stay; name the layer before or after it"
+        )
+    return [f"{escape(path)}.*" if path else "*" for path in paths]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The groups that may be cut.
+
+    Attributes:
+        graph: has the groups.
+        include: the globs by the patterns that ask for them; only what they fit may be cut, if any.
+        exclude: the globs by the patterns of what may not.
+        renormalised: whether groups may be cut along which a statistic is taken.
+
+    """
+
+    graph: DependencyGraph
+    include: Mapping[str, str]
+    exclude: Mapping[str, str]
+    renormalised: bool
+
+    @classmethod
+    def of(
+        cls,
+        graph: DependencyGraph,
+        include: Iterable[str],
+        exclude: Iterable[str],
+        *,
+        renormalised: bool,
+    ) -> Selection:
+        """Return what the patterns select.
+
+        Raises:
+            InvalidRequestError: a pattern fits nothing.
+
+        """
+        every = [name for names in graph.inference.names.values() for name in names]
+        every += [group.name for group in graph.groups]
+        asked_for, left = ({p: _glob(p, every) for p in ps} for ps in (include, exclude))
+        return cls(graph, asked_for, left, renormalised)
+
+    def names(self, group: Group) -> list[str]:
+        """Return the names that a group answers to: its own, and all names of its members."""
+        known = self.graph.inference.names
+        parameters = dict.fromkeys(member.parameter for member in group.members)
+        aliases = (alias for name in parameters for alias in known.get(name, [name]))
+        return [group.name, *aliases]
+
+    def includes(self, group: Group) -> bool:
+        """Whether the group is asked for by a pattern."""
+        return bool(self.include) and _any_fits(self.names(group), self.include.values())
+
+    def excludes(self, group: Group) -> bool:
+        """Whether the group is to stay by a pattern."""
+        return bool(self.exclude) and _any_fits(self.names(group), self.exclude.values())
+
+    def may_cut(self, group: Group) -> bool:
+        """Whether the group may be cut."""
+        return not self.excludes(group) and self._is_asked_for(group)
+
+    def _is_asked_for(self, group: Group) -> bool:
+        if group.size < 2 or not (group.exact or self.renormalised):
+            return False
+        if self.include and not self.includes(group):
+            return False
+        return not group.inner or _any_fits([group.name], self.include.values())
+
+    def overruled(self) -> str:
+        """Return what to say of groups that are asked for and that a pattern of few members takes out.
+
+        A pattern that fits a group's own name, or at least half of its members, means the group.
+        """
+        taken: dict[str, list[str]] = {}
+        for group in self.graph.groups:
+            if not (self._is_asked_for(group) and (self.include or not group.exact)):
+                continue
+            own, *members = self.names(group)
+            fitting = [n for n in members if _any_fits([n], self.exclude.values())]
+            if not fitting or _any_fits([own], self.exclude.values()):
+                continue
+            if 2 * len(fitting) < len(members):
+                pattern = next(
+                    p for p, glob in self.exclude.items() if fnmatchcase(fitting[0], glob)
+                )
+                share = f"{own!r} ({len(members)} tensors, of which {listed(fitting)})"
+                taken.setdefault(pattern, []).append(share)
+        asked = "include" if self.include else "renormalised=True"
+        return "; ".join(
+            f"exclude={pattern!r} takes {listed(groups)} out of what {asked} asks for: channels go from "
+            "all tensors of a group or from none; leave the pattern out to have it cut (what a model "
+            "gives keeps its size)"
+            for pattern, groups in taken.items()
+        )
+
+
+def _any_fits(names: Iterable[str], globs: Iterable[str]) -> bool:
+    globs = list(globs)
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def _glob(pattern: str, every: Sequence[str]) -> str:
+    """Return the glob that a pattern stands for: itself, or all in the modules that it names.
+
+    Raises:
+        InvalidRequestError: it fits nothing.
+
+    """
+    for glob in (pattern, f"{pattern}.*"):
+        if any(fnmatchcase(name, glob) for name in every):
+            return glob
+    modules = {name[:at] for name in every for at, sign in enumerate(name) if sign == "."}
+    alike = difflib.get_close_matches(pattern, [*sorted(modules), *every], cutoff=0.5)
+    raise InvalidRequestError(
+        f"the pattern {pattern!r} fits no parameter, module or group of the model; names are like "
+        f"{', '.join(alike or every[:5])}"
+    )

@@ -1,0 +1,209 @@
+"""The loss without a channel, by trying it: once for every channel, many channels at once.
+
+What a channel does not reach is computed once a batch and kept. A layer that reads it is linear, so its
+output without the channel is the output as it is, less what the channel alone gives: a product with one
+column of its weight instead of all. Only what lies behind is computed anew, for many channels side by
+side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from graphprune.calibration.batches import Batch
+from graphprune.capture.capture import graph_of
+from graphprune.errors import CaptureError
+from graphprune.graph_utils.linear_layers import (
+    ConvolutionLayer,
+    Layer,
+    MatrixLayer,
+    held_by,
+    layers_of,
+)
+from graphprune.graph_utils.stepwise import Run
+from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.readers import Reader, readers_of
+from graphprune.importance.context import Loss, Scores, Subject
+from graphprune.importance.gated_loss import GatedLoss
+from graphprune.importance.losses import refuse_infinite_loss
+from graphprune.importance.vmap_or_loop import for_each
+from graphprune.inference.infer import infer
+from graphprune.rules import is_in_place
+from graphprune.rules.recurrent import GATES
+from graphprune.utils.progress import track
+from graphprune.utils.tensors import evaluating, named_tensors
+
+
+@torch.no_grad()
+def oracle(subject: Subject) -> Scores:
+    """Score by the change of the loss itself when the channel is gone: brute force.
+
+    Channels that something else than a plain layer reads, and models that cannot be traced, write over
+    their values or are recurrent, are run whole with a gate on every channel.
+    """
+    gated = GatedLoss(subject, differentiated=False)
+    assert subject.loss is not None
+    graph_module = _traced(subject)
+    readers = {} if graph_module is None else _readers(subject, graph_module)
+    total = {name: np.zeros(size) for name, size in gated.sizes.items()}
+    for batch, weight in track(gated.weighted(), "scoring channels", len(subject.data.batches)):
+        with gated.naming(batch):
+            changes = _changes(gated, batch, graph_module if readers else None, readers)
+        for name, change in changes.items():
+            total[name] += weight * change.double().cpu().numpy()
+    return {name: mean.numpy() for name, mean in subject.data.total(total).items()}
+
+
+def _changes(
+    gated: GatedLoss,
+    batch: Batch,
+    graph_module: fx.GraphModule | None,
+    readers: Mapping[str, list[tuple[Layer, Tensor]]],
+) -> dict[str, Tensor]:
+    """Return, by group, how the loss of a batch changes without each channel."""
+    known = None if graph_module is None else _Known.of(graph_module, batch, gated.loss)
+    now = known.as_it_is() if known else gated(gated.ones(), batch.inputs, batch.target)
+    refuse_infinite_loss(now, batch)
+    found = {}
+    for name, open_gates in gated.ones().items():
+        if known is not None and name in readers:
+            losses = known.without_each(readers[name])
+        else:
+            one = partial(_loss_of_one, gated, batch, name)
+            losses = for_each(one, 1 - torch.diag(open_gates))
+        found[name] = losses - now
+    return found
+
+
+def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
+    """Return the loss as a function of one group's gates."""
+    return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
+
+
+def _traced(subject: Subject) -> fx.GraphModule | None:
+    try:
+        graph_module = graph_of(subject.model, subject.data[0].inputs)
+    except CaptureError:
+        return None
+    targets = [n.target for n in graph_module.graph.nodes if isinstance(n.target, OpOverload)]
+    # a recurrent operator cannot run many channels side by side; its steps, one by one, can
+    barred = any(is_in_place(target) or target.overloadpacket in GATES for target in targets)
+    return None if barred else graph_module
+
+
+def _readers(
+    subject: Subject, graph_module: fx.GraphModule
+) -> dict[str, list[tuple[Layer, Tensor]]]:
+    """Return, by group, the layers that read it and the positions of each channel in what they read.
+
+    Shape of the positions: `[channels, positions of a channel]`. Groups that something else reads
+    are left out.
+    """
+    graph = DependencyGraph(infer(graph_module, subject.data[0].inputs))
+    layers, weights = layers_of(graph_module), named_tensors(graph_module)
+    found = {}
+    for name, readers in readers_of(graph).items():
+        group = graph.by_name[name]
+        seen = [
+            _seen(reader, group, layers.get(reader.parameter), weights[reader.parameter])
+            for reader in readers
+        ]
+        known = [(layer, positions) for layer, positions in filter(None, seen)]
+        if known and len(known) == len(readers) and name in subject.graph.by_name:
+            found[name] = known
+    return found
+
+
+def _seen(
+    reader: Reader, group: Group, layer: Layer | None, weight: Tensor
+) -> tuple[Layer, Tensor] | None:
+    """Return the layer and the positions of each channel, or None where it is read in other ways."""
+    if layer is None or layer.groups != 1:
+        return None
+    occurrences = reader.slots(group, weight)
+    by_input = occurrences[0].reshape(weight.shape).movedim(_summed_dim(layer), 0).flatten(1)
+    if len(occurrences) != 1 or not bool((by_input == by_input[:, :1]).all()):
+        return None
+    slots = by_input[:, 0]
+    order = torch.argsort(slots, stable=True)[int((slots < 0).sum()) :]
+    if len(order) == 0 or len(order) % group.size:
+        return None
+    return layer, order.reshape(group.size, -1)
+
+
+def _summed_dim(layer: Layer) -> int:
+    """Return the dimension of the weight over which the layer sums."""
+    transposed = isinstance(layer, ConvolutionLayer) and layer.is_transposed
+    return 0 if isinstance(layer, MatrixLayer) or transposed else 1
+
+
+@dataclass(frozen=True)
+class _Known:
+    """All values of a graph on one batch."""
+
+    graph_module: fx.GraphModule
+    batch: Batch
+    loss: Loss
+    values: Mapping[fx.Node, Any]
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule, batch: Batch, loss: Loss) -> _Known:
+        with evaluating(graph_module):
+            order = list(graph_module.graph.nodes)
+            run = Run(graph_module, batch.inputs, order, keep=True, what=str(batch))
+            run.until(graph_module.graph.output_node())
+        return cls(graph_module, batch, loss, run.env)
+
+    def as_it_is(self) -> Tensor:
+        """Return the loss with all channels."""
+        return self._loss(self.values)
+
+    def _loss(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        given = fx.map_arg(self.graph_module.graph.output_node().args[0], values.__getitem__)
+        output = self.graph_module.graph.process_outputs(given)
+        return self.loss(output, self.batch.target).reshape(())
+
+    def without_each(self, readers: Sequence[tuple[Layer, Tensor]]) -> Tensor:
+        """Return the loss without each channel, `[channels]`."""
+        reading = {layer.node for layer, _ in readers}
+        reached: set[fx.Node] = set()
+        for node in self.graph_module.graph.nodes:
+            if node in reading or reached.intersection(node.all_input_nodes):
+                reached.add(node)
+        behind = [n for n in self.graph_module.graph.nodes if n in reached and n.op != "output"]
+        one = partial(self._without, [layer for layer, _ in readers], behind)
+        positions = [its for _, its in readers]
+        losses: Tensor = for_each(one, *positions)
+        return losses
+
+    def _without(
+        self, layers: Sequence[Layer], behind: Sequence[fx.Node], *positions: Tensor
+    ) -> Tensor:
+        """Return the loss without the channel at these positions of what the layers read."""
+        reading = {layer.node: (layer, its) for layer, its in zip(layers, positions, strict=True)}
+        interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
+        interpreter.extra_traceback = False
+        values = interpreter.env = dict(self.values)
+        changed: set[fx.Node] = set()
+        for node in behind:
+            if node not in reading or changed.intersection(node.all_input_nodes):
+                values[node] = interpreter.run_node(node)
+            if node in reading:
+                values[node] = values[node] - self._alone(*reading[node], values)
+            changed.add(node)
+        return self._loss(values)
+
+    def _alone(self, layer: Layer, positions: Tensor, values: Mapping[fx.Node, Any]) -> Tensor:
+        """Return what the channel at these positions gives."""
+        weight = held_by(self.graph_module, layer.weight)
+        data = values[layer.data].index_select(layer.summed, positions)
+        own = weight.index_select(_summed_dim(layer), positions)
+        return layer.value(data, own, None, layer.arguments(values))

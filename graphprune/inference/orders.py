@@ -1,0 +1,67 @@
+"""Orders of slots that a model holds as numbers (`x[:, self.order]`): read, checked, numbered anew.
+
+With three of four channels kept, `order = [3, 0, 2, 1]` without channel 2 is `[3, 0, 1]`, and these
+are numbered 0, 1 and 2 in the slim model: `[2, 0, 1]`. The numbers may be read for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from graphprune.inference.recorded import Inference, Step, Value
+from graphprune.layout import fix
+from graphprune.masks import Mask
+from graphprune.rules import Numbers
+from graphprune.utils.tensors import OF_AN_INDEX, may_be_an_order
+
+aten = torch.ops.aten
+
+_SAME_NUMBERS = {
+    aten.alias, aten.clone, aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten._to_copy,
+}  # fmt: skip
+
+
+def passes_numbers_on(func: OpOverload, result: Tensor) -> bool:
+    """Say whether a result of an operator holds the numbers of its operand."""
+    return func.overloadpacket in _SAME_NUMBERS and result.dtype in OF_AN_INDEX
+
+
+def numbers_in(name: str, tensor: Tensor) -> Numbers | None:
+    """Return what a tensor of that name holds, where it has values that may be an order of slots."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or not may_be_an_order(tensor):
+        return None
+    with unset_fake_temporarily():
+        return Numbers(name, tuple(tensor.tolist()))
+
+
+def fix_misread_orders(found: Inference, steps: Sequence[Step]) -> None:
+    """Fix what comes in the order of numbers that an operator reads as anything but this order."""
+    for step in steps:
+        for value in () if step.addresses else step.inputs:
+            name = value.numbers.name if value.numbers else ""
+            if name in found.addressed and not _passes_on(value, step):
+                why = replace(step.place, why="an order of channels that is read as numbers")
+                fix(found.parameters[name][0], why)
+
+
+def _passes_on(value: Value, step: Step) -> bool:
+    """Say whether the step's result is a copy of the numbers, not what it wrote in their place."""
+    return any(made is not value and made.numbers == value.numbers for made in step.outputs)
+
+
+def renumbered(order: Tensor, kept: Mask) -> Tensor:
+    """Return the order with its slots numbered as they are once only some are kept.
+
+    Args:
+        order: the kept slots, by the numbers they had, counted from the end where negative.
+        kept: which slots are.
+
+    """
+    numbers = torch.from_numpy(kept).cumsum(0) - 1
+    return numbers.to(order.device, order.dtype)[order.long()]

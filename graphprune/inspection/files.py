@@ -1,0 +1,101 @@
+"""Files that show a dependency graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from graphprune.groups.groups import DependencyGraph
+from graphprune.importance import Scores
+from graphprune.inspection.document import document
+from graphprune.inspection.drawing import draw
+from graphprune.selection.plan import Plan
+from graphprune.utils.atomic_files import checked_target, write_text
+from graphprune.utils.html import printable, rendered
+
+SUFFIXES = (".html", ".json", ".graphml", ".svg", ".png")
+
+
+def save(
+    graph: DependencyGraph, path: Path, title: str, scores: Scores | None, plan: Plan | None
+) -> None:
+    """Write a dependency graph to a file, as `DependencyGraph.save` says.
+
+    Raises:
+        InvalidRequestError: the path ends otherwise or is in no folder, or matplotlib is missing.
+
+    """
+    checked_target(path, *SUFFIXES)
+    title = title or path.stem
+
+    def write(of: Callable[[dict[str, Any]], str]) -> None:
+        write_text(path, of(document(graph, title, scores, plan)))
+
+    writers: dict[str, Callable[[], object]] = {
+        ".html": lambda: write(page),
+        ".json": lambda: write(json.dumps),
+        ".graphml": lambda: write_text(path, graphml(graph)),
+        ".svg": lambda: draw(graph, path, title),
+        ".png": lambda: draw(graph, path, title),
+    }
+    writers[path.suffix]()
+
+
+def graphml(graph: DependencyGraph) -> str:
+    """Return a dependency graph as GraphML; letters that XML has not are spelt as Python does."""
+    network = graph.to_networkx()
+    named = nx.relabel_nodes(network, {node: printable(node) for node in network})
+    for attributes in (
+        *dict(named.nodes(data=True)).values(),
+        *(d for *_, d in named.edges(data=True)),
+    ):
+        for name, value in attributes.items():
+            attributes[name] = printable(value) if isinstance(value, str) else value
+    return "\n".join(nx.generate_graphml(named)) + "\n"
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return a document as a page of its own."""
+    found = _printable(found)
+    return rendered(
+        "graph.html",
+        scripts(),
+        document=found,
+        title=found["title"],
+        planned=any("kept" in group for group in found["groups"]),
+        style=_static("view.css"),
+    )
+
+
+def scripts() -> list[str]:
+    """Return what runs on the page: @dagrejs/dagre 3.1.3, which lays graphs out, and the package's own."""
+    dagre = f"/*\n{_static('dagre.LICENSE.txt')}*/\n{_static('dagre.min.js')}"
+    return [dagre, _static("view.js")]
+
+
+def _static(name: str) -> str:
+    return (resources.files("graphprune.inspection") / "static" / name).read_text(encoding="utf-8")
+
+
+def _printable(value: Any) -> Any:
+    """Return a document whose texts are the same in a page's data and in its elements."""
+    if isinstance(value, dict):
+        return {printable(str(name)): _printable(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(part) for part in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def framed(graph: DependencyGraph) -> str:
+    """Return the page in a frame that a notebook can hold."""
+    source = escape(page(document(graph, "model")), quote=True)
+    return (
+        f'<iframe srcdoc="{source}" sandbox="allow-scripts" width="100%" height="640" '
+        'style="border: 0"></iframe>'
+    )

@@ -1,0 +1,1 @@
+"""What a pass is, passes in a row, and what happens between them."""

@@ -1,0 +1,50 @@
+"""Which form of a sparse layer runs fastest in ONNX Runtime: small models of each, timed in turns."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from graphprune.errors import warn
+from graphprune.onnx_export.export import Feed
+from graphprune.onnx_export.providers import Runtime
+from graphprune.runtime.timing import time_onnx
+
+OPSET = 18
+IR_VERSION = 9
+
+_SECONDS = 0.4
+
+
+def raced(models: Mapping[str, onnx.ModelProto], feed: Feed, runtime: Runtime) -> dict[str, float]:
+    """Return the seconds that each model takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.onnx" for name in models}
+        for name, path in files.items():
+            onnx.save(models[name], path)
+        feeds = dict.fromkeys(files, feed)
+        times = time_onnx(files, feeds, runtimes=[runtime], seconds=_SECONDS)[str(runtime)]
+    return {name: latency.steadiest.median for name, latency in times.items()}
+
+
+def warn_of_slow(what: str, slow: Sequence[str], runtime: Runtime, advice: str = "") -> None:
+    """Warn of sparse layers, in words, that are fastest as they are."""
+    if slow:
+        warn(f"sparse {what} that run no faster on {runtime} stay dense: {_shown(slow)}{advice}")
+
+
+def warn_of_alone(what: str, alone: Sequence[str]) -> None:
+    """Warn of layers whose zeros are in no blocks."""
+    if alone:
+        warn(
+            f"the zeros of {what} stand alone, in no blocks of several rows, so they gain no time: "
+            f"{_shown(alone)}; export(..., sparse_weights=True) makes the file smaller, and blocks, as of "
+            "SparseRecurrent or GradualSparsity(block=(32, 32), balanced=True), the time"
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

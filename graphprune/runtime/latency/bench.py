@@ -1,0 +1,252 @@
+"""A model and slimmer versions of it in ONNX Runtime: exported, profiled and timed beside each other."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from graphprune.distributed.process_group import present
+from graphprune.errors import ExportError, GraphPruneWarning
+from graphprune.groups.groups import DependencyGraph
+from graphprune.layout import Axis
+from graphprune.masks import counts_of
+from graphprune.onnx_export.export import Feed, Traced, traced_export
+from graphprune.onnx_export.providers import Runtime
+from graphprune.runtime.latency.cache import Cache
+from graphprune.runtime.latency.model import GroupLatency, LatencyModel, translated
+from graphprune.runtime.latency.parts import Program
+from graphprune.runtime.profiling import profiled
+from graphprune.runtime.timing import time_onnx
+from graphprune.selection.plan import Plan
+from graphprune.utils.inputs import Inputs
+
+# Times that differ by less than this factor may be the same, measured twice; what is a smaller share of the
+# whole than the second is not looked at; a part that ran within others, so that it took nothing of its own,
+# is kept as the third, in seconds.
+_FACTOR, _LITTLE, _NOTHING = 2.0, 0.01, 1e-9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one slim model took.
+
+    Attributes:
+        seconds: a run, with the original taken at what it took first.
+        by_part: seconds by the name of the original's part, as ONNX Runtime's profiler gives them.
+
+    """
+
+    seconds: float
+    by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What was asked of a latency and what was measured, in milliseconds a run.
+
+    Attributes:
+        original: of the original.
+        target: what was asked for.
+        slim: of the slim model, timed in turns with the original.
+        runtime: where.
+
+    """
+
+    original: float
+    target: float
+    slim: float
+    runtime: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slim:.3g} ms on {self.runtime}, where {self.target:.3g} ms were asked for and the "
+            f"original takes {self.original:.3g} ms"
+        )
+
+
+class Bench:
+    """Where models are measured beside their original; used as a context, for its files.
+
+    Args:
+        model: the original.
+        inputs: what it is run on.
+        runtime: where.
+        seconds: for each model, on each of timing and profiling.
+
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, runtime: Runtime, seconds: float = 2.0
+    ) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.runtime = runtime
+        self.duration = seconds
+        self.cache = Cache(runtime)
+        self.files = 0
+        self.ranks = present()
+        self.trusted: list[dict[str, str]] = []  # signatures by part, that the disk had
+
+    def __enter__(self) -> Self:
+        """Export, profile and time the original."""
+        self.folder = tempfile.TemporaryDirectory()
+        self.original = self._exported(self.model)
+        self.feed = self.original.exported.feed(self.inputs)
+        self.program = Program(self.original, self.inputs)
+        events = self._by_node(self.original)
+        self.part_of = self.program.parts(events)
+        self.parts = tuple({part.name: part for part in self.part_of.values()}.values())
+        self.by_part = self._by_part(events)
+        if not self.by_part:
+            raise ExportError(
+                "nothing that ONNX Runtime runs could be traced back to the model's operators, so its "
+                "latency cannot be divided among its channels"
+            )
+        self.seconds = self._timed({"original": self.original})["original"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the files."""
+        self.folder.cleanup()
+
+    def model_of_original(self) -> LatencyModel:
+        """Return the latency, known at full size alone."""
+        return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
+
+    def of_groups(self, latency: LatencyModel, graph: DependencyGraph) -> GroupLatency:
+        """Return the latency as a cost of the groups of a graph of the original."""
+        return GroupLatency(latency, self.program.axes_of(graph))
+
+    def left_by(self, plan: Plan, graph: DependencyGraph) -> dict[Axis, int]:
+        """Return how many slots of each axis of the parts a plan leaves."""
+        return translated(self.program.axes_of(graph), counts_of(plan.masks(graph)))
+
+    def measured(self, slim: nn.Module) -> Measured:
+        """Return what a slim model takes; it is timed in turns with the original."""
+        exported = self._exported(slim)
+        by_part = self._by_part(self._by_node(exported))
+        timed = self._timed({"original": self.original, "slim": exported})
+        exported.exported.path.unlink()
+        return Measured(self.seconds * timed["slim"] / timed["original"], by_part)
+
+    def by_part_at(self, left: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
+        """Return the seconds of the parts of a slim model, from the disk where they were measured before.
+
+        Args:
+            left: how many slots of each axis of the parts it has.
+            slim: the model.
+
+        """
+        signatures = {part.name: part.signature(left) for part in self.parts}
+        before = self._once(lambda: self._known(signatures))
+        if before.keys() == signatures.keys() and self._plausible(before, left):
+            self.trusted.append(signatures)
+            return before
+        found = self._by_part(self._by_node(self._exported(slim)))
+        self.remember(left, found)
+        return found
+
+    def _known(self, signatures: Mapping[str, str]) -> dict[str, float]:
+        """Return the seconds of the parts that were measured before."""
+        known = self.cache.seconds
+        return {name: known[key] for name, key in signatures.items() if key in known}
+
+    def _plausible(self, by_part: Mapping[str, float], left: Mapping[Axis, int]) -> bool:
+        """Say whether times of a slim model can be those of parts of this original, just measured.
+
+        A part that does less takes no longer, and by no more less than it does less: by a factor, which
+        measuring and other ways to run it may make, and but for what hardly shows in the whole.
+        """
+        most, least, slack = 0.0, 0.0, _LITTLE * sum(self.by_part.values())
+        for part in self.parts:
+            whole, seconds = self.by_part.get(part.name, 0.0), by_part[part.name]
+            share = whole * part.amount(left) / max(part.amount({}), 1)
+            if seconds > _FACTOR * whole + slack:
+                return False
+            if _NOTHING < seconds < share / _FACTOR - slack:
+                return False
+            most, least = most + seconds, least + share
+        return most >= least / _FACTOR
+
+    def remember(self, left: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
+        """Keep on the disk what the parts of a slim model took."""
+        if self.ranks.rank == 0:
+            self.cache.add(
+                {part.signature(left): by_part.get(part.name) or _NOTHING for part in self.parts}
+            )
+
+    def doubt(self, expected: Mapping[str, float], by_part: Mapping[str, float]) -> None:
+        """Forget what the disk said of parts of which something else than it led to expect was measured."""
+        slack = _LITTLE * sum(self.by_part.values())
+        odd = {
+            name
+            for name, seconds in expected.items()
+            if _differ(seconds, by_part.get(name, 0.0), slack)
+        }
+        doubtful = [key for known in self.trusted for name, key in known.items() if name in odd]
+        if doubtful and self.ranks.rank == 0:
+            self.cache.forget(doubtful)
+
+    def _once(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Measure in the first process of a group, while the others wait, and tell them."""
+        self.ranks.gathered(None)  # so that nothing else runs where they share a machine
+        found: dict[str, float] = self.ranks.gathered(measure() if self.ranks.rank == 0 else None)[
+            0
+        ]
+        return found
+
+    def _exported(self, model: nn.Module) -> Traced:
+        self.files += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GraphPruneWarning)  # of a batch that is not free
+            path = Path(self.folder.name) / f"{self.files}.onnx"
+            return traced_export(model, self.inputs, path)
+
+    def _by_node(self, traced: Traced) -> dict[str, float]:
+        """Return seconds by the node of the traced program that they end with."""
+
+        def measure() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
+                node = traced.origins.get(event.source)
+                if node is not None:
+                    found[node] = found.get(node, 0.0) + event.seconds
+            return found
+
+        return self._once(measure)
+
+    def _by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for node, seconds in by_node.items():
+            part = self.part_of.get(node)
+            if part is not None:
+                found[part.name] = found.get(part.name, 0.0) + seconds
+        return found
+
+    def _timed(self, files: Mapping[str, Traced]) -> dict[str, float]:
+        feeds: dict[str, Feed] = dict.fromkeys(files, self.feed)
+        paths = {name: traced.exported.path for name, traced in files.items()}
+
+        def measure() -> dict[str, float]:
+            timed = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
+            return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}
+
+        return self._once(measure)
+
+
+def _differ(one: float, other: float, slack: float) -> bool:
+    """Say whether two times are more than a factor apart, but for the slack."""
+    low, high = sorted((one, other))
+    return high > _FACTOR * low + slack

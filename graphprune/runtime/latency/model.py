@@ -1,0 +1,97 @@
+"""Seconds as a function of the channels that are kept: a curve for each part, through what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graphprune.layout import Axis
+from graphprune.runtime.latency.parts import Part
+
+NANO = 1e9
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """The latency of a model, part by part, in nanoseconds.
+
+    Each part takes what was measured of it, as a function of its work: between two measurements along
+    the line, never less for more work. What the parts leave out of the whole is spread over them.
+
+    Attributes:
+        parts: in the order in which they run.
+        points: by the name of a part, seconds by the work at which they were measured.
+        scale: the measured whole over the sum of the parts.
+
+    """
+
+    parts: tuple[Part, ...]
+    points: Mapping[str, Mapping[int, float]]
+    scale: float = 1.0
+
+    def total(self, kept: Mapping[Axis, int]) -> float:
+        """Return nanoseconds a run once only `kept[axis]` slots of each axis of the parts are left."""
+        return NANO * self.scale * sum(self.seconds_of(kept).values())
+
+    def _seconds(self, part: Part, kept: Mapping[Axis, int]) -> float:
+        points = self.points[part.name]
+        work = sorted(points)
+        seconds = np.maximum.accumulate([points[amount] for amount in work])
+        amount = part.amount(kept)
+        if len(work) == 1:
+            return float(seconds[0]) * amount / max(work[0], 1)
+        if amount < work[0]:
+            slope = (seconds[1] - seconds[0]) / (work[1] - work[0])
+            return max(float(seconds[0] - slope * (work[0] - amount)), 0.0)
+        return float(np.interp(amount, work, seconds))
+
+    def learned(
+        self, kept: Mapping[Axis, int], by_part: Mapping[str, float], whole: float
+    ) -> LatencyModel:
+        """Return the model that agrees with one more measurement.
+
+        Args:
+            kept: how many slots of each axis of the parts were left.
+            by_part: seconds of each part.
+            whole: seconds of the whole.
+
+        """
+        points = {
+            part.name: {
+                **self.points.get(part.name, {}),
+                part.amount(kept): by_part.get(part.name, 0.0),
+            }
+            for part in self.parts
+        }
+        better = replace(self, points=points, scale=1.0)
+        total = better.total(kept)
+        return replace(better, scale=whole * NANO / total if total else self.scale)
+
+    def seconds_of(self, kept: Mapping[Axis, int]) -> dict[str, float]:
+        """Return the seconds of each part, as its curve says, without what the parts leave out."""
+        return {part.name: self._seconds(part, kept) for part in self.parts}
+
+
+@dataclass(frozen=True)
+class GroupLatency:
+    """A latency model as what the slots of a graph's groups cost.
+
+    Attributes:
+        model: of the parts.
+        axes: by axis of the parts, the axis of the graph.
+
+    """
+
+    model: LatencyModel
+    axes: Mapping[Axis, Axis]
+
+    def total(self, kept: Mapping[Axis, int] | None = None) -> float:
+        """Return nanoseconds a run once only `kept[axis]` slots of each axis of the graph are left."""
+        return self.model.total(translated(self.axes, kept or {}))
+
+
+def translated(axes: Mapping[Axis, Axis], kept: Mapping[Axis, int]) -> dict[Axis, int]:
+    """Return the slots that are left by the parts' own axes."""
+    return {mine: kept[its] for mine, its in axes.items() if its in kept}

@@ -1,0 +1,58 @@
+"""A smaller copy of a model: its parameters and buffers sliced, its attributes made true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.inference.orders import renumbered
+from graphprune.inference.recorded import Inference
+from graphprune.layout import Axis, Layout
+from graphprune.masks import Mask, counts_of, mask_of
+from graphprune.shrink.module_attributes import describe_tensors
+from graphprune.utils.tensors import copy_with, evaluating
+
+
+def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> nn.Module:
+    """Return a copy of the model whose tensors lack the removed slots, ties kept.
+
+    The forward code is the model's own; `graphprune.shrink.graph_literals` rewrites a graph's.
+    """
+
+    def slim(name: str, tensor: Tensor) -> Tensor | None:
+        smaller = sliced(tensor, inference.parameters.get(name, []), masks)
+        if smaller is None or name not in inference.addressed:
+            return smaller
+        return renumbered(smaller, mask_of(inference.addressed[name], masks))
+
+    slimmer = copy_with(model, slim)
+    kept = counts_of(masks)
+    with evaluating(slimmer):  # reading a weight computed in training may update its buffers
+        describe_tensors(slimmer, inference, kept)
+    return slimmer
+
+
+def sliced(tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]) -> Tensor | None:
+    """Return the tensor without the removed slots, or None if it loses none."""
+    kept = [mask_of(layout, masks) for layout in layouts]
+    return None if all(mask.all() for mask in kept) else cut(tensor, kept)
+
+
+def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
+    """Return what is kept of a tensor, given which positions stay along each dimension.
+
+    It lies in memory as the tensor does: its dimensions in the same order, as in channels_last.
+    """
+    result = tensor.detach()
+    for dim, mask in enumerate(kept):
+        if not mask.all():
+            index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
+            result = result.index_select(dim, index)
+    if tensor.layout is not torch.strided:
+        return result
+    strides = tensor.stride()
+    outermost_first = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    inverse = [outermost_first.index(dim) for dim in range(tensor.dim())]
+    return result.permute(outermost_first).contiguous().permute(inverse)

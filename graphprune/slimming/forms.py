@@ -1,0 +1,415 @@
+"""A plan carried out: the slim model in its own class or as a graph, whichever works, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+
+from torch import fx, nn
+
+from graphprune.capture.capture import difference_on, graph_of, is_aten_graph
+from graphprune.compensation import Compensation
+from graphprune.errors import (
+    CaptureError,
+    GraphPruneError,
+    OtherOperatorsError,
+    PlanError,
+    VerificationError,
+    listed,
+    warn,
+)
+from graphprune.groups.groups import DependencyGraph
+from graphprune.importance import Scores
+from graphprune.inference.infer import infer
+from graphprune.inference.recorded import OtherRun
+from graphprune.layout import Axis
+from graphprune.masks import Mask, counts_of
+from graphprune.runtime.latency import Reached
+from graphprune.selection.plan import Plan
+from graphprune.shrink.graph_literals import rewrite_literals
+from graphprune.shrink.held_numbers import HeldNumber
+from graphprune.shrink.held_sizes import (
+    axes_given_as_sizes,
+    put_sizes,
+    put_what_works,
+    ways_to_follow_sizes,
+    works_by,
+)
+from graphprune.shrink.module_attributes import DESCRIBED
+from graphprune.shrink.tensors import shrunk
+from graphprune.shrink.ties import AmbiguousSize, Ties, ties_of
+from graphprune.utils.inputs import Inputs
+from graphprune.utils.tensors import forget_derived
+from graphprune.verify import Run, Verification, check_runs, silenced_copy, verify
+
+if TYPE_CHECKING:
+    from graphprune.report.comparison import Comparison
+
+Form: TypeAlias = Literal["auto", "module", "graph"]
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A slim model and how it came about.
+
+    Attributes:
+        model: the slim model.
+        plan: which channels stayed.
+        graph: the dependency graph that the plan is about.
+        inputs: the example inputs that were used, given or guessed.
+        form: "module" (the model's own class) or "graph" (an fx.GraphModule).
+        why_graph: for a graph, what kept the module form from working; else "".
+        verification: what was compared, or None where that was not asked for or not possible.
+        compensation: what the repair did, or None where none was asked for.
+        latency: for `of="latency"`, what was asked for and what was measured; else None.
+        scores: by group, the importance of each channel of the original; None for a plan as given.
+        ambiguous_sizes: numbers that the modules hold and that equal several sizes which differ now, so
+            that they were left as they were.
+
+    """
+
+    model: nn.Module
+    plan: Plan
+    graph: DependencyGraph
+    inputs: Inputs
+    form: str
+    why_graph: str
+    verification: Verification | None
+    compensation: Compensation | None = None
+    latency: Reached | None = None
+    scores: Scores | None = None
+    ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
+
+    def report(
+        self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
+    ) -> None:
+        """Write a page: what was asked and done, verification, sizes before and after, graph and plan.
+
+        Args:
+            path: ends in .html.
+            title: what to call the model; the name of its class by default.
+            comparison: of `graphprune.compare`; then latency, files and where the time went are on the
+                page, and in the graph what each module took.
+
+        Raises:
+            InvalidRequestError: the path ends otherwise.
+
+        """
+        from graphprune.report.slim_report import save_report
+
+        save_report(self, path, title, comparison)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every form that is tried.
+
+    Attributes:
+        module: the model, never changed.
+        inputs: its example inputs.
+        plan_for: gives the plan for a dependency graph of the model.
+        check: whether to verify the result.
+
+    """
+
+    module: nn.Module
+    inputs: Inputs
+    plan_for: Callable[[DependencyGraph], Plan]
+    check: bool
+
+
+def in_form(form: Form, job: Job) -> Slimmed:
+    """Return the slim model in the form that was asked for, or for "auto" the first that works."""
+    if is_aten_graph(job.module):
+        return as_graph(job, "the model is a graph")
+    if form == "graph":
+        others = infer(job.module, job.inputs, at_other_sizes=True).others if job.check else []
+        return as_graph(job, "asked for", others)
+    graph = DependencyGraph(infer(job.module, job.inputs, at_other_sizes=job.check))
+    chosen = job.plan_for(graph)
+    try:
+        return as_module(job, graph, chosen)
+    except VerificationError as failure:
+        if form == "module":
+            if job.check:
+                raise
+            return as_module(job, graph, chosen, other_operators=True)
+        try:
+            return as_graph(job, str(failure), graph.inference.others)
+        except CaptureError as untraceable:
+            return as_module_with_sizes(job, graph, chosen, untraceable)
+
+
+def as_module(
+    job: Job, graph: DependencyGraph, plan: Plan, *, other_operators: bool = False
+) -> Slimmed:
+    """Return the model's own class with smaller tensors.
+
+    Args:
+        job: the model and its inputs.
+        graph: its dependency graph.
+        plan: what to keep.
+        other_operators: where nothing is verified, whether its operators may give other sizes than the
+            original's would, as those of a model do that was verified earlier and takes another way.
+
+    Raises:
+        VerificationError: its code does not follow: it holds a size that no attribute gives.
+
+    """
+    masks = plan.masks(graph)
+    slimmer = shrunk(job.module, graph.inference, masks)
+    forget_derived(slimmer)
+
+    def checked() -> Verification | None:
+        if job.check:
+            return _verified(job, job.module, slimmer, plan, graph)
+        kept = None if other_operators else counts_of(masks)
+        check_runs(slimmer, job.inputs, graph.inference, kept)
+        return None
+
+    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
+    put_sizes(slimmer, ties.sizes)
+    untold = ties.ambiguous
+    try:
+        seen = checked()
+    except VerificationError:
+        put_sizes(slimmer, {number: number.value for number in ties.sizes})
+        seen, untold = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
+    if masks:
+        _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
+    ambiguous = _ambiguous(untold)
+    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen, ambiguous_sizes=ambiguous)
+
+
+def _checked_with_sizes(
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
+    ties: Ties,
+) -> tuple[Verification | None, dict[HeldNumber, tuple[int, ...]]]:
+    """Change sizes that the slim modules hold until the model verifies, then the rest of what is told.
+
+    Returns:
+        What was compared, and what the numbers that were left may be.
+
+    Raises:
+        VerificationError: it never does; what it says is of the model as it was cut.
+
+    """
+    changed: dict[HeldNumber, int] = {}
+    try:
+        seen = checked()
+    except VerificationError as failure:
+        seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
+    rest = {
+        number: size
+        for number, size in ties.sizes.items()
+        if changed.get(number, number.value) == number.value
+    }
+    left = put_what_works(slimmer, rest, works_by(checked))
+    untold = {
+        number: sizes
+        for number, sizes in ties.ambiguous.items()
+        if changed.get(number, number.value) == number.value
+    }
+    had_to_stay = {number: tuple(sorted((number.value, rest[number]))) for number in left}
+    return seen, untold | had_to_stay
+
+
+def _first_way(
+    job: Job,
+    slimmer: nn.Module,
+    plan: Plan,
+    graph: DependencyGraph,
+    checked: Callable[[], Verification | None],
+    failure: VerificationError,
+) -> tuple[Verification | None, dict[HeldNumber, int]]:
+    """Change sizes that the slim modules hold until the model verifies.
+
+    Returns:
+        What was compared, and the numbers as they are now.
+
+    Raises:
+        VerificationError: the given failure, where it never does.
+
+    """
+    for sizes in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
+        try:
+            check_runs(slimmer, job.inputs, graph.inference)
+            return checked(), sizes
+        except VerificationError:
+            continue
+    raise failure from None
+
+
+def _ambiguous(untold: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousSize, ...]:
+    """Return the numbers that were left; warn of those that are no size of anything now."""
+    ambiguous = tuple(
+        AmbiguousSize(str(number), number.value, sizes) for number, sizes in untold.items()
+    )
+    stale = [str(size) for size in ambiguous if size.is_of_nothing]
+    if stale:
+        warn(
+            f"{listed(stale)}: sizes that modules hold and that stay as they were, since the dimensions "
+            "that they may be of differ now; forward does not need them, but set them if other methods do"
+        )
+    return ambiguous
+
+
+def as_module_with_sizes(
+    job: Job, graph: DependencyGraph, plan: Plan, untraceable: CaptureError
+) -> Slimmed:
+    """Return the model's own class, cut only where no size in its code could be in the way.
+
+    The heads of nn.MultiheadAttention are cut where that works: most of its sizes follow.
+
+    Raises:
+        CaptureError: that leaves nothing to cut, or the code does not follow all the same.
+
+    """
+    sizes = counts_of(plan.masks(graph))
+    for of_attention in (False, True):
+        held = axes_given_as_sizes(job.module, graph.inference, sizes, of_attention=of_attention)
+        whole = sorted(graph.by_axis[axis].name for axis in held)
+        rest = plan.without(whole)
+        if not whole or not rest.removed:
+            continue
+        try:
+            result = as_module(job, graph, rest)
+        except VerificationError:
+            continue
+        warn(
+            f"{listed(whole)} stay whole: the model's code may hold their sizes as numbers, which "
+            "cannot be rewritten, since torch.export cannot trace it"
+        )
+        return result
+    raise untraceable
+
+
+def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
+    """Return a graph of the model with smaller tensors and every size in it rewritten.
+
+    Args:
+        job: the model and its inputs.
+        why: what asks for a graph.
+        others: runs of the model at other sizes of its inputs, at which the graph should be right too.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        VerificationError: the graph is not what it should be.
+
+    """
+    try:
+        module = graph_of(job.module, job.inputs)
+    except GraphPruneError as failure:
+        raise type(failure)(f"{failure}\nThe graph form was needed because: {why}") from failure
+    graph = DependencyGraph(infer(module, job.inputs, at_other_sizes=job.check))
+    plan = job.plan_for(graph)
+    masks = plan.masks(graph)
+    slimmer = shrunk(module, graph.inference, masks)
+    kept = counts_of(masks)
+    rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
+    seen = _checked(job, module, slimmer, plan, graph)
+    slimmer.train(job.module.training)
+    if module is not job.module:
+        _warn_of_unused(graph, "the graph holds them but has no code that uses them")
+        _warn_of_sizes(job, module, others)
+    return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
+
+
+def _warn_of_sizes(job: Job, graph_module: fx.GraphModule, others: Sequence[OtherRun]) -> None:
+    """Warn where a graph, before the cut, is not what the model is at other sizes of the inputs."""
+    differences = ((o.inputs, difference_on(job.module, graph_module, o.inputs)) for o in others)
+    for inputs, difference in differences:
+        if difference:
+            warn(
+                f"the graph form fits inputs like the example's, {job.inputs}: on {inputs}, which the "
+                f"model takes, {difference}; pass example_inputs of the sizes that you need"
+            )
+            return
+
+
+def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
+    names = [name for name in graph.inference.unused if name in graph.inference.trainable]
+    if names:
+        warn(
+            f"the example inputs reach no operator that reads {listed(names)}: {consequence}; "
+            "pass example_inputs that reach them if you need them"
+        )
+
+
+def _checked(
+    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
+) -> Verification | None:
+    """Verify; where that is not asked for or not possible, see that the slim model runs at all."""
+    if job.check:
+        return _verified(job, module, slimmer, plan, graph)
+    check_runs(slimmer, job.inputs, graph.inference)
+    return None
+
+
+def _verified(
+    job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
+) -> Verification:
+    """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
+    masks = plan.masks(graph)
+    try:
+        run = Run(job.inputs, graph.inference, masks)
+        return verify(module, slimmer, run, list(_at_other_sizes(graph, masks)))
+    except OtherOperatorsError as other:
+        silenced = silenced_copy(module, graph.inference, masks, {})
+        on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
+        used = plan.without(_not_used(on_data, plan, graph))
+        try:
+            masks = used.masks(on_data)
+        except PlanError:  # sizes follow values too
+            raise other from None
+        return verify(module, slimmer, Run(job.inputs, on_data.inference, masks), as_it_is=True)
+
+
+def _at_other_sizes(graph: DependencyGraph, masks: Mapping[Axis, Mask]) -> Iterator[Run]:
+    """Yield what to verify at other sizes of the inputs, where the original takes any.
+
+    Raises:
+        VerificationError: the slim model is what it should be at the sizes of the example alone.
+
+    """
+    for other in graph.inference.others:
+        _check_same_axes(graph, masks, other)
+        there = {other.axes[axis]: mask for axis, mask in masks.items() if axis in other.axes}
+        yield Run(other.inputs, other.inference, there)
+
+
+def _check_same_axes(graph: DependencyGraph, masks: Mapping[Axis, Mask], other: OtherRun) -> None:
+    unknown = other.inference.unknown_here
+    unlike = [
+        graph.by_axis[axis].name
+        for axis in masks
+        if axis not in other.axes
+        and any(m.parameter not in unknown for m in graph.by_axis[axis].members)
+    ]
+    if unlike:
+        raise VerificationError(
+            f"{listed(unlike)} are cut, but their channels go together only at the sizes of the example "
+            f"inputs, not on {other.inputs}"
+        )
+
+
+def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:
+    """Return the groups that are cut and that the values of the example inputs do not reach."""
+    unused = set(on_data.inference.unused)
+    names = [
+        name
+        for name in plan.keep
+        if all(member.parameter in unused for member in graph.by_name[name].members)
+    ]
+    if names:
+        warn(
+            f"{listed(names)} are cut but not compared: with the values of the example inputs the model "
+            "does not use them (experts that no token goes to, say); pass example_inputs that do"
+        )
+    return names

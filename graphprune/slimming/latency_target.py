@@ -1,0 +1,88 @@
+"""Cutting to a latency: choose by what was measured of the parts, measure the result, and correct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from graphprune.errors import warn
+from graphprune.runtime.latency import Bench, LatencyModel, Reached
+from graphprune.selection.choose import Request
+from graphprune.slimming.forms import Slimmed
+from graphprune.utils.progress import track
+
+# Before anything is chosen, the parts are measured with these fractions of the channels of each group.
+_WIDTHS = (0.5, 0.25)
+
+_ATTEMPTS = 6
+
+# A result nearer to the target than the first is as good as measuring allows; one that is farther than the
+# second is warned about.
+_NEAR, _FAR = 0.02, 0.05
+
+
+def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyModel:
+    """Return the latency as measured at full size and at smaller ones.
+
+    Args:
+        bench: where the original was measured.
+        at_width: gives the model with about this fraction of each group.
+
+    """
+    latency = bench.model_of_original()
+    for width in track(_WIDTHS, "measuring the parts"):
+        slim = at_width(width)
+        left = bench.left_by(slim.plan, slim.graph)
+        by_part = bench.by_part_at(left, slim.model)
+        whole = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
+        latency = latency.learned(left, by_part, whole)
+    return latency
+
+
+def met(
+    bench: Bench,
+    latency: LatencyModel,
+    attempt: Callable[[LatencyModel], Slimmed],
+    target: float,
+) -> tuple[LatencyModel, Reached]:
+    """Return the latency model by which the choice comes nearest to a target, and what was measured.
+
+    Args:
+        bench: where the original was measured.
+        latency: what is known so far.
+        attempt: gives the slim model that is chosen by a latency model.
+        target: milliseconds.
+
+    """
+    best: tuple[float, LatencyModel, float] | None = None
+    tried = []
+    for _ in track(range(_ATTEMPTS), "meeting the latency"):
+        slim = attempt(latency)
+        left = bench.left_by(slim.plan, slim.graph)
+        if left in tried:
+            break
+        tried.append(left)
+        measured = bench.measured(slim.model)
+        bench.doubt(latency.seconds_of(left), measured.by_part)
+        bench.remember(left, measured.by_part)
+        miss = abs(measured.seconds * 1e3 / target - 1)
+        if best is None or miss < best[0]:
+            best = miss, latency, measured.seconds
+        if miss <= _NEAR:
+            break
+        latency = latency.learned(left, measured.by_part, measured.seconds)
+    assert best is not None  # the first attempt is always new
+    _, latency, seconds = best
+    return latency, Reached(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
+
+
+def warn_of_missed(reached: Reached, request: Request) -> None:
+    """Warn where the latency asked for was not met, unless the original has it."""
+    if abs(reached.slim / reached.target - 1) <= _FAR or reached.target >= reached.original:
+        return
+    if reached.slim < reached.target:
+        why = "the numbers of channels allowed are no finer"
+        why += "" if request.align == 1 else "; align=1 may come nearer"
+    else:
+        ways = "" if request.renormalised else "renormalised=True or "
+        why = f"no more can be cut as asked; {ways}other patterns may free more"
+    warn(f"the slim model takes {reached}: {why}")

@@ -1,0 +1,1 @@
+"""Sparse connections between filters and gradual sparsity of recurrent layers."""

@@ -1,0 +1,97 @@
+"""In which turn the connections of a convolution come: as many are on as are asked for, the first of them.
+
+Filters stand in blocks that read the same channels. With a block of one filter this is the wiring of
+The Power of Sparsity in Convolutional Neural Networks (arXiv 1702.06257): each filter reads a
+fixed number of channels, the same at every position of its window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.sparsity.connections.sites import Connections, Flags
+
+Order: TypeAlias = npt.NDArray[np.int64]
+"""By block of filters, the channels in the order in which it comes to read them, `[blocks, inputs]`."""
+
+Pattern: TypeAlias = Callable[[int, int, int, Flags, np.random.Generator], Order]
+"""From blocks, inputs, fan-in, which blocks are read, and chance, to an order."""
+
+
+def fan_in(fraction: float, inputs: int) -> int:
+    """Return how many channels a filter reads: the fraction of the inputs, rounded up, one at least."""
+    return max(1, math.ceil(fraction * inputs - 1e-9))
+
+
+def blocks_of(outputs: int, inputs: int, count: int, share: int) -> npt.NDArray[np.int64]:
+    """Return the block of each filter, `[outputs]`: consecutive ones, as many in each, or one fewer.
+
+    Blocks have `share` filters at most, and fewer where the blocks would otherwise be too few to reach
+    all channels, each of them reading `count`.
+    """
+    blocks = min(outputs, max(-(-outputs // share), -(-inputs // count)))
+    return np.arange(outputs) * blocks // outputs
+
+
+def random(blocks: int, inputs: int, count: int, read: Flags, chance: np.random.Generator) -> Order:
+    """Let chance order the channels of each block; then exchange some, so that none is left without reader.
+
+    Source: arXiv 1702.06257, with its rule that no connection leads to or from a dead filter.
+    """
+    order = np.argsort(chance.random((blocks, inputs)), axis=1)
+    used = np.bincount(order[read, :count].flatten(), minlength=inputs)
+    for channel in chance.permutation(np.flatnonzero(used == 0)):
+        spare = [
+            (block, place)
+            for block in np.flatnonzero(read)
+            for place in range(count)
+            if used[order[block, place]] > 1
+        ]
+        if not spare:
+            break
+        block, place = spare[chance.integers(len(spare))]
+        there = int(np.flatnonzero(order[block] == channel)[0])
+        used[order[block, place]] -= 1
+        used[channel] += 1
+        order[block, [place, there]] = order[block, [there, place]]
+    return order
+
+
+def expander(
+    blocks: int, inputs: int, count: int, read: Flags, chance: np.random.Generator
+) -> Order:
+    """Deal the channels like cards: each block gets as many, and each channel is read about as often.
+
+    Source: Prabhu et al., Deep Expander Networks (arXiv 1711.08757), regular on both sides.
+    """
+    order = np.argsort(chance.random((blocks, inputs)), axis=1)
+    deck: list[int] = []
+    for block in np.flatnonzero(read):
+        hand: list[int] = []
+        while len(hand) < count:
+            if set(deck) <= set(hand):
+                deck += chance.permutation(inputs).tolist()
+            card = next(card for card in deck if card not in hand)
+            deck.remove(card)
+            hand.append(card)
+        order[block] = [*hand, *(card for card in order[block].tolist() if card not in hand)]
+    return order
+
+
+PATTERNS: dict[str, Pattern] = {"random": random, "expander": expander}
+"""The patterns that look at no weights, by name."""
+
+
+def turns_of(order: Order, block_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the turn of each connection, `[outputs, inputs]`, given each filter's block, `[outputs]`."""
+    return np.argsort(order, axis=1)[block_of]
+
+
+def first_of(turns: npt.NDArray[np.int64], fraction: float, live: Flags) -> Connections:
+    """Return the connections of the first turns, as many as the fraction is, of live filters alone."""
+    return (turns < fan_in(fraction, turns.shape[1])) & live[:, None]

@@ -1,0 +1,1 @@
+"""Configs of transformers that say the sizes of slim models."""

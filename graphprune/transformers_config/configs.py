@@ -1,0 +1,229 @@
+"""Configs of transformers: the numbers that a model's code reads in them, and models of other numbers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from graphprune.errors import InvalidRequestError, in_a_line
+from graphprune.utils.torch_context import hushed
+
+_ATTENTION = "_attn_implementation"
+
+# What initialises weights, most often; on the meta device it would take most of the time, for nothing.
+_FILLING = frozenset(
+    (
+        "normal_", "uniform_", "trunc_normal_", "constant_", "zeros_", "ones_", "zero_", "fill_", "copy_",
+        "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_",
+    )
+)  # fmt: skip
+
+Place: TypeAlias = tuple[str | int, ...]
+"""Where a number stands in a config: names of attributes and positions in lists, from outside in."""
+
+Number: TypeAlias = int | float
+Changes: TypeAlias = Mapping[Place, Number]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+
+class Architecture:
+    """A class of transformers models and the config of one of them.
+
+    Attributes:
+        name: of the class of the config.
+        content: the config as nested dicts and lists.
+        numbers: those that the model's code reads while it is built; None for one left open.
+
+    Raises:
+        InvalidRequestError: the class cannot be built from its config alone.
+
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._kind: Any = type(model)
+        self._config: Any = model.config
+        self.name = type(self._config).__name__
+        self.content: dict[str, Any] = self._config.to_dict()
+        self._shapes: dict[frozenset[tuple[Place, Number]], Shapes] = {}
+        self.numbers = self._numbers()
+
+    def config_of(self, content: Mapping[str, Any]) -> Any:
+        """Return the config as it is read from such a file."""
+        with quiet():
+            config = type(self._config).from_dict(copy.deepcopy(dict(content)))
+            if hasattr(self._config, _ATTENTION):  # is not written to the file
+                setattr(config, _ATTENTION, _kernels_of(self._config))
+        return config
+
+    def built(self, config: Any) -> nn.Module:
+        """Return the model of a config, its weights on the meta device, its computed buffers real."""
+        with quiet(), _UnfilledOnMeta(), torch.random.fork_rng(devices=[]):
+            model: nn.Module = self._kind(config)
+        return model
+
+    def changed(self, changes: Changes) -> nn.Module:
+        """Return the model of the config with other numbers.
+
+        Raises:
+            Exception: whatever the config or the model raise where they refuse them.
+
+        """
+        return self.built(self.config_of(with_changes(self.content, changes)))
+
+    def file_of(self, changes: Changes) -> dict[str, Any]:
+        """Return what the config with other numbers writes as config.json."""
+        with quiet():
+            config = type(self._config).from_dict(with_changes(self.content, changes))
+            return dict(json.loads(config.to_json_string()))
+
+    def without_aliases(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a config's content under the names that the class itself has for it."""
+        aliases: dict[str, str] = getattr(self._config, "attribute_map", {})
+        return {aliases.get(name, name): value for name, value in content.items()}
+
+    def shapes(self, changes: Changes) -> Shapes:
+        """Return the shapes of the model with other numbers, or nothing where there is none."""
+        key = frozenset(changes.items())
+        if key not in self._shapes:
+            try:
+                self._shapes[key] = shapes(self.changed(changes))
+            except Exception:  # a config refuses some numbers in whatever way it likes
+                self._shapes[key] = {}
+        return self._shapes[key]
+
+    def _numbers(self) -> dict[Place, Number | None]:
+        with _reads_of(type(self._config)) as read:
+            try:
+                self.changed({})
+            except Exception as refusal:  # of whatever kind it likes
+                raise InvalidRequestError(
+                    f"{self._kind.__name__} cannot be built from what its {self.name} writes, as "
+                    f"from_pretrained would ({in_a_line(refusal)}); use graphprune.save"
+                ) from refusal
+        return dict(_numbers_read(self._config, read, ()))
+
+
+def has_config(model: nn.Module) -> bool:
+    """Say whether a model is of transformers, with a config that can be written and read."""
+    config = getattr(model, "config", None)
+    return all(hasattr(config, name) for name in ("to_dict", "to_json_string", "from_dict"))
+
+
+def shapes(model: nn.Module) -> Shapes:
+    """Return the shapes of a model's parameters and buffers, under each of their names."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters and buffers under each of their names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict(chain(parameters, model.named_buffers(remove_duplicate=False)))
+
+
+def with_changes(content: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return a copy of nested dicts and lists with other numbers."""
+    result = copy.deepcopy(dict(content))
+    for place, value in changes.items():
+        owner: Any = result
+        for key in place[:-1]:
+            if isinstance(owner[key], tuple):
+                owner[key] = list(owner[key])
+            owner = owner[key]
+        owner[place[-1]] = value
+    return result
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep from the user what torch and transformers say of configs that are only tried."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with hushed():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _kernels_of(config: Any) -> Any:
+    """Return which attention a config and the configs in it were given, as transformers takes them."""
+    inner = {
+        name: getattr(value, _ATTENTION)
+        for name, value in vars(config).items()
+        if hasattr(value, _ATTENTION)
+    }
+    kernel = getattr(config, _ATTENTION)
+    return {"": kernel, **inner} if inner else kernel
+
+
+@contextmanager
+def _reads_of(kind: type) -> Iterator[set[tuple[type, str]]]:
+    """Give the set to which every read of an attribute of such configs is added, present or not."""
+    base: Any = next(cls for cls in reversed(kind.__mro__) if "to_dict" in vars(cls))
+    read: set[tuple[type, str]] = set()
+    before = base.__getattribute__
+
+    def recording(config: Any, name: str) -> Any:
+        if not name.startswith("_"):
+            aliases = before(config, "attribute_map") if hasattr(base, "attribute_map") else {}
+            read.add((type(config), aliases.get(name, name)))
+        return before(config, name)
+
+    overridden = "__getattribute__" in vars(base)
+    base.__getattribute__ = recording
+    try:
+        yield read
+    finally:
+        if overridden:
+            base.__getattribute__ = before
+        else:
+            del base.__getattribute__
+
+
+def _numbers_read(
+    config: Any, read: set[tuple[type, str]], path: Place
+) -> Iterator[tuple[Place, Number | None]]:
+    content = config.to_dict()
+    for kind, name in sorted(read, key=lambda pair: pair[1]):
+        if kind is not type(config):
+            continue
+        inner = getattr(config, name, None)
+        if hasattr(inner, "to_dict"):
+            yield from _numbers_read(inner, read, (*path, name))
+        elif name in content or not hasattr(config, name):
+            yield from _numbers_in(content.get(name), (*path, name))
+
+
+def _numbers_in(value: Any, place: Place) -> Iterator[tuple[Place, Number | None]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers_in(inner, (*place, key))
+    elif isinstance(value, (list, tuple)):
+        for position, inner in enumerate(value):
+            yield from _numbers_in(inner, (*place, position))
+    elif value is None or (type(value) in (int, float) and value > 1):
+        yield place, value
+
+
+class _UnfilledOnMeta(TorchFunctionMode):
+    """Makes tensors that are to be filled later, as parameters are, without memory, and fills none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        filled = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        if name in _FILLING and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)

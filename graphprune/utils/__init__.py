@@ -1,0 +1,1 @@
+"""What has nothing to do with pruning: files, inputs, tensors by name, torch's switches, pages."""

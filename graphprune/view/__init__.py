@@ -1,6 +1,0 @@
-"""The dependency graph as people look at it: a page, a picture, and data for other tools."""
-
-from graphprune.view.document import document
-from graphprune.view.files import SUFFIXES, framed, page, save, scripts
-
-__all__ = ["SUFFIXES", "document", "framed", "page", "save", "scripts"]
