@@ -28,8 +28,8 @@ from graphprune.calibration.batches import batches_of
 from graphprune.demo.data import sample
 from graphprune.importance import Subject, are_losses, scores
 from graphprune.onnx_export.providers import Runtime, machine
+from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import Bench
-from graphprune.slimming.forms import Slimmed
 
 RESULTS = Path(__file__).parent / "results" / "equal_latency.md"
 SHARES = (0.7, 0.5, 0.4, 0.3, 0.2)

@@ -20,10 +20,10 @@ from torch.func import vmap
 import graphprune as gp
 from graphprune.calibration.batches import Batch, batches_of
 from graphprune.capture.capture import capture
-from graphprune.groups.groups import DependencyGraph
 from graphprune.importance import Subject, scores
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.inference.infer import infer
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import Axis
 from graphprune.masks import Mask
 from graphprune.utils.inputs import Inputs, call

@@ -1,5 +1,6 @@
 """graphprune: compiler passes that make PyTorch models structurally smaller, and prove it."""
 
+from graphprune import passes  # type: ignore[attr-defined]  # a folder beside this one, which mypy cannot know
 from graphprune.calibration.batches import OwnShare
 from graphprune.checkpoint import ShrunkCheckpoint, shrink_checkpoint
 from graphprune.checkpoint.save import load, save
@@ -15,15 +16,16 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.groups.cost import count_macs, count_parameters
-from graphprune.groups.groups import DependencyGraph, Group, analyze
+from graphprune.groups.groups import Group
 from graphprune.importance import Sensitivity, sensitivity
+from graphprune.inspection.dependency_graph import DependencyGraph, analyze
 from graphprune.onnx_export.export import Exported, export
 from graphprune.pipeline.pipeline import Pass, Pipeline
 from graphprune.report.compare import compare
 from graphprune.report.comparison import Comparison
+from graphprune.report.result import Slimmed
 from graphprune.rules import pattern, rule
 from graphprune.selection.plan import Plan
-from graphprune.slimming.forms import Slimmed
 from graphprune.slimming.gradual import slim_gradually
 from graphprune.slimming.slim import slim, slimmed
 from graphprune.slimming.width import width_multiplier
@@ -73,6 +75,7 @@ __all__ = [
     "finetune",
     "load",
     "make_permanent",
+    "passes",
     "pattern",
     "rule",
     "save",

@@ -28,10 +28,10 @@ from graphprune.checkpoint import check_target, shrink_checkpoint
 from graphprune.checkpoint.save import save
 from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.groups.cost import count_macs, count_parameters
-from graphprune.groups.groups import analyze
 from graphprune.importance import CRITERIA
 from graphprune.inspection import SUFFIXES as GRAPH_SUFFIXES
 from graphprune.inspection import document
+from graphprune.inspection.dependency_graph import analyze
 from graphprune.inspection.terminal_tree import group_lines, tree
 from graphprune.onnx_export.export import export
 from graphprune.pipeline.pipeline import Pass, Pipeline

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graphprune.graph_utils.constant_inputs import constant_inputs, pads
 from graphprune.graph_utils.edits import put_bias
 from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group
 from graphprune.groups.readers import Reader, readers_of, unread_groups
 from graphprune.inference.infer import infer
 from graphprune.masks import slots_of
@@ -50,7 +50,7 @@ class EliminateDeadChannels(Pass):
 def _without_dead(program: Program) -> Plan:
     """Return the plan that removes dead channels, once their constants are in the biases behind them."""
     graph_module = program.graph_module
-    graph = DependencyGraph(infer(graph_module, program.inputs))
+    graph = Dependencies(infer(graph_module, program.inputs))
     with evaluating(graph_module):
         reading = _Reading(graph_module, graph, constant_inputs(graph_module, program.inputs))
     unread, readers = unread_groups(graph), readers_of(graph)
@@ -70,7 +70,7 @@ class _Reading:
     """The layers of a graph, what they read where it is constant, and what will be added to biases."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, graph: DependencyGraph, constants: dict[str, Tensor]
+        self, graph_module: fx.GraphModule, graph: Dependencies, constants: dict[str, Tensor]
     ) -> None:
         self.graph_module = graph_module
         self.nodes = graph.inference.nodes

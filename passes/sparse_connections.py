@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphprune.graph_utils.edits import read_buffer
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
 from graphprune.inference.infer import infer
 from graphprune.pipeline.pipeline import Pass, Program
@@ -53,7 +53,7 @@ class SparseConnections(Pass):
     def rewrite(self, program: Program) -> bool:
         """Put a mask beside each weight."""
         graph_module = program.graph_module
-        graph = DependencyGraph(infer(graph_module, program.inputs))
+        graph = Dependencies(infer(graph_module, program.inputs))
         wiring = wired(graph_module, graph, **vars(self))
         connections = wiring.connections(self.fraction)
         for read in graph_module.graph.find_nodes(op="get_attr"):

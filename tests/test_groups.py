@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,94 +14,6 @@ from torch import Tensor, library, nn
 import graphprune as gp
 from tests.models import ALL
 from tests.structures import STRUCTURES
-
-LAYERS = [
-    "errors",
-    "atomic_files",
-    "json_files",
-    "pages",
-    "plots",
-    "inputs",
-    "free_sizes",
-    "layout",
-    "masks",
-    "adapters",
-    "rules",
-    "block_sparse",
-    "switches",
-    "steps",
-    "progress",
-    "state",
-    "processes",
-    "wrappers",
-    "shards",
-    "caches",
-    "kernels",
-    "precision",
-    "interpretation",
-    "other_sizes",
-    "recorded",
-    "orders",
-    "reach",
-    "inference",
-    "capture",
-    "explain",
-    "groups",
-    "selection",
-    "reorder",
-    "cost",
-    "runtimes",
-    "sparse_files",
-    "onnx_cleanup",
-    "onnx",
-    "timing",
-    "races",
-    "profiling",
-    "calibration",
-    "importance",
-    "connections",
-    "plan",
-    "latency",
-    "allocation",
-    "choose",
-    "view",
-    "attributes",
-    "held_numbers",
-    "dimensions",
-    "constructors",
-    "ties",
-    "held_sizes",
-    "shrink",
-    "literals",
-    "verify",
-    "compensation",
-    "forms",
-    "targets",
-    "preflight",
-    "configs",
-    "fitting",
-    "unfitting",
-    "pretrained",
-    "slim",
-    "width",
-    "saving",
-    "checkpoint",
-    "gradually",
-    "training",
-    "edits",
-    "constants",
-    "text",
-    "pipeline",
-    "callbacks",
-    "passes",
-    "memory",
-    "comparison",
-    "compare",
-    "report",
-    "terminal",
-    "cli",
-    "demo",
-]
 
 
 class Attention(nn.Module):
@@ -221,27 +131,6 @@ def test_two_analyses_of_a_model_read_the_same() -> None:
     first, second = (gp.analyze(example.model, example.inputs) for _ in range(2))
     assert str(first) == str(second)
     assert "groups that can be cut" in str(first)
-
-
-def test_imports_follow_the_layers() -> None:
-    root = Path(gp.__file__).parent
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] == "__init__":
-            continue
-        mine = LAYERS.index(parts[0])
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphprune."):
-                other = (node.module or "").split(".")[1]
-                assert LAYERS.index(other) <= mine, f"{path.name} imports {node.module}"
-
-
-def test_every_package_is_installed() -> None:
-    root = Path(gp.__file__).parent
-    here = {"graphprune", "graphprune.passes"}
-    here |= {f"graphprune.{path.parent.name}" for path in root.glob("*/__init__.py")}
-    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
-    assert set(project["tool"]["setuptools"]["packages"]) == here
 
 
 def test_public_names_exist_and_are_documented() -> None:

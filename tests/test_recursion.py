@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.calibration.batches import batches_of
 from graphprune.capture.capture import capture
-from graphprune.importance import Scores, Subject, scores
+from graphprune.groups.groups import Scores
+from graphprune.importance import Subject, scores
 from graphprune.utils.inputs import Inputs
 
 

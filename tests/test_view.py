@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.demo.data import trained_network
-from graphprune.groups.groups import DependencyGraph
 from graphprune.inspection import document
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.inspection.drawing import modules
 from tests import browsers
 from tests.models import ALL

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.errors import InvalidRequestError
-from graphprune.slimming.forms import Slimmed
+from graphprune.report.result import Slimmed
 from graphprune.transformers_config.configs import (
     Architecture,
     Changes,

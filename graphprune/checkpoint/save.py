@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError, PlanError, listed
+from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
-from graphprune.slimming.forms import Slimmed
 from graphprune.slimming.slim import slimmed
 from graphprune.utils import json_files
 from graphprune.utils.atomic_files import checked_target, drafted

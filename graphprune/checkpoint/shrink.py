@@ -22,9 +22,9 @@ from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.groups.cost import count_parameters
 from graphprune.inference.orders import renumbered
 from graphprune.masks import Mask, mask_of
+from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
 from graphprune.shrink.tensors import cut
-from graphprune.slimming.forms import Slimmed
 from graphprune.slimming.slim import slimmed
 from graphprune.utils import json_files
 from graphprune.utils.atomic_files import LONGEST, PART, alone, write_text, written_whole

@@ -27,7 +27,7 @@ from graphprune.distributed.process_group import Ranks
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
 from graphprune.graph_utils.stepwise import Run
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask, mask_of
@@ -140,7 +140,7 @@ def compensated(
             "compensate= needs weights, and this model is on the meta device; load them first"
         )
     wanted, given = graph_of(original, inputs), graph_of(slimmer, inputs)
-    graph = DependencyGraph(infer(wanted, inputs))
+    graph = Dependencies(infer(wanted, inputs))
     with evaluating(given), evaluating(wanted):
         as_cut = _error_of_output(wanted, given, batches)
         repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
@@ -212,7 +212,7 @@ class _Repair:
         self,
         wanted: fx.GraphModule,
         given: fx.GraphModule,
-        graph: DependencyGraph,
+        graph: Dependencies,
         masks: dict[Axis, Mask],
         batches: Share,
     ) -> None:

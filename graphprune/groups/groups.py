@@ -1,21 +1,16 @@
-"""The dependency graph as people see it: groups of channels that go together, and why others stay."""
+"""Groups of channels that go together, and the dimensions in which nothing can go, from the layouts."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-import networkx as nx
-from torch import nn
+import numpy as np
+import numpy.typing as npt
 
-from graphprune.errors import InvalidRequestError
-from graphprune.groups.explain import Explainer, Explanation
-from graphprune.inference.infer import infer
-from graphprune.inference.recorded import Inference, Value
+from graphprune.inference.recorded import Inference
 from graphprune.layout import (
     Axis,
     Concat,
@@ -23,12 +18,14 @@ from graphprune.layout import (
     Permuted,
     Product,
     Reason,
-    describe,
     free_axes,
     parts_of,
     resolve,
     why_fixed,
 )
+
+Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
+"""By group name, one score a slot: the higher, the more it matters."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,8 @@ class Fixed:
         return f"{self.parameter}:{self.dim}  {self.size} fixed: {self.reason}"
 
 
-def operator_id(number: int) -> str:
-    """Return what a step is called as a node."""
-    return f"operator {number}"
-
-
-class DependencyGraph:
-    """Which channels of a model go together, which stay, and why; made by `analyze`.
+class Dependencies:
+    """Which channels of a model go together, and which stay and why: what analyses and choices read.
 
     Attributes:
         inference: the layouts that everything here is read from.
@@ -134,119 +126,6 @@ class DependencyGraph:
         """Operators that have no rule, so that everything they touch is fixed."""
         return self.inference.unknown
 
-    def explain(self, parameter: str, dim: int) -> Explanation:
-        """Return what a dimension of a parameter is tied to, or why it stays, and by which operators.
-
-        Raises:
-            InvalidRequestError: the model has no such parameter or dimension.
-
-        """
-        explanations = self.explain_all(parameter)
-        if not -len(explanations) <= dim < len(explanations):
-            raise InvalidRequestError(
-                f"there is no dimension {dim} of {parameter!r}, which has {len(explanations)}"
-            )
-        return explanations[dim]
-
-    def explain_all(self, parameter: str) -> list[Explanation]:
-        """Return the explanations of all dimensions of a parameter, buffer or tensor attribute.
-
-        Raises:
-            InvalidRequestError: the model has none of that name.
-
-        """
-        inference = self.inference
-        firsts = (first for first, names in inference.names.items() if parameter in names)
-        first = next(firsts, parameter)
-        if first not in inference.parameters:
-            alike = difflib.get_close_matches(parameter, inference.parameters, cutoff=0)
-            raise InvalidRequestError(
-                f"the model has no parameter or buffer {parameter!r}; the nearest names are "
-                f"{', '.join(alike)}"
-            )
-        explainer = Explainer(inference)
-        return [
-            explainer.explained(first, dim, self.names)
-            for dim in range(len(inference.parameters[first]))
-        ]
-
-    def to_networkx(self) -> nx.MultiDiGraph:
-        """Return operators and tensors as nodes, and the flow of values between them as edges.
-
-        All attributes are texts, so that every format can hold them. Nodes carry `kind` ("operator",
-        "parameter", "buffer", "input", "output", "constant"), `label`, `module`, `source`, `layout` (in
-        words, a dimension each) and `groups` (what of it can be cut); edges carry `layout` and `groups`.
-        """
-        graph = nx.MultiDiGraph()
-        for name, layouts in self.inference.parameters.items():
-            kind = "parameter" if name in self.inference.trainable else "buffer"
-            owner = name.rpartition(".")[0]
-            graph.add_node(name, kind=kind, label=name, module=owner, **self._words(layouts))
-        for name, layouts in self.inference.inputs.items():
-            graph.add_node(f"input {name}", kind="input", label=name, **self._words(layouts))
-        for number, step in enumerate(self.inference.steps):
-            graph.add_node(
-                operator_id(number), kind="operator", label=step.place.operator,
-                module=step.place.module, source=step.place.source,
-                **self._words([x for value in step.outputs for x in value.layouts]),
-            )  # fmt: skip
-            for value in step.inputs:
-                self._add_edge(graph, value, operator_id(number))
-        for name, layouts in self.inference.outputs.items():
-            graph.add_node(f"output {name}", kind="output", label=name, **self._words(layouts))
-            value = Value(layouts, self.inference.output_sources[name])
-            self._add_edge(graph, value, f"output {name}")
-        return graph
-
-    def _add_edge(self, graph: nx.MultiDiGraph, value: Value, target: str) -> None:
-        source = self._id_of(value.source)
-        if source not in graph:
-            graph.add_node(source, kind="constant", label=source)
-        graph.add_edge(source, target, **self._words(value.layouts))
-
-    def _id_of(self, source: str | int) -> str:
-        """Return the node that a value comes from."""
-        if isinstance(source, int):
-            return operator_id(source)
-        return f"input {source}" if source in self.inference.inputs else source
-
-    def _words(self, layouts: list[Layout]) -> dict[str, str]:
-        axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout))
-        return {
-            "layout": ", ".join(describe(layout, self.names) for layout in layouts),
-            "groups": ", ".join(self.names[axis] for axis in axes if axis in self.names),
-        }
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        title: str = "",
-        scores: dict[str, Any] | None = None,
-        plan: Any = None,
-    ) -> None:
-        """Write the graph as a page (.html), a picture (.svg, .png) or data (.json, .graphml).
-
-        Args:
-            path: where to, and by its ending, what.
-            title: what to call the model; the name of the file by default.
-            scores: by group, the importance of each channel, drawn as histograms on the page.
-            plan: a `Plan`, whose kept and removed channels the page shows.
-
-        Raises:
-            InvalidRequestError: the path ends otherwise, or matplotlib, which draws, is missing.
-
-        """
-        from graphprune.inspection import save
-
-        save(self, Path(path), title, scores, plan)
-
-    def _repr_html_(self) -> str:
-        """Return the page in a frame, as notebooks show it."""
-        from graphprune.inspection import framed
-
-        return framed(self)
-
     def __str__(self) -> str:
         lines = [f"groups that can be cut: {len(self.groups)}"]
         lines += [f"  {group}" for group in self.groups]
@@ -260,7 +139,7 @@ class DependencyGraph:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<DependencyGraph: {len(self.groups)} groups, {len(self.fixed)} fixed dimensions>"
+        return f"<{type(self).__name__}: {len(self.groups)} groups, {len(self.fixed)} fixed dimensions>"
 
 
 def _groups(inference: Inference) -> list[Group]:
@@ -308,20 +187,3 @@ def _fixed(inference: Inference) -> Iterator[Fixed]:
                 resolved = resolve(layout)
                 size = resolved.size if isinstance(resolved, Axis) else 0
                 yield Fixed(parameter, dim, size, reason)
-
-
-def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
-    """Return the dependency graph of a model: groups of channels, and why others are fixed.
-
-    Args:
-        model: any module; its weights are not read, so one on the meta device will do.
-        example_inputs: a tensor, a tuple, a dict or `Inputs`; None where they can be guessed.
-
-    Raises:
-        CaptureError: the model does not run on the inputs, or none were given and none fit.
-
-    """
-    from graphprune.capture.capture import prepared
-
-    module, inputs = prepared(model, example_inputs)
-    return DependencyGraph(infer(module, inputs))

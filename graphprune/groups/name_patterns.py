@@ -12,7 +12,7 @@ from typing import TypeAlias
 from torch import nn
 
 from graphprune.errors import InvalidRequestError, listed
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group
 
 Pattern: TypeAlias = str | nn.Module
 """A glob of names of groups, parameters or modules; or a module, for all that is in it."""
@@ -64,7 +64,7 @@ class Selection:
 
     """
 
-    graph: DependencyGraph
+    graph: Dependencies
     include: Mapping[str, str]
     exclude: Mapping[str, str]
     renormalised: bool
@@ -72,7 +72,7 @@ class Selection:
     @classmethod
     def of(
         cls,
-        graph: DependencyGraph,
+        graph: Dependencies,
         include: Iterable[str],
         exclude: Iterable[str],
         *,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, Layout, free_axes
 from graphprune.masks import slots_of
@@ -67,7 +67,7 @@ def _replayed(step: Step, viewed: Tensor, which: int) -> Tensor:
     return result if isinstance(result, Tensor) else result[which]
 
 
-def readers_of(graph: DependencyGraph) -> dict[str, list[Reader]]:
+def readers_of(graph: Dependencies) -> dict[str, list[Reader]]:
     """Return the readers of each group, by its name.
 
     Where an operator without parameters sums over the channels too (queries meet keys; a mean), or
@@ -85,7 +85,7 @@ def readers_of(graph: DependencyGraph) -> dict[str, list[Reader]]:
     return found
 
 
-def unread_groups(graph: DependencyGraph) -> set[str]:
+def unread_groups(graph: Dependencies) -> set[str]:
     """Return the names of the groups that nothing reads: no output depends on their channels."""
     by_axis, otherwise = _by_axis(graph.inference)
     return {g.name for g in graph.groups if g.axis not in by_axis and g.axis not in otherwise}

@@ -1,6 +1,6 @@
 """How much each channel matters: a score per slot of each group, the lowest of which goes first."""
 
-from graphprune.importance.context import Loss, Scores, Subject
+from graphprune.importance.context import Loss, Subject
 from graphprune.importance.criteria import (
     CRITERIA,
     LOOK_AT_DATA,
@@ -18,7 +18,6 @@ __all__ = [
     "LOOK_AT_LOSS",
     "Importance",
     "Loss",
-    "Scores",
     "Sensitivity",
     "Subject",
     "are_losses",

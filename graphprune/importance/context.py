@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from graphprune.calibration.batches import Share
 from graphprune.errors import InvalidRequestError
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.utils.safetensors_blocks import Weights, row_blocks
 from graphprune.utils.tensors import named_tensors
-
-Scores: TypeAlias = dict[str, npt.NDArray[np.float64]]
-"""By group name, one score a slot: the higher, the more it matters."""
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 """From a model's output and a batch's target to one number."""
@@ -39,7 +34,7 @@ class Subject:
     """
 
     model: nn.Module
-    graph: DependencyGraph
+    graph: Dependencies
     batches: Share | None = None
     loss: Loss | None = None
     seed: int = 0

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from torch import nn
 
 from graphprune.errors import InvalidRequestError, listed
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.importance import magnitude, taylor
-from graphprune.importance.context import Scores, Subject
+from graphprune.importance.context import Subject
 from graphprune.importance.diagonal_hessian import taylor2_recursion
 from graphprune.importance.hooks import no_hooks_of_gradients
 from graphprune.importance.interpolative import interpolative
@@ -20,7 +20,7 @@ from graphprune.importance.oracle import oracle
 from graphprune.importance.reconstruction import reconstruction
 
 Importance: TypeAlias = (
-    str | Callable[[nn.Module, DependencyGraph], Mapping[str, npt.NDArray[np.float64]]]
+    str | Callable[[nn.Module, Dependencies], Mapping[str, npt.NDArray[np.float64]]]
 )
 """The name of a criterion, or a function from a model and its graph to scores."""
 

@@ -33,8 +33,8 @@ from graphprune.capture.capture import graph_of
 from graphprune.errors import InvalidRequestError
 from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
 from graphprune.graph_utils.stepwise import Run
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance.context import Loss, Scores, Subject
+from graphprune.groups.groups import Dependencies, Scores
+from graphprune.importance.context import Loss, Subject
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis, Layout, size_of
@@ -82,7 +82,7 @@ def taylor2_recursion(subject: Subject) -> Scores:
     """
     gated, inputs = GatedLoss(subject), subject.data[0].inputs
     graph_module = graph_of(subject.model, inputs)
-    traced = DependencyGraph(infer(graph_module, inputs))
+    traced = Dependencies(infer(graph_module, inputs))
     axes = {
         g.name: traced.by_name[g.name].axis
         for g in subject.graph.groups
@@ -130,7 +130,7 @@ class Recursion:
     def of(
         cls,
         graph_module: fx.GraphModule,
-        traced: DependencyGraph,
+        traced: Dependencies,
         axes: Mapping[str, Axis],
         loss: Loss,
     ) -> Recursion:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphprune.importance.context import Scores, Subject
+from graphprune.groups.groups import Scores
+from graphprune.importance.context import Subject
 from graphprune.importance.layer_statistics import Place, shared_out, surroundings
 
 

@@ -16,8 +16,8 @@ from graphprune.capture.capture import graph_of
 from graphprune.distributed.process_group import Ranks
 from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
 from graphprune.graph_utils.stepwise import Run
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance.context import Scores, Subject
+from graphprune.groups.groups import Dependencies, Scores
+from graphprune.importance.context import Subject
 from graphprune.importance.magnitude import l2
 from graphprune.importance.running import check_runs
 from graphprune.inference.infer import infer
@@ -131,7 +131,7 @@ def surroundings(subject: Subject) -> Surroundings:
     check_runs(subject)
     inputs, module = subject.data[0].inputs, subject.model
     graph_module = graph_of(module, inputs)
-    traced = DependencyGraph(infer(graph_module, inputs))
+    traced = Dependencies(infer(graph_module, inputs))
     with evaluating(graph_module):
         readings = _readings(graph_module, traced, subject.data)
     by_weight = l2(subject)
@@ -159,9 +159,7 @@ def shared_out(
         yield from zip(each, results, strict=False)
 
 
-def _readings(
-    graph_module: fx.GraphModule, graph: DependencyGraph, batches: Share
-) -> list[Reading]:
+def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share) -> list[Reading]:
     """Run the model on the data and return its layers with the sums over their features."""
     layers = {layer.node: layer for layer in layers_of(graph_module).values()}
     order = list(graph_module.graph.nodes)
@@ -189,7 +187,7 @@ def _readings(
     return found
 
 
-def _channels(graph: DependencyGraph, layer: Layer) -> Layout | None:
+def _channels(graph: Dependencies, layer: Layer) -> Layout | None:
     """Return the dimension of its input that a layer sums over."""
     layouts = graph.inference.nodes.get(layer.data.name)
     return layouts[layer.summed] if layouts else None

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance.context import Scores, Subject
+from graphprune.groups.groups import Dependencies, Scores
+from graphprune.importance.context import Subject
 from graphprune.masks import slots_of
 from graphprune.utils.progress import track
 
@@ -79,7 +79,7 @@ def bn_scale(subject: Subject) -> Scores:
     return result
 
 
-def _batch_norm_weights(graph: DependencyGraph) -> set[str]:
+def _batch_norm_weights(graph: Dependencies) -> set[str]:
     packets = (aten.native_batch_norm, aten.cudnn_batch_norm, aten._native_batch_norm_legit)
     values = (
         step.arguments.get("weight")

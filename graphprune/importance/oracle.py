@@ -29,9 +29,9 @@ from graphprune.graph_utils.linear_layers import (
     layers_of,
 )
 from graphprune.graph_utils.stepwise import Run
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.groups.readers import Reader, readers_of
-from graphprune.importance.context import Loss, Scores, Subject
+from graphprune.importance.context import Loss, Subject
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.losses import refuse_infinite_loss
 from graphprune.importance.vmap_or_loop import for_each
@@ -107,7 +107,7 @@ def _readers(
     Shape of the positions: `[channels, positions of a channel]`. Groups that something else reads
     are left out.
     """
-    graph = DependencyGraph(infer(graph_module, subject.data[0].inputs))
+    graph = Dependencies(infer(graph_module, subject.data[0].inputs))
     layers, weights = layers_of(graph_module), named_tensors(graph_module)
     found = {}
     for name, readers in readers_of(graph).items():

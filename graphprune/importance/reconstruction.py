@@ -31,7 +31,8 @@ from torch.utils import _pytree as pytree
 from graphprune.calibration.batches import Batch, Share
 from graphprune.graph_utils.linear_layers import Layer, held_by
 from graphprune.graph_utils.stepwise import Run
-from graphprune.importance.context import Scores, Subject
+from graphprune.groups.groups import Scores
+from graphprune.importance.context import Subject
 from graphprune.importance.layer_statistics import Place, shared_out, surroundings
 from graphprune.utils.tensors import evaluating
 

@@ -8,14 +8,14 @@ from typing import Any
 from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.graph_utils.stepwise import several_inputs
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.importance.context import Subject
 from graphprune.layout import size_of
 from graphprune.utils.inputs import call, output_tensors
 from graphprune.utils.tensors import working_copy
 
 
-def output_of(run: Callable[[], Any], batch: Batch, graph: DependencyGraph) -> Any:
+def output_of(run: Callable[[], Any], batch: Batch, graph: Dependencies) -> Any:
     """Return what a run of a model on a batch gives.
 
     Args:
@@ -50,7 +50,7 @@ def check_runs(subject: Subject) -> None:
             refuse_unless_finite(batch, tensor[~tensor.isinf()], "as the model's output")
 
 
-def _form_of_batches(graph: DependencyGraph, batch: Batch) -> str:
+def _form_of_batches(graph: Dependencies, batch: Batch) -> str:
     """Return the end of a message: what a batch should be like."""
     examples = [list(map(size_of, layouts)) for layouts in graph.inference.inputs.values()]
     tensors = batch.inputs.tensors()

@@ -18,8 +18,8 @@ from graphprune.calibration.batches import batches_of
 from graphprune.capture.capture import prepared
 from graphprune.distributed.process_group import together
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance.context import Loss, Scores, Subject
+from graphprune.groups.groups import Dependencies, Scores
+from graphprune.importance.context import Loss, Subject
 from graphprune.importance.criteria import scores
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.vmap_or_loop import for_each
@@ -59,7 +59,7 @@ class Sensitivity:
 
     are_losses = True
 
-    def __call__(self, model: nn.Module, graph: DependencyGraph) -> Scores:
+    def __call__(self, model: nn.Module, graph: Dependencies) -> Scores:
         """Return the scores of a graph's channels.
 
         Raises:
@@ -149,7 +149,7 @@ def sensitivity(
         model, batches[0].inputs if example_inputs is None else example_inputs
     )
     try:
-        graph = DependencyGraph(infer(module, inputs))
+        graph = Dependencies(infer(module, inputs))
     except CaptureError as failure:
         if example_inputs is not None:
             raise

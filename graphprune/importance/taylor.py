@@ -21,7 +21,8 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from graphprune.calibration.batches import Batch, refuse_unless_finite
-from graphprune.importance.context import Scores, Subject
+from graphprune.groups.groups import Scores
+from graphprune.importance.context import Subject
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.vmap_or_loop import for_each
 from graphprune.utils.inputs import Inputs

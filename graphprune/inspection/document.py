@@ -27,8 +27,8 @@ from typing import Any, TypeAlias
 import networkx as nx
 
 from graphprune.groups.cost import mac_terms
-from graphprune.groups.groups import DependencyGraph, Group, operator_id
-from graphprune.importance import Scores
+from graphprune.groups.groups import Dependencies, Group, Scores
+from graphprune.inspection.network import operator_id, to_networkx
 from graphprune.layout import (
     Axis,
     Layout,
@@ -49,7 +49,7 @@ Size: TypeAlias = int | str | dict[str, list[Any]]
 
 
 def document(
-    graph: DependencyGraph,
+    graph: Dependencies,
     title: str = "",
     scores: Scores | None = None,
     plan: Plan | None = None,
@@ -79,7 +79,7 @@ def document(
         ]
         for number, step in enumerate(graph.inference.steps)
     }
-    found |= nx.node_link_data(graph.to_networkx(), edges="edges")
+    found |= nx.node_link_data(to_networkx(graph), edges="edges")
     return found | {
         "groups": groups,
         "tensors": [
@@ -92,7 +92,7 @@ def document(
     }
 
 
-def _group(graph: DependencyGraph, group: Group, names: Mapping[Axis, str]) -> dict[str, Any]:
+def _group(graph: Dependencies, group: Group, names: Mapping[Axis, str]) -> dict[str, Any]:
     return {
         "name": group.name,
         "size": group.size,
@@ -112,7 +112,7 @@ def _group(graph: DependencyGraph, group: Group, names: Mapping[Axis, str]) -> d
 
 
 def _tensor(
-    graph: DependencyGraph, name: str, layouts: list[Layout], names: Mapping[Axis, str]
+    graph: Dependencies, name: str, layouts: list[Layout], names: Mapping[Axis, str]
 ) -> dict[str, Any]:
     fixed = {
         dim: str(reason)

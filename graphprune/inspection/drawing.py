@@ -8,7 +8,8 @@ from typing import Any
 
 import networkx as nx
 
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
+from graphprune.inspection.network import to_networkx
 from graphprune.utils.figures import new_figure, save_figure
 from graphprune.utils.html import printable
 
@@ -19,12 +20,12 @@ PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 DARK = {"#0072b2", "#d55e00", "#009e73"}  # of these, those on which numbers are white
 
 
-def modules(graph: DependencyGraph, most: int = MOST) -> nx.DiGraph:
+def modules(graph: Dependencies, most: int = MOST) -> nx.DiGraph:
     """Return what flows between modules, opened as deep as gives that many boxes at most.
 
     Nodes carry `label` and `groups`, the names of the groups whose channels run through them, in order.
     """
-    whole = graph.to_networkx()
+    whole = to_networkx(graph)
     paths = (data.get("module", "") for _, data in whole.nodes(data=True))
     best = _at_depth(whole, 1)
     for depth in range(2, 2 + max(path.count(".") for path in paths)):
@@ -61,7 +62,7 @@ def _at_depth(whole: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
     return boxes
 
 
-def draw(graph: DependencyGraph, path: Path, title: str) -> None:
+def draw(graph: Dependencies, path: Path, title: str) -> None:
     """Draw the modules from top to bottom; each group has a colour and a number in all of them."""
     boxes = modules(graph)
     rows = _rows(boxes)

@@ -11,10 +11,10 @@ from typing import Any
 
 import networkx as nx
 
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance import Scores
+from graphprune.groups.groups import Dependencies, Scores
 from graphprune.inspection.document import document
 from graphprune.inspection.drawing import draw
+from graphprune.inspection.network import to_networkx
 from graphprune.selection.plan import Plan
 from graphprune.utils.atomic_files import checked_target, write_text
 from graphprune.utils.html import printable, rendered
@@ -23,7 +23,7 @@ SUFFIXES = (".html", ".json", ".graphml", ".svg", ".png")
 
 
 def save(
-    graph: DependencyGraph, path: Path, title: str, scores: Scores | None, plan: Plan | None
+    graph: Dependencies, path: Path, title: str, scores: Scores | None, plan: Plan | None
 ) -> None:
     """Write a dependency graph to a file, as `DependencyGraph.save` says.
 
@@ -47,9 +47,9 @@ def save(
     writers[path.suffix]()
 
 
-def graphml(graph: DependencyGraph) -> str:
+def graphml(graph: Dependencies) -> str:
     """Return a dependency graph as GraphML; letters that XML has not are spelt as Python does."""
-    network = graph.to_networkx()
+    network = to_networkx(graph)
     named = nx.relabel_nodes(network, {node: printable(node) for node in network})
     for attributes in (
         *dict(named.nodes(data=True)).values(),
@@ -92,7 +92,7 @@ def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def framed(graph: DependencyGraph) -> str:
+def framed(graph: Dependencies) -> str:
     """Return the page in a frame that a notebook can hold."""
     source = escape(page(document(graph, "model")), quote=True)
     return (

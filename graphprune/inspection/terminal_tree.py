@@ -7,14 +7,14 @@ from rich.text import Text
 from rich.tree import Tree
 
 from graphprune.errors import InvalidRequestError
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group
 from graphprune.layout import Layout, describe, free_axes, why_fixed
 
 # What terminals of eight colours have, without black and white; names stand beside them.
 _COLOURS = ("yellow", "cyan", "green", "magenta", "blue", "red")
 
 
-def tree(graph: DependencyGraph, why: bool = False) -> Together:
+def tree(graph: Dependencies, why: bool = False) -> Together:
     """Return the modules as a tree, their tensors as leaves, and a line about each group.
 
     Args:
@@ -43,7 +43,7 @@ def tree(graph: DependencyGraph, why: bool = False) -> Together:
     return Together(root, *lines)
 
 
-def group_lines(graph: DependencyGraph, wanted: str) -> Together:
+def group_lines(graph: Dependencies, wanted: str) -> Together:
     """Return all that there is to say of a group, called by its name or its number.
 
     Raises:
@@ -73,7 +73,7 @@ def _branch(branches: dict[str, Tree], path: str) -> Tree:
     return branches[path]
 
 
-def _dimension(graph: DependencyGraph, layout: Layout, numbers: dict[str, int]) -> Text:
+def _dimension(graph: Dependencies, layout: Layout, numbers: dict[str, int]) -> Text:
     """Return a dimension in words, groups as `#` and their number."""
     axes = [axis for axis in free_axes(layout) if axis in graph.names]
     short = {axis: f"#{numbers[graph.names[axis]]}[{axis.size}]" for axis in axes}

@@ -159,8 +159,6 @@ class Pipeline:
             InvalidRequestError: the text is not of this form, or names no such pass or option, or no pass.
 
         """
-        import graphprune.passes  # noqa: F401  (defines the passes)
-
         return cls(list(read(text, Pass.known)), callback)
 
     @property

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from graphprune.groups.cost import Amount, Cost
-from graphprune.groups.groups import DependencyGraph, Group
-from graphprune.importance import Scores
+from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.layout import (
     Axis,
     Concat,
@@ -38,7 +37,7 @@ CONVOLUTION_MULTIPLES = ((64, 16), (16, 8), (0, 4))
 GROUPED_MULTIPLE = 8
 
 
-def allowed_sizes(graph: DependencyGraph, group: Group, align: Align) -> list[int]:
+def allowed_sizes(graph: Dependencies, group: Group, align: Align) -> list[int]:
     """Return the numbers of slots that may be kept: multiples of the alignment, and all of them."""
     if align == "auto":
         block = next(number for size, number in CONVOLUTION_MULTIPLES if group.size >= size)
@@ -59,10 +58,10 @@ Channels: TypeAlias = dict[Axis, list[int]]
 """By axis, how many channels a slot holds, for each of the dimensions that it stands in."""
 
 # One look at all operators serves every group of a graph.
-_known: WeakKeyDictionary[DependencyGraph, tuple[Channels, Channels]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Dependencies, tuple[Channels, Channels]] = WeakKeyDictionary()
 
 
-def _channels_a_slot(graph: DependencyGraph) -> tuple[Channels, Channels]:
+def _channels_a_slot(graph: Dependencies) -> tuple[Channels, Channels]:
     """Return the channels of convolutions, and the rows of products of groups."""
     if graph not in _known:
         _known[graph] = _of_dims(_convolution_dims(graph)), _of_dims(_grouped_dims(graph))
@@ -77,7 +76,7 @@ def _of_dims(dims: Iterable[Layout]) -> Channels:
     return found
 
 
-def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
+def _convolution_dims(graph: Dependencies) -> list[Layout]:
     return [
         layout
         for step in graph.inference.steps
@@ -86,7 +85,7 @@ def _convolution_dims(graph: DependencyGraph) -> list[Layout]:
     ]
 
 
-def _grouped_dims(graph: DependencyGraph) -> list[Layout]:
+def _grouped_dims(graph: Dependencies) -> list[Layout]:
     return [
         layout
         for step in graph.inference.steps

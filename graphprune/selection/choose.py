@@ -13,9 +13,8 @@ from torch import nn
 
 from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups.cost import Amount, Cost, mac_cost, parameter_cost
-from graphprune.groups.groups import DependencyGraph, Group
+from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.groups.name_patterns import Pattern, Selection, by_name
-from graphprune.importance import Scores
 from graphprune.selection.allocation import (
     Align,
     Changes,
@@ -146,7 +145,7 @@ class Whole:
     total: float
 
     @classmethod
-    def of(cls, graph: DependencyGraph, request: Request, total: float | None = None) -> Whole:
+    def of(cls, graph: Dependencies, request: Request, total: float | None = None) -> Whole:
         """Return what the request counts from where the graph is that of the model before any cut."""
         groups = eligible(graph, request)
         if total is None:
@@ -159,7 +158,7 @@ class Whole:
 
 
 def choose(
-    graph: DependencyGraph,
+    graph: Dependencies,
     scores_without: Callable[[Plan | None], Scores],
     request: Request,
     *,
@@ -230,7 +229,7 @@ def choose(
     return Plan(keep, sizes, asked)
 
 
-def _cost(graph: DependencyGraph, groups: Sequence[Group], unit: Unit) -> Cost:
+def _cost(graph: Dependencies, groups: Sequence[Group], unit: Unit) -> Cost:
     if unit == "channels":
         return Cost(0, tuple((1, (group.axis,)) for group in groups))
     return (parameter_cost if unit == "parameters" else mac_cost)(graph.inference)
@@ -244,7 +243,7 @@ def _of_what_is_left(scores: Scores, keep: Mapping[str, Sequence[int]]) -> Score
     }
 
 
-def selection(graph: DependencyGraph, request: Request) -> Selection:
+def selection(graph: Dependencies, request: Request) -> Selection:
     """Return which groups a request names, its modules by their names (`Request.named`).
 
     Raises:
@@ -258,13 +257,13 @@ def selection(graph: DependencyGraph, request: Request) -> Selection:
     return Selection.of(graph, include, exclude, renormalised=request.renormalised)
 
 
-def eligible(graph: DependencyGraph, request: Request) -> list[Group]:
+def eligible(graph: Dependencies, request: Request) -> list[Group]:
     """Return the groups that the request lets be cut."""
     selected = selection(graph, request)
     return [group for group in graph.groups if selected.may_cut(group)]
 
 
-def _nothing_to_cut(graph: DependencyGraph, selected: Selection) -> str:
+def _nothing_to_cut(graph: Dependencies, selected: Selection) -> str:
     if not graph.groups:
         return (
             "no channels of this model can be removed, so it is returned as it was; "
@@ -287,7 +286,7 @@ def _nothing_to_cut(graph: DependencyGraph, selected: Selection) -> str:
     )
 
 
-def _inexact(graph: DependencyGraph, names: Sequence[str]) -> str:
+def _inexact(graph: Dependencies, names: Sequence[str]) -> str:
     operators = {r.operator for n in names for r in graph.by_name[n].renormalised}
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
@@ -310,7 +309,7 @@ def _percent(share: float) -> str:
 class _Missed:
     """What was asked for, and what was chosen, where the numbers allowed may not let it be met."""
 
-    graph: DependencyGraph
+    graph: Dependencies
     groups: Sequence[Group]
     options: Mapping[str, Sequence[int]]
     keep: Mapping[str, Sequence[int]]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphprune.errors import PlanError
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.layout import Axis
 from graphprune.masks import Mask
 from graphprune.utils import json_files
@@ -37,7 +37,7 @@ class Plan:
     sizes: dict[str, int]
     request: dict[str, Any] = field(default_factory=dict)
 
-    def masks(self, graph: DependencyGraph) -> dict[Axis, Mask]:
+    def masks(self, graph: Dependencies) -> dict[Axis, Mask]:
         """Return the kept slots of each axis that loses some.
 
         Raises:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 from torch import fx, nn
 
 from graphprune.capture.capture import difference_on, graph_of, is_aten_graph
-from graphprune.compensation import Compensation
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
@@ -20,13 +18,12 @@ from graphprune.errors import (
     listed,
     warn,
 )
-from graphprune.groups.groups import DependencyGraph
-from graphprune.importance import Scores
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import OtherRun
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import Axis
 from graphprune.masks import Mask, counts_of
-from graphprune.runtime.latency import Reached
+from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
 from graphprune.shrink.graph_literals import rewrite_literals
 from graphprune.shrink.held_numbers import HeldNumber
@@ -44,62 +41,7 @@ from graphprune.utils.inputs import Inputs
 from graphprune.utils.tensors import forget_derived
 from graphprune.verify import Run, Verification, check_runs, silenced_copy, verify
 
-if TYPE_CHECKING:
-    from graphprune.report.comparison import Comparison
-
 Form: TypeAlias = Literal["auto", "module", "graph"]
-
-
-@dataclass(frozen=True)
-class Slimmed:
-    """A slim model and how it came about.
-
-    Attributes:
-        model: the slim model.
-        plan: which channels stayed.
-        graph: the dependency graph that the plan is about.
-        inputs: the example inputs that were used, given or guessed.
-        form: "module" (the model's own class) or "graph" (an fx.GraphModule).
-        why_graph: for a graph, what kept the module form from working; else "".
-        verification: what was compared, or None where that was not asked for or not possible.
-        compensation: what the repair did, or None where none was asked for.
-        latency: for `of="latency"`, what was asked for and what was measured; else None.
-        scores: by group, the importance of each channel of the original; None for a plan as given.
-        ambiguous_sizes: numbers that the modules hold and that equal several sizes which differ now, so
-            that they were left as they were.
-
-    """
-
-    model: nn.Module
-    plan: Plan
-    graph: DependencyGraph
-    inputs: Inputs
-    form: str
-    why_graph: str
-    verification: Verification | None
-    compensation: Compensation | None = None
-    latency: Reached | None = None
-    scores: Scores | None = None
-    ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
-
-    def report(
-        self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
-    ) -> None:
-        """Write a page: what was asked and done, verification, sizes before and after, graph and plan.
-
-        Args:
-            path: ends in .html.
-            title: what to call the model; the name of its class by default.
-            comparison: of `graphprune.compare`; then latency, files and where the time went are on the
-                page, and in the graph what each module took.
-
-        Raises:
-            InvalidRequestError: the path ends otherwise.
-
-        """
-        from graphprune.report.slim_report import save_report
-
-        save_report(self, path, title, comparison)
 
 
 @dataclass(frozen=True)

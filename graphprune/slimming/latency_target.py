@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.errors import warn
+from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import Bench, LatencyModel, Reached
 from graphprune.selection.choose import Request
-from graphprune.slimming.forms import Slimmed
 from graphprune.utils.progress import track
 
 # Before anything is chosen, the parts are measured with these fractions of the channels of each group.

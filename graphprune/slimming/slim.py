@@ -20,16 +20,18 @@ from graphprune.compensation import Method, compensated, method_of
 from graphprune.distributed.process_group import together
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups.cost import Amount
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Scores
 from graphprune.groups.name_patterns import Pattern
-from graphprune.importance import Importance, Loss, Scores, Subject, are_losses, scores
+from graphprune.importance import Importance, Loss, Subject, are_losses, scores
 from graphprune.importance.magnitude import BY_WEIGHTS
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.onnx_export.providers import Runtime
+from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import NANO, Bench, LatencyModel
 from graphprune.selection.allocation import Align
 from graphprune.selection.choose import Ranking, Request, Unit, Whole, choose
 from graphprune.selection.plan import Plan
-from graphprune.slimming.forms import Form, Job, Slimmed, in_form
+from graphprune.slimming.forms import Form, Job, in_form
 from graphprune.slimming.latency_target import calibrated, met, warn_of_missed
 from graphprune.slimming.preflight import check_use, refuse_nan
 from graphprune.transformers_config.pretrained import with_own_config

@@ -10,8 +10,8 @@ from torch import nn
 
 from graphprune.capture.capture import prepared
 from graphprune.errors import InvalidRequestError
-from graphprune.groups.groups import DependencyGraph
 from graphprune.inference.infer import infer
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.selection.plan import Plan
 from graphprune.slimming.slim import slimmed
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphprune.capture.capture import prepared
 from graphprune.errors import InvalidRequestError
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.masks import slots_of
 from graphprune.utils.tensors import named_tensors
@@ -32,7 +32,7 @@ class GroupLasso:
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         module, inputs = prepared(model, example_inputs)
-        graph = DependencyGraph(infer(module, inputs))
+        graph = Dependencies(infer(module, inputs))
         self.groups = {g.name: g.size for g in graph.groups if g.exact and not g.inner}
         if not self.groups:
             raise InvalidRequestError(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError
+from graphprune.report.result import Slimmed
 from graphprune.shrink.tensors import sliced
-from graphprune.slimming.forms import Slimmed
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 

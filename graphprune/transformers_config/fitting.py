@@ -23,7 +23,7 @@ from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import size_of
 from graphprune.masks import counts_of, kept_size
-from graphprune.slimming.forms import Slimmed
+from graphprune.report.result import Slimmed
 from graphprune.transformers_config.configs import (
     Architecture,
     Changes,

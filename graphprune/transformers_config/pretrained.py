@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError, warn
+from graphprune.report.result import Slimmed
 from graphprune.shrink.ties import AmbiguousSize
-from graphprune.slimming.forms import Slimmed
 from graphprune.transformers_config.configs import has_config, tensors_of
 from graphprune.transformers_config.fitting import find
 from graphprune.transformers_config.unfitting import why_none

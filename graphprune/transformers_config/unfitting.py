@@ -11,8 +11,8 @@ import torch
 from graphprune.errors import listed
 from graphprune.layout import Layout, free_axes
 from graphprune.masks import counts_of, kept_size
+from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
-from graphprune.slimming.forms import Slimmed
 from graphprune.transformers_config.configs import Architecture, Place, Shapes, shapes, tensors_of
 from graphprune.transformers_config.fitting import Dim, Fit, Search
 

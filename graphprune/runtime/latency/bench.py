@@ -14,7 +14,7 @@ from torch import nn
 
 from graphprune.distributed.process_group import present
 from graphprune.errors import ExportError, GraphPruneWarning
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.layout import Axis
 from graphprune.masks import counts_of
 from graphprune.onnx_export.export import Feed, Traced, traced_export
@@ -125,11 +125,11 @@ class Bench:
         """Return the latency, known at full size alone."""
         return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
 
-    def of_groups(self, latency: LatencyModel, graph: DependencyGraph) -> GroupLatency:
+    def of_groups(self, latency: LatencyModel, graph: Dependencies) -> GroupLatency:
         """Return the latency as a cost of the groups of a graph of the original."""
         return GroupLatency(latency, self.program.axes_of(graph))
 
-    def left_by(self, plan: Plan, graph: DependencyGraph) -> dict[Axis, int]:
+    def left_by(self, plan: Plan, graph: Dependencies) -> dict[Axis, int]:
         """Return how many slots of each axis of the parts a plan leaves."""
         return translated(self.program.axes_of(graph), counts_of(plan.masks(graph)))
 

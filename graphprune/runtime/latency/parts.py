@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.capture.capture import unlifted
 from graphprune.groups.cost import Cost, work_of
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, leaves, size_of
@@ -96,7 +96,7 @@ class Program:
         parts = {name: Part(name, tuple(its)) for name, its in steps.items()}
         return {node: parts[end] for node, end in end_of.items() if end in parts}
 
-    def axes_of(self, graph: DependencyGraph) -> dict[Axis, Axis]:
+    def axes_of(self, graph: Dependencies) -> dict[Axis, Axis]:
         """Return by axis of the program the axis that it is in the model's own graph."""
         found: dict[Axis, Axis] = {}
         for name, layouts in graph.inference.parameters.items():

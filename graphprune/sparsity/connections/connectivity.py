@@ -15,7 +15,7 @@ from torch import nn
 from graphprune.calibration.batches import batches_of
 from graphprune.distributed.process_group import together
 from graphprune.errors import InvalidRequestError, warn
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
 from graphprune.importance.context import Subject, values_of
 from graphprune.sparsity.connections.clustering import Saliency, clustered
@@ -46,7 +46,7 @@ class Wiring:
 
     """
 
-    graph: DependencyGraph
+    graph: Dependencies
     sites: Sequence[Site]
     turns: dict[str, npt.NDArray[np.int64]]
 
@@ -65,7 +65,7 @@ class Wiring:
 
 def wired(
     model: nn.Module,
-    graph: DependencyGraph,
+    graph: Dependencies,
     fraction: float,
     *,
     pattern: PatternName = "random",
@@ -116,7 +116,7 @@ def wired(
     return Wiring(graph, sites, turns)
 
 
-def _warn_of_no_sites(graph: DependencyGraph) -> None:
+def _warn_of_no_sites(graph: Dependencies) -> None:
     """Warn that a model has no convolution with connections to spare."""
     count = sum(
         step.func.overloadpacket is torch.ops.aten.convolution for step in graph.inference.steps
@@ -143,7 +143,7 @@ def check_fraction(fraction: float) -> None:
 
 def _saliencies(
     model: nn.Module,
-    graph: DependencyGraph,
+    graph: Dependencies,
     sites: Sequence[Site],
     pattern: PatternName,
     data: Any,

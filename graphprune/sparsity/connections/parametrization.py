@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from graphprune.capture.capture import prepared
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
 from graphprune.inference.infer import infer
 from graphprune.sparsity.connections.connectivity import PatternName, wired
@@ -147,7 +147,7 @@ def connect_sparsely(
     """
     module, inputs = prepared(model, example_inputs)
     result = copy_with(module, lambda name, tensor: None)
-    graph = DependencyGraph(infer(result, inputs))
+    graph = Dependencies(infer(result, inputs))
     wiring = wired(
         result, graph, fraction,
         pattern=pattern, share=share, seed=seed, first=first, data=data, loss=loss,

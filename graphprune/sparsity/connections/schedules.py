@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphprune.capture.capture import prepared
 from graphprune.errors import InvalidRequestError
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.sparsity.connections.connectivity import PatternName, check_fraction, wired
 from graphprune.sparsity.connections.parametrization import ConnectionMask, mask, masks_of, unmasked
@@ -85,7 +85,7 @@ class IncrementalConnections:
             )
         module, inputs = prepared(model, example_inputs)
         self.model = copy_with(module, lambda name, tensor: None)
-        graph = DependencyGraph(infer(self.model, inputs))
+        graph = Dependencies(infer(self.model, inputs))
         self._wiring = wired(
             self.model, graph, start, pattern=pattern, share=share, seed=seed, first=first
         )

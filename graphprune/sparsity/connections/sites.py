@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from graphprune.groups.groups import DependencyGraph
+from graphprune.groups.groups import Dependencies
 from graphprune.inference.recorded import Step, Value
 from graphprune.layout import Axis, Layout, free_axes, resolve, size_of
 from graphprune.masks import slots_of
@@ -43,7 +43,7 @@ class Site:
     inputs: int
 
 
-def sites_of(graph: DependencyGraph, first: bool = False) -> list[Site]:
+def sites_of(graph: Dependencies, first: bool = False) -> list[Site]:
     """Return the convolutions whose connections may be switched off, in order of execution.
 
     They are ungrouped, not transposed, read and make eight channels or more, and have a parameter as
@@ -78,7 +78,7 @@ def _weight(step: Step) -> Value | None:
 
 
 def connected(
-    graph: DependencyGraph, sites: Sequence[Site], choose: Callable[[Site, Flags], Connections]
+    graph: Dependencies, sites: Sequence[Site], choose: Callable[[Site, Flags], Connections]
 ) -> dict[str, Connections]:
     """Return the connections that are chosen for each site, by the name of its weight.
 

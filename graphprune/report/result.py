@@ -1,34 +1,87 @@
-"""A page about a slimming: what was asked, what was done, what it costs now, and how it was checked."""
+"""What `slimmed` returns: the slim model, how it came about, and a page about both."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from graphprune.compensation import Compensation
 from graphprune.groups.cost import mac_cost, parameter_cost
+from graphprune.groups.groups import Scores
 from graphprune.inspection import document, page, scripts
+from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import size_of
 from graphprune.masks import kept_size
 from graphprune.report.comparison import Comparison, context
-from graphprune.slimming.forms import Slimmed
+from graphprune.runtime.latency import Reached
+from graphprune.selection.plan import Plan
+from graphprune.shrink.ties import AmbiguousSize
 from graphprune.utils.atomic_files import checked_target, write_text
 from graphprune.utils.html import rendered
+from graphprune.utils.inputs import Inputs
+from graphprune.verify import Verification
 
 
-def save_report(
-    result: Slimmed, path: str | Path, title: str = "", comparison: Comparison | None = None
-) -> None:
-    """Write the page; see `Slimmed.report`.
+@dataclass(frozen=True)
+class Slimmed:
+    """A slim model and how it came about.
 
-    Raises:
-        InvalidRequestError: the path does not end in .html, or is in no folder.
+    Attributes:
+        model: the slim model.
+        plan: which channels stayed.
+        graph: the dependency graph that the plan is about.
+        inputs: the example inputs that were used, given or guessed.
+        form: "module" (the model's own class) or "graph" (an fx.GraphModule).
+        why_graph: for a graph, what kept the module form from working; else "".
+        verification: what was compared, or None where that was not asked for or not possible.
+        compensation: what the repair did, or None where none was asked for.
+        latency: for `of="latency"`, what was asked for and what was measured; else None.
+        scores: by group, the importance of each channel of the original; None for a plan as given.
+        ambiguous_sizes: numbers that the modules hold and that equal several sizes which differ now, so
+            that they were left as they were.
 
     """
+
+    model: nn.Module
+    plan: Plan
+    graph: DependencyGraph
+    inputs: Inputs
+    form: str
+    why_graph: str
+    verification: Verification | None
+    compensation: Compensation | None = None
+    latency: Reached | None = None
+    scores: Scores | None = None
+    ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
+
+    def report(
+        self, path: str | Path, *, title: str = "", comparison: Comparison | None = None
+    ) -> None:
+        """Write a page: what was asked and done, verification, sizes before and after, graph and plan.
+
+        Args:
+            path: ends in .html.
+            title: what to call the model; the name of its class by default.
+            comparison: of `graphprune.compare`; then latency, files and where the time went are on the
+                page, and in the graph what each module took.
+
+        Raises:
+            InvalidRequestError: the path ends otherwise.
+
+        """
+        _save_report(self, path, title, comparison)
+
+
+def _save_report(
+    result: Slimmed, path: str | Path, title: str, comparison: Comparison | None
+) -> None:
     path = checked_target(path, ".html")
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _kept(result)
