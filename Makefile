@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 
-.PHONY: help demo test check format lint types lowest sweep full clean
+.PHONY: help demo test check format lint types docs lowest sweep full clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -34,6 +34,9 @@ lint: $(INSTALLED) ## does the linter agree?
 types: $(INSTALLED) ## do the strict types hold?
 	$(BIN)/mypy
 
+docs: $(INSTALLED) ## build the pages in docs/ and the reference of the API
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
 # An environment of its own: what is tried is that the bounds in pyproject.toml are true.
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
@@ -51,4 +54,4 @@ full: $(INSTALLED) ## the full-size models: slim, verify, export, compare
 	$(BIN)/python -m pytest -n 2 -m full
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(LOWEST) demo-output build *.egg-info
+	rm -rf $(VENV) $(LOWEST) demo-output build docs/_build docs/measured *.egg-info

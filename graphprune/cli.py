@@ -37,7 +37,7 @@ from graphprune.onnx_export.export import export
 from graphprune.pipeline.pipeline import Pass, Pipeline
 from graphprune.report.compare import compare as compare_models
 from graphprune.report.comparison import SUFFIXES as COMPARISON_SUFFIXES
-from graphprune.selection.choose import Ranking, Unit
+from graphprune.selection.request import Ranking, Unit
 from graphprune.slimming.slim import Options, slimmed
 from graphprune.utils.atomic_files import checked_target, written_whole
 from graphprune.utils.inputs import Inputs
@@ -152,7 +152,7 @@ def slim(
                 "--data": data, "--loss": loss, "--compensate": compensate, "--latency-ms": latency_ms,
                 "--of latency": of == "latency", "--report": report,
             }  # fmt: skip
-            _refuse_with_checkpoint([name for name, given in needs_a_model.items() if given])
+            _refuse_with_checkpoint([name for name, option in needs_a_model.items() if option])
             if not writes:
                 return
             check_target(checkpoint, out)
@@ -169,7 +169,7 @@ def slim(
         options: Options = {
             "of": of, "importance": importance, "ranking": ranking,
             "data": batches(data) if data else None,
-            "loss": _attribute(loss, "a loss") if loss else None,
+            "loss": _import_attribute(loss, "a loss") if loss else None,
             "compensate": compensate, "renormalised": renormalised, "latency_ms": latency_ms,
         }  # fmt: skip
         if latency_ms is not None or of == "latency":
@@ -184,10 +184,10 @@ def slim(
             write(result.model, inputs or result.inputs, out)
         if report is not None:
             with working("exporting and timing"):
-                found = compare_models(
+                comparison = compare_models(
                     original, result.model, result.inputs, providers=[provider], threads=threads
                 )
-            result.report(report, title=model, comparison=found)
+            result.report(report, title=model, comparison=comparison)
         facts = {
             "form": result.form,
             "why": result.why_graph,
@@ -213,17 +213,17 @@ def run(
         checked_target(out, ".onnx", *_PICKLED)
         changed: list[str] = []
 
-        def note(each: Pass, result: PassResult) -> None:
+        def note(graph_pass: Pass, result: PassResult) -> None:
             if result.modified:
-                changed.append(each.name())
+                changed.append(graph_pass.name())
 
         passes = Pipeline.parse(pipeline, note)
-        original, given = prepared(loaded(model), example_inputs(shapes))
+        original, inputs = prepared(loaded(model), example_inputs(shapes))
         with working("running the passes"):
-            result = passes(original, given)
-        write(result, given, out)
+            result = passes(original, inputs)
+        write(result, inputs, out)
         facts = {"changed": ", ".join(changed), "file": str(out)}
-        show(sizes(original, result, given), facts, as_json=as_json)
+        show(sizes(original, result, inputs), facts, as_json=as_json)
 
 
 @app.command()
@@ -281,12 +281,12 @@ def compare(
     with told():
         if out is not None:
             checked_target(out, *COMPARISON_SUFFIXES)
-        first, second = loaded(model), loaded(slimmer)
-        inputs = prepared(first, example_inputs(shapes))[1]
+        original, slim_model = loaded(model), loaded(slimmer)
+        inputs = prepared(original, example_inputs(shapes))[1]
         with working("exporting and timing"):
-            found = compare_models(
-                first,
-                second,
+            comparison = compare_models(
+                original,
+                slim_model,
                 inputs,
                 providers=providers or None,
                 threads=threads,
@@ -294,8 +294,8 @@ def compare(
                 in_torch=in_torch,
             )
         if out is not None:
-            found.save(out)
-        print(found.to_json() if as_json else found)
+            comparison.save(out)
+        print(comparison.to_json() if as_json else comparison)
 
 
 @app.command()
@@ -349,8 +349,8 @@ def without_weights(name: str, folder: Path) -> nn.Module:
 
     """
     if not name or Path(name).resolve() == folder.resolve():
-        return _of_config(folder)
-    build = _attribute(name, "a model")
+        return _build_from_config(folder)
+    build = _import_attribute(name, "a model")
     try:
         with torch.device("meta"):
             model = build()
@@ -359,10 +359,10 @@ def without_weights(name: str, folder: Path) -> nn.Module:
             f"{name!r} gives no model under torch.device('meta'), where --checkpoint builds it to save "
             f"memory: {in_a_line(error)}"
         ) from error
-    return _as_model(model, name)
+    return _require_model(model, name)
 
 
-def _of_config(folder: Path) -> nn.Module:
+def _build_from_config(folder: Path) -> nn.Module:
     try:
         import transformers
 
@@ -419,22 +419,23 @@ def loaded(name: str) -> nn.Module:
     """
     path = Path(name)
     if path.suffix not in (*_PICKLED, ".pt2"):
-        return _as_model(_called(name, "a model"), name)
+        return _require_model(_call(name, "a model"), name)
     if not path.exists():
         raise InvalidRequestError(f"there is no file {name}")
     try:
-        model = torch.export.load(path) if path.suffix == ".pt2" else _unpickled(path)
+        model = torch.export.load(path) if path.suffix == ".pt2" else _unpickle(path)
     except Exception as error:
         raise InvalidRequestError(f"{name} cannot be loaded: {in_a_line(error)}") from error
-    return _as_model(model, name)
+    return _require_model(model, name)
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     """Return what torch.save wrote: without running any code where it is of PyTorch's own classes."""
     try:
         with torch.serialization.safe_globals([*_layers(), *_FUNCTIONS]):
             return torch.load(path, weights_only=True)
     except pickle.UnpicklingError as error:
+        # either no file of torch.save at all, or one of classes that only the load below takes
         with path.open("rb") as file:
             if not file.read(2).startswith(_SAVED):
                 raise InvalidRequestError("it is nothing that torch.save writes") from error
@@ -455,7 +456,7 @@ def _layers() -> Iterator[type[nn.Module]]:
                     yield value
 
 
-def _as_model(value: Any, name: str) -> nn.Module:
+def _require_model(value: Any, name: str) -> nn.Module:
     if isinstance(value, dict):
         raise InvalidRequestError(
             f"{name} gives a dict, as of weights without their model; name a package.module:callable that "
@@ -466,49 +467,52 @@ def _as_model(value: Any, name: str) -> nn.Module:
     return value  # type: ignore[return-value]
 
 
-def _called(name: str, what: str) -> Any:
-    function = _attribute(name, what)
+def _call(name: str, expected: str) -> Any:
+    function = _import_attribute(name, expected)
     try:
         return function()
     except Exception as error:
-        raise _not_given(name, what, error) from error
+        raise _explain_failure(name, expected, error) from error
 
 
-def _not_given(name: str, what: str, error: Exception) -> InvalidRequestError:
+def _explain_failure(name: str, expected: str, error: Exception) -> InvalidRequestError:
     """Return the error that says what failed in someone's own code, and where."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # without the call here
-    others = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
-    theirs = [frame for frame in others if not frame.filename.startswith(_INSTALLED)]
-    if not theirs:
-        return InvalidRequestError(f"{name!r} does not give {what}: {error}")
-    at = theirs[-1]
+    file_frames = [frame for frame in frames if not frame.filename.startswith("<frozen ")]
+    # the last line of the user's own code says more than where inside torch it failed
+    user_frames = [frame for frame in file_frames if not frame.filename.startswith(_INSTALLED)]
+    if not user_frames:
+        return InvalidRequestError(f"{name!r} does not give {expected}: {error}")
+    last_frame = user_frames[-1]
     return InvalidRequestError(
-        f"{name!r} does not give {what}: {in_a_line(error)} ({at.filename}:{at.lineno}, in {at.name})"
+        f"{name!r} does not give {expected}: {in_a_line(error)} "
+        f"({last_frame.filename}:{last_frame.lineno}, in {last_frame.name})"
     )
 
 
-def _attribute(name: str, what: str) -> Any:
+def _import_attribute(name: str, expected: str) -> Any:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise InvalidRequestError(
-            f"{name!r} names no {what.split()[-1]}; write package.module:callable{_OR_A_FILE[what]}"
+            f"{name!r} names no {expected.split()[-1]}; write package.module:callable{_OR_A_FILE[expected]}"
         )
     try:
-        with _from_here(module.partition(".")[0]):
+        with _look_here_first(module.partition(".")[0]):
             return getattr(importlib.import_module(module), attribute)
     except Exception as error:
-        raise _not_given(name, what, error) from error
+        raise _explain_failure(name, expected, error) from error
 
 
 @contextmanager
-def _from_here(package: str) -> Iterator[None]:
+def _look_here_first(package: str) -> Iterator[None]:
     """Look for one package in the current folder first; others of its files hide no installed package."""
 
     class Here:
         @staticmethod
         def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-            found = PathFinder.find_spec(name, [""]) if name == package else None
-            return found if found is not None and found.origin else None
+            spec = PathFinder.find_spec(name, [""]) if name == package else None
+            # a folder of that name without code has no origin, and must not hide an installed package
+            return spec if spec is not None and spec.origin else None
 
     sys.meta_path.insert(0, Here)
     try:
@@ -525,7 +529,7 @@ def batches(name: str) -> Any:
 
     """
     if not name.endswith(".npy"):
-        return _called(name, "batches")
+        return _call(name, "batches")
     if not Path(name).exists():
         raise InvalidRequestError(f"there is no file {name}")
     try:

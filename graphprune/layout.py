@@ -5,6 +5,32 @@ The layout of a dimension is an `Axis` (slots that may be removed one by one), a
 layout (what a flip makes). `unify` is the one way to say that two dimensions must lose the same
 slots; what it cannot express it fixes, and a fixed axis is never cut, so the answer is always safe.
 Nothing here knows about torch.
+
+A dimension of size 6 in each kind of layout, and what may go from it:
+
+    Axis(6)                   0  1  2  3  4  5       any position
+
+    Product((heads, dim))     h0 h0 h0 h1 h1 h1      a head: three neighbours
+                              d0 d1 d2 d0 d1 d2      a dim: every third position
+
+    Concat((a, b))            a0 a1 b0 b1 b2 b3      a slot of a, wherever else a stands; or one of b
+
+    Permuted(c, (5, ..., 0))  c5 c4 c3 c2 c1 c0      a slot of c, which stands in order elsewhere
+
+A reshape from 12 to (3, 4) finds out that the axis of 12 is a product, so the axis is *bound* to it, and
+everything else that was made of the axis is a product from then on:
+
+    >>> channels, heads, dim = Axis(12), Axis(3), Axis(4)
+    >>> unify(channels, Product((heads, dim)), Reason("a reshape"))
+    >>> describe(channels, {heads: "heads", dim: "dim"})
+    '(heads dim)'
+
+Sizes that do not fit are no error: both sides stay whole, and say why.
+
+    >>> twelve, nine = Axis(12), Axis(9)
+    >>> unify(twelve, nine, Reason("a sum", "aten.add"))
+    >>> why_fixed(twelve)
+    Reason(why='a sum', operator='aten.add', module='', source='')
 """
 
 from __future__ import annotations
@@ -32,8 +58,8 @@ class Reason:
     source: str = ""
 
     def __str__(self) -> str:
-        place = ", ".join(word for word in (self.operator, self.module, self.source) if word)
-        return f"{self.why} ({place})" if place else self.why
+        location = ", ".join(word for word in (self.operator, self.module, self.source) if word)
+        return f"{self.why} ({location})" if location else self.why
 
 
 class _NotANumber:
@@ -147,6 +173,7 @@ def flattened(layout: Layout) -> Layout:
 def _resolve_axis(axis: Axis) -> Layout:
     """Follow bindings, however many, and remember where they lead."""
     if axis.bound is None:
+        # A single slot is never cut, so it is the empty product, and (1 12) equals 12.
         return UNIT if axis.size == 1 else axis
     passed: list[Axis] = []
     layout: Layout = axis
@@ -154,7 +181,7 @@ def _resolve_axis(axis: Axis) -> Layout:
         passed.append(layout)
         layout = layout.bound
     layout = resolve(layout)
-    for link in passed:
+    for link in passed:  # path compression, as in union-find: the next look-up takes one step
         link.bound = layout
     return layout
 
@@ -163,6 +190,7 @@ def _resolve_permuted(layout: Permuted) -> Layout:
     """Follow one order after the other; slots that come out in their own are not permuted."""
     inner, order = resolve(layout.inner), layout.order
     if isinstance(inner, Permuted):
+        # position i is position order[i] of one whose position j is position inner.order[j]
         order = tuple(map(inner.order.__getitem__, order))
         inner = inner.inner
     in_order = all(i == position for i, position in enumerate(order))
@@ -231,7 +259,9 @@ def fix(layout: Layout, reason: Reason) -> None:
 def _fix_like(layout: Layout, other: Layout, reason: Reason) -> None:
     """Forbid removals along a layout because there are none along one that it is tied to."""
     inherited = why_fixed(other)
-    if inherited is None:
+    if (
+        inherited is None
+    ):  # the other is UNIT or EMPTY: nothing in it can be cut, and nothing says why
         fix(layout, reason)
         return
     for axis in leaves(layout):
@@ -247,7 +277,13 @@ def mark_renormalised(layout: Layout, reason: Reason) -> None:
 
 
 def unify(a: Layout, b: Layout, reason: Reason) -> None:
-    """Make two layouts lose the same slots from now on; what does not fit is fixed, for `reason`."""
+    """Make two layouts lose the same slots from now on; what does not fit is fixed, for `reason`.
+
+    >>> a, b, c = Axis(4), Axis(8), Axis(12)
+    >>> unify(Concat((a, b)), c, Reason("a sum"))  # now c is a and b, end to end
+    >>> c.bound == Concat((a, b))
+    True
+    """
     x, y = resolve(a), resolve(b)
     if x != y and not (is_fixed(x) and is_fixed(y)):
         _tie(a, b, reason)
@@ -265,6 +301,8 @@ def _unify(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
     a, b = resolve(a), resolve(b)
     if a == b:
         return
+    # The order of the cases matters: what is fixed fixes the other before anything is bound to it, and a
+    # lone axis takes on any structure before two structures are compared.
     if size_of(a) != size_of(b) or depth > MAX_PIECES:
         _fix_both(a, b, reason)
     elif is_fixed(a):
@@ -308,6 +346,7 @@ def _fix_both(a: Layout, b: Layout, reason: Reason) -> None:
 
 
 def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
+    # An axis inside its own binding would never resolve: c = permuted c, or c = (c + d).
     if any(leaf is axis for leaf in leaves(layout)):
         fix(layout, replace(reason, why="to be kept like itself in another order"))
         return
@@ -317,6 +356,11 @@ def _bind(axis: Axis, layout: Layout, reason: Reason) -> None:
 
 
 def _unify_products(a: Product, b: Product, reason: Reason, depth: int) -> None:
+    """Unify from the fastest-varying factor outwards; the larger of two is split by the smaller.
+
+    (2 6) with (4 3):  6 = (2' 3'), and 3' goes with 3;  then (2 2') with 4 = (2" 2"'), and so on
+    (2 6) with (3 4):  4 does not divide 6, so both stay whole
+    """
     left, right = list(a.factors), list(b.factors)
     while left and right:
         x, y = left.pop(), right.pop()
@@ -326,11 +370,13 @@ def _unify_products(a: Product, b: Product, reason: Reason, depth: int) -> None:
             return
         (outer_x, inner_x), (outer_y, inner_y) = (split(z, small, reason) for z in (x, y))
         _unify(inner_x, inner_y, reason, depth)
+        # What is left of a factor meets the next factor of the other side.
         left.extend([outer_x] if size_of(outer_x) > 1 else [])
         right.extend([outer_y] if size_of(outer_y) > 1 else [])
 
 
 def _unify_pieces(a: Layout, b: Layout, reason: Reason, depth: int) -> None:
+    """Cut both at the boundaries of either, (4 + 8) with (6 + 6) at 4 and 6, and unify piece by piece."""
     cuts = sorted({*_boundaries(a), *_boundaries(b)})
     if len(cuts) > MAX_PIECES:
         _fix_both(a, b, reason)
@@ -355,6 +401,7 @@ def can_split(layout: Layout, inner: int) -> bool:
         return all(can_split(part, inner) for part in layout.parts)
     if isinstance(layout, Permuted):
         return False
+    # Whole factors from the right while they fit; the first one that does not has to be split itself.
     for factor in reversed(layout.factors):
         size = size_of(factor)
         if inner % size:
@@ -368,6 +415,12 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
 
     Axes on the way become products of two fresh axes, everywhere that they stand; the pieces of a
     concatenation come to share one last factor. Ask `can_split` first.
+
+    >>> channels = Axis(12)
+    >>> split(channels, 4, Reason("a reshape"))  # for a reshape to (3, 4)
+    (3, 4)
+    >>> resolve(channels)  # and so wherever else the axis stands
+    (3 4)
     """
     layout = resolve(layout)
     if inner == 1:
@@ -381,6 +434,7 @@ def split(layout: Layout, inner: int, reason: Reason) -> tuple[Layout, Layout]:
     if isinstance(layout, Permuted):
         raise AssertionError("can_split was asked first")
     if isinstance(layout, Concat):
+        # (4 + 8) split by 2 is ((2 + 4) s): one s for all pieces, since it is one dimension after a reshape
         pairs = [split(part, inner, reason) for part in layout.parts]
         shared = pairs[0][1]
         for _, other in pairs[1:]:
@@ -406,7 +460,7 @@ def _fresh_like(axis: Axis, size: int) -> Axis:
 
 def _take_apart(axis: Axis, pieces: Layout) -> None:
     _tie(axis, pieces, None)
-    if axis.fixed is None:
+    if axis.fixed is None:  # the pieces of a fixed axis are fixed too, and it need not know of them
         axis.bound = pieces
 
 
@@ -414,14 +468,20 @@ def cut(layout: Layout, positions: Sequence[int], reason: Reason) -> list[Layout
     """Return the consecutive pieces of a layout between the given increasing positions.
 
     Where slots that are in another order do not lie together in their own, they are fixed, for `reason`.
+
+    >>> qkv = Axis(12)
+    >>> cut(qkv, [4, 8], Reason("a chunk"))
+    [4, 4, 4]
+    >>> resolve(qkv)
+    (4 + 4 + 4)
     """
     pieces: list[Layout] = []
-    rest, done = layout, 0
+    remainder, start = layout, 0
     for position in positions:
-        piece, rest = _cut_once(rest, position - done, reason)
+        piece, remainder = _cut_once(remainder, position - start, reason)
         pieces.append(piece)
-        done = position
-    return [resolve(piece) for piece in (*pieces, rest)]
+        start = position
+    return [resolve(piece) for piece in (*pieces, remainder)]
 
 
 def _cut_once(layout: Layout, at: int, reason: Reason) -> tuple[Layout, Layout]:
@@ -454,7 +514,11 @@ def _cut_concat(layout: Concat, at: int, reason: Reason) -> tuple[Layout, Layout
 
 
 def _cut_product(layout: Product, at: int, reason: Reason) -> tuple[Layout, Layout]:
-    """Cut between slots of the outer factor, or through one slot of it, which then stays whole."""
+    """Cut between slots of the outer factor, or through one slot of it, which then stays whole.
+
+    (3 4) at 8:  between two slots:  (2 4) and (1 4)
+    (3 4) at 6:  through the second: (1 4) + 2  and  2 + (1 4), the inner 4 being 2 + 2 everywhere
+    """
     outer, inner = layout.factors[0], Product(layout.factors[1:])
     slot, offset = divmod(at, size_of(inner))
     if offset == 0:
@@ -467,6 +531,7 @@ def _cut_product(layout: Product, at: int, reason: Reason) -> tuple[Layout, Layo
 
 def _cut_permuted(layout: Permuted, at: int, reason: Reason) -> tuple[Layout, Layout]:
     """Cut where the first positions are neighbours in their own order too; else all slots stay."""
+    # d c | b a of a b c d: the head is c d, reversed; positions 0 2 1 3 cut at 2 have no such run
     first = min(layout.order[:at])
     if max(layout.order[:at]) - first != at - 1:
         why = replace(reason, why="taken apart in another order than its own")
@@ -474,9 +539,9 @@ def _cut_permuted(layout: Permuted, at: int, reason: Reason) -> tuple[Layout, La
         return Axis(at, why), Axis(len(layout.order) - at, why)
     before, head, after = cut(layout.inner, [first, first + at], reason)
     order = np.array(layout.order)
-    order_of_rest = order[at:] - at * (order[at:] > first)
-    rest = Permuted(Concat((before, after)), tuple(order_of_rest.tolist()))
-    return Permuted(head, tuple((order[:at] - first).tolist())), rest
+    order_of_tail = order[at:] - at * (order[at:] > first)  # what lay behind the head moves up
+    tail = Permuted(Concat((before, after)), tuple(order_of_tail.tolist()))
+    return Permuted(head, tuple((order[:at] - first).tolist())), tail
 
 
 def regroup(dims: Sequence[Layout], sizes: Sequence[int], reason: Reason) -> list[Layout]:
@@ -484,36 +549,46 @@ def regroup(dims: Sequence[Layout], sizes: Sequence[int], reason: Reason) -> lis
 
     Where the new sizes cut through the old ones in a way that has no layout, the old ones are fixed
     and the new ones are born fixed.
+
+    >>> batch, channels = Axis(2), Axis(12)
+    >>> regroup([batch, channels], [2, 3, 4], Reason("a reshape"))
+    [2, 3, 4]
+    >>> resolve(channels)
+    (3 4)
     """
     result: list[Layout] = []
     for old, new in _blocks([size_of(dim) for dim in dims], sizes):
-        block = [dims[i] for i in old]
-        wanted = [sizes[i] for i in new]
-        result.extend(_regroup_block(block, wanted, reason))
+        old_dims = [dims[i] for i in old]
+        new_sizes = [sizes[i] for i in new]
+        result.extend(_regroup_block(old_dims, new_sizes, reason))
     return result
 
 
 def _regroup_block(dims: list[Layout], sizes: list[int], reason: Reason) -> list[Layout]:
     if len(dims) == 1 and len(sizes) == 1:
         return [dims[0]]
-    rest = resolve(Product(tuple(dims)))
-    if 0 in sizes or is_fixed(rest):
-        fix(rest, reason)
+    remainder = resolve(Product(tuple(dims)))
+    if 0 in sizes or is_fixed(remainder):
+        fix(remainder, reason)
         fresh: list[Layout] = [Axis(size) for size in sizes]
-        unify(Product(tuple(fresh)), rest, reason)
+        unify(Product(tuple(fresh)), remainder, reason)  # so that they say why they are fixed
         return fresh
     result: list[Layout] = []
     for size in reversed(sizes):
-        if not can_split(rest, size):
+        if not can_split(remainder, size):
             fix(Product(tuple(dims)), reason)
             return [Axis(size, reason) for size in sizes]
-        rest, last = split(rest, size, reason)
+        remainder, last = split(remainder, size, reason)
         result.insert(0, last)
     return result
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Pair the fewest consecutive old and new dimensions that hold the same number of elements."""
+    """Pair the fewest consecutive old and new dimensions that hold the same number of elements.
+
+    >>> list(_blocks([2, 12, 5], [2, 3, 4, 5]))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
     if 0 in old or 0 in new:
         yield list(range(len(old))), list(range(len(new)))
         return
@@ -534,7 +609,12 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int],
 
 
 def describe(layout: Layout, names: Mapping[Axis, str] | None = None) -> str:
-    """Return the layout in words: `(heads dim)`, `(a + b)`; a fixed axis shows as its size."""
+    """Return the layout in words: `(heads dim)`, `(a + b)`; a fixed axis shows as its size.
+
+    >>> heads, dim = Axis(3), Axis(4)
+    >>> describe(Concat((Product((heads, dim)), Axis(5))), {heads: "heads", dim: "dim"})
+    '((heads dim) + 5)'
+    """
     layout = resolve(layout)
     if isinstance(layout, Axis):
         return (names or {}).get(layout, str(layout.size))

@@ -36,6 +36,8 @@ def mask_of(layout: Layout, keep: Mapping[Axis, Mask]) -> Mask:
         return mask_of(layout.inner, keep)[list(layout.order)]
     mask = np.ones(1, dtype=bool)
     for factor in layout.factors:
+        # `[1, 0]` times `[1, 1, 0]` is `[1, 1, 0, 0, 0, 0]`:
+        # a position stays if it does in every factor.
         mask = np.outer(mask, mask_of(factor, keep)).reshape(-1)
     return mask
 
@@ -73,22 +75,24 @@ def slots_of(layout: Layout, axis: Axis) -> list[npt.NDArray[np.int64]]:
         return list(_slots_of_product(layout, axis))
     if isinstance(layout, Permuted):
         return [slots[list(layout.order)] for slots in slots_of(layout.inner, axis)]
-    found = [slots_of(part, axis) for part in layout.parts]
+    # In `(a + b + a)` of two slots each, `a` occurs once, as `0 1 -1 -1 0 1`.
+    slots_by_part = [slots_of(part, axis) for part in layout.parts]
     sizes = [size_of(part) for part in layout.parts]
     return [
         np.concatenate(
             [
-                slots[turn] if turn < len(slots) else np.full(size, -1)
-                for slots, size in zip(found, sizes, strict=True)
+                slots[occurrence] if occurrence < len(slots) else np.full(size, -1)
+                for slots, size in zip(slots_by_part, sizes, strict=True)
             ]
         )
-        for turn in range(max(map(len, found), default=0))
+        for occurrence in range(max(map(len, slots_by_part), default=0))
     ]
 
 
 def _slots_of_product(layout: Product, axis: Axis) -> Iterable[npt.NDArray[np.int64]]:
     sizes = [size_of(factor) for factor in layout.factors]
     for position, factor in enumerate(layout.factors):
+        # In `(2 a 3)` every slot of `a` stands three times in a row, and all of that twice.
         before, after = prod(sizes[:position]), prod(sizes[position + 1 :])
         for slots in slots_of(factor, axis):
             yield np.tile(np.repeat(slots, after), before)

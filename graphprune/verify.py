@@ -6,6 +6,16 @@ that takes a statistic along a cut axis is given the kept slots alone. Its resul
 slots, must be the slim model's. Slicing and rewritten literals play no part on this side, so they are
 what is checked.
 
+For `y = sigmoid(x @ W.T) @ V.T`, of whose four hidden slots b and d are removed:
+
+    the original, silenced                          the slim model
+    W  [4, in]   rows b, d are zero                 W' [2, in]   rows a, c
+    s  [4]       sigmoid(..) = a .5 c .5,
+                 zeroed again: a 0 c 0              s' [2]       a c
+    y  [out]     columns b, d of V meet zeros       y' [out]     the same sums
+
+That every result is zeroed, not the weights alone, is what makes this exact: 0.5 would have gone on.
+
 A parameter that is zero everywhere (a residual branch before its training) would hide whatever it
 multiplies, so both sides take another constant for it.
 """
@@ -115,7 +125,7 @@ class Silencing(Interpretation):
         if step.renormalises and any(self._is_cut(value) for value in step.inputs):
             return self._on_kept_slots(step, args, kwargs)
         result = self.run(func, args, kwargs)
-        if not func.is_view:
+        if not func.is_view:  # a view shows what is silent already
             for tensor, value in zip(_tensors(result), step.outputs, strict=False):
                 _silence(tensor, value.layouts, self.masks)
         return result
@@ -126,30 +136,31 @@ class Silencing(Interpretation):
         if self.number < len(steps) and self._is(steps[self.number], func, args, kwargs):
             return steps[self.number]
         if any("Tensor" in str(result.type) for result in func._schema.returns):
-            raise self._other(str(func))
+            raise self._strayed_to(str(func))
         return None
 
     def _is(self, step: Step, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
         """Say whether the operator is the recorded one, on the same tensors of the model."""
         if step.func is not func:
             return False
-        given = (self.names.get(id(t)) for t in tensors_in((*args, *kwargs.values())))
-        recorded = (v.source if isinstance(v.source, str) else None for v in step.inputs)
+        names = (self.names.get(id(t)) for t in tensors_in((*args, *kwargs.values())))
+        sources = (v.source if isinstance(v.source, str) else None for v in step.inputs)
+        # None: made by an operator, so it has no name that could differ
         return all(
             name is None or source is None or name == source
-            for name, source in zip(given, recorded, strict=False)
+            for name, source in zip(names, sources, strict=False)
         )
 
     def check_at_end(self) -> None:
         """Raise OtherOperatorsError where the run ended before the recorded one."""
         if self.number < len(self.inference.steps):
-            raise self._other("the end")
+            raise self._strayed_to("the end")
 
-    def _other(self, found: str) -> OtherOperatorsError:
+    def _strayed_to(self, operator: str) -> OtherOperatorsError:
         steps = self.inference.steps
         expected = str(steps[self.number].func) if self.number < len(steps) else "the end"
         return OtherOperatorsError(
-            f"the model ran other operators than when it was analysed: step {self.number} is {found}, "
+            f"the model ran other operators than when it was analysed: step {self.number} is {operator}, "
             f"where the analysis saw {expected}; its control flow depends on values, so pass "
             "example_inputs that take the usual path"
         )
@@ -158,13 +169,17 @@ class Silencing(Interpretation):
         return any(touches(layout, self.masks) for layout in value.layouts)
 
     def _on_kept_slots(self, step: Step, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run the operator on the kept slots alone and put the result back among zeros."""
+        """Run the operator on the kept slots alone and put the result back among zeros.
+
+        A layer norm over [.., 4] of which two are kept is one over [.., 2]: with zeros in the other two
+        its mean and variance would be others than the slim model's.
+        """
         kept = counts_of(self.masks)
         values = iter(step.inputs)
 
         def cut(tensor: Tensor) -> Tensor:
-            found = sliced(tensor, next(values).layouts, self.masks)
-            return tensor if found is None else found
+            kept_part = sliced(tensor, next(values).layouts, self.masks)
+            return tensor if kept_part is None else kept_part
 
         small_args, small_kwargs = pytree.tree_map_only(Tensor, cut, (args, kwargs))
         small = restricted_arguments(step, small_args, small_kwargs, kept)
@@ -194,7 +209,7 @@ class _Embed:
 def _spread(tensor: Tensor, dim: int, layout: Layout, masks: Mapping[Axis, Mask]) -> Tensor:
     mask = mask_of(layout, masks)
     shape = list(tensor.shape)
-    shape[dim] = len(mask)
+    shape[dim] = len(mask)  # [.., kept, ..] -> [.., all, ..]
     where = torch.from_numpy(mask.nonzero()[0])
     return tensor.new_zeros(shape).index_copy_(dim, where, tensor)
 
@@ -245,20 +260,20 @@ def verify(
     constants = {} if as_it_is else _constants_for_zeros(model)
     in_double = _Sides(model, slimmer, run, constants, Precision(run.inference.in_double))
     try:
-        sides, seen = in_double, in_double.compared_on(run)
+        sides, verification = in_double, in_double.compared_on(run)
     except CaptureError:
         if not in_double.precision.double:
             raise
         sides = _Sides(model, slimmer, run, constants, Precision(double=False))
-        seen = sides.compared_on(run)
+        verification = sides.compared_on(run)
     for other in others:
         try:
-            seen = seen.joined(sides.compared_on(other))
+            verification = verification.joined(sides.compared_on(other))
         except (CaptureError, InvalidRequestError, OtherOperatorsError):
             continue  # the values of these inputs take the original another way, or nowhere
     if sides.precision.operators:
         _say_how_precisely(model, sides.precision)
-    return replace(seen, dtype=sides.precision.dtype)
+    return replace(verification, dtype=sides.precision.dtype)
 
 
 def silenced_outputs(model: nn.Module, run: Run) -> list[tuple[str, Tensor]]:
@@ -304,8 +319,8 @@ class _Sides:
         inputs = run.inputs.map(self.precision.copy)
         outputs = _outputs(working_copy(self.slim), inputs, _Counting(self.precision))
         differences = (
-            _difference(name, wanted, given, self.precision.tolerance)
-            for (name, wanted), (_, given) in zip(expected, outputs, strict=True)
+            _difference(name, output, slim_output, self.precision.tolerance)
+            for (name, output), (_, slim_output) in zip(expected, outputs, strict=True)
         )
         return Verification(max(differences), len(expected), (run.inputs,))
 
@@ -342,22 +357,22 @@ def check_runs(
     """
     precision = Precision(inference.in_double)
     mode = _Counting(precision)
-    wanted = {name: list(map(size_of, layouts)) for name, layouts in inference.outputs.items()}
+    shapes = {name: list(map(size_of, layouts)) for name, layouts in inference.outputs.items()}
     if inference.with_data:
         outputs = _slim_outputs(slimmer, inputs, {}, mode)
     else:
-        with without_data(slimmer, inputs, precision) as (stand_in, its_inputs):
-            outputs = _outputs(stand_in, its_inputs, mode)
+        with without_data(slimmer, inputs, precision) as (stand_in, empty_inputs):
+            outputs = _outputs(stand_in, empty_inputs, mode)
     for name, tensor in outputs:
-        if list(tensor.shape) != wanted[name]:
-            raise _other_shape(name, list(tensor.shape), wanted[name])
-    if kept is not None and mode.seen != list(_expected(inference, kept)):
+        if list(tensor.shape) != shapes[name]:
+            raise _other_shape(name, list(tensor.shape), shapes[name])
+    if kept is not None and mode.calls != list(_expected_calls(inference, kept)):
         raise VerificationError(
             "the slim model's operators do not give what the original's do without the removed channels"
         )
 
 
-def _expected(inference: Inference, kept: Mapping[Axis, int]) -> Iterator[Call]:
+def _expected_calls(inference: Inference, kept: Mapping[Axis, int]) -> Iterator[Call]:
     """Yield the operators of the original that compute, with the shapes that the slim model has to give."""
     for step in inference.steps:
         if _computes(step.func):
@@ -382,15 +397,16 @@ def _constants_for_zeros(model: nn.Module) -> dict[str, float]:
 def _check_comparable(model: nn.Module, outputs: list[tuple[str, Tensor]]) -> None:
     if any(bool(torch.isfinite(tensor).any()) for _, tensor in outputs if tensor.numel()):
         return
-    odd = [name for name, tensor in named_tensors(model).items() if _has_no_number(tensor)]
-    cause = f", since {listed(odd)} {'hold' if len(odd) > 1 else 'holds'} NaN" if odd else ""
+    with_nan = [name for name, tensor in named_tensors(model).items() if _has_nan(tensor)]
+    verb = "hold" if len(with_nan) > 1 else "holds"
+    cause = f", since {listed(with_nan)} {verb} NaN" if with_nan else ""
     raise InvalidRequestError(
         f"{type(model).__name__} gives no finite number on the example inputs{cause}, so there is "
         "nothing to compare; pass other example_inputs, or verify=False to leave the result unchecked"
     )
 
 
-def _has_no_number(tensor: Tensor) -> bool:
+def _has_nan(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
@@ -412,8 +428,8 @@ def silenced_copy(
 
     """
     precision = precision or Precision(inference.in_double)
-    copied = partial(_filled_copy, constants=constants, precision=precision)
-    return _without_derivatives(without(model, inference, masks, copied))
+    copy = partial(_filled_copy, constants=constants, precision=precision)
+    return _without_derivatives(without(model, inference, masks, copy))
 
 
 def _without_derivatives(model: nn.Module) -> nn.Module:
@@ -421,7 +437,7 @@ def _without_derivatives(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _own_copy(_: str, tensor: Tensor) -> Tensor:
+def _plain_copy(_: str, tensor: Tensor) -> Tensor:
     """Return a copy in the tensor's own precision."""
     return tensor.detach().clone()
 
@@ -430,17 +446,17 @@ def without(
     model: nn.Module,
     inference: Inference,
     masks: Mapping[Axis, Mask],
-    copied: Callable[[str, Tensor], Tensor] = _own_copy,
+    copy: Callable[[str, Tensor], Tensor] = _plain_copy,
 ) -> nn.Module:
     """Return a copy of the model with the removed entries of its tensors at zero."""
 
-    def silent(name: str, tensor: Tensor) -> Tensor:
-        value = copied(name, tensor)
+    def silenced(name: str, tensor: Tensor) -> Tensor:
+        value = copy(name, tensor)
         if name not in inference.addressed:  # an order of slots, which those that are zero keep
             _silence(value, inference.parameters[name], masks)
         return value
 
-    return copy_with(model, silent)
+    return copy_with(model, silenced)
 
 
 def _silence(tensor: Tensor, layouts: Sequence[Layout], masks: Mapping[Axis, Mask]) -> None:
@@ -455,22 +471,22 @@ class _Counting(Interpretation):
 
     def __init__(self, precision: Precision) -> None:
         super().__init__(precision)
-        self.seen: list[Call] = []
+        self.calls: list[Call] = []
 
     def step(self, func: OpOverload, rule: Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run the operator."""
         result = self.run(func, args, kwargs)
         shapes = [tuple(tensor.shape) for tensor in _tensors(result)]
         if shapes and _computes(func):
-            self.seen.append((func, shapes))
+            self.calls.append((func, shapes))
         return result
 
 
 def _filled_copy(
     name: str, tensor: Tensor, constants: Mapping[str, float], precision: Precision
 ) -> Tensor:
-    copied = precision.copy(tensor)
-    return copied.fill_(constants[name]) if name in constants else copied
+    copy = precision.copy(tensor)
+    return copy.fill_(constants[name]) if name in constants else copy
 
 
 def _slim_outputs(
@@ -492,37 +508,38 @@ def _outputs(slimmer: nn.Module, inputs: Inputs, mode: _Counting) -> list[tuple[
         ) from failure
 
 
-def _other_shape(name: str, given: list[int], wanted: list[int]) -> VerificationError:
-    return VerificationError(f"{name} of the slim model has shape {given}, not {wanted}")
+def _other_shape(name: str, shape: list[int], expected: list[int]) -> VerificationError:
+    return VerificationError(f"{name} of the slim model has shape {shape}, not {expected}")
 
 
-def _difference(name: str, wanted: Tensor, given: Tensor, tolerance: float) -> float:
+def _difference(name: str, expected: Tensor, actual: Tensor, tolerance: float) -> float:
     """Return the largest difference over the largest value; raise where it is not rounding.
 
     Infinities and numbers that are none have to stand at the same places on both sides.
     """
-    if wanted.shape != given.shape:
-        raise _other_shape(name, list(given.shape), list(wanted.shape))
-    if wanted.is_complex() and given.is_complex():
-        wanted, given = torch.view_as_real(wanted), torch.view_as_real(given)
-    if not wanted.is_floating_point():
-        if not torch.equal(wanted, given):
-            count = int((wanted != given).sum())
+    if expected.shape != actual.shape:
+        raise _other_shape(name, list(actual.shape), list(expected.shape))
+    if expected.is_complex() and actual.is_complex():
+        expected, actual = torch.view_as_real(expected), torch.view_as_real(actual)
+    if not expected.is_floating_point():
+        if not torch.equal(expected, actual):
+            count = int((expected != actual).sum())
             raise VerificationError(
-                f"{name} of the slim model differs in {count} of {wanted.numel()} entries"
+                f"{name} of the slim model differs in {count} of {expected.numel()} entries"
             )
         return 0.0
-    finite = torch.isfinite(wanted)
-    alike = torch.where(finite, torch.isfinite(given), _equal_or_nan(wanted, given))
-    if not bool(alike.all()):
+    # Where the original is finite, so is the slim model; elsewhere they are the same infinity, or both NaN.
+    finite = torch.isfinite(expected)
+    agree = torch.where(finite, torch.isfinite(actual), _equal_or_nan(expected, actual))
+    if not bool(agree.all()):
         raise VerificationError(
             f"{name} of the slim model is infinite or no number at other places than the original with "
-            f"the removed channels silenced, in {int((~alike).sum())} of {wanted.numel()} entries"
+            f"the removed channels silenced, in {int((~agree).sum())} of {expected.numel()} entries"
         )
     if not bool(finite.any()):
         return 0.0
-    wanted, given = wanted[finite].double(), given[finite].double()
-    scale, gap = float(wanted.abs().max()), float((wanted - given).abs().max())
+    expected, actual = expected[finite].double(), actual[finite].double()
+    scale, gap = float(expected.abs().max()), float((expected - actual).abs().max())
     if gap > tolerance * max(scale, 1e-30):
         raise VerificationError(
             f"{name} of the slim model differs by {gap:.3g} from the original with the removed channels "

@@ -74,23 +74,24 @@ def compute_constants(graph_module: fx.GraphModule) -> bool:
         if is_constant:
             constant.add(node)
     ends = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
+    # Where constants end: `w * mask` in `linear(x, (w * mask).t())` is a step, its transpose an end.
     ends = [node for node in ends if any(reader not in constant for reader in node.users)]
     with evaluating(graph_module), torch.no_grad():
-        known: dict[fx.Node, Any] = {}
-        values = {node: _value(graph_module, node, known) for node in ends}
-    found = {
+        computed: dict[fx.Node, Any] = {}
+        values = {node: _value(graph_module, node, computed) for node in ends}
+    small_values = {
         n: v for n, v in values.items() if isinstance(v, Tensor) and _is_small(graph_module, n, v)
     }
-    for node, value in found.items():
+    for node, value in small_values.items():
         _hold(graph_module, node, value)
-    return bool(found)
+    return bool(small_values)
 
 
 def _is_small(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
     """Say whether a floating-point value takes no more memory than what it is computed from."""
-    held = [held_by(graph_module, source) for source in _sources(node)]
-    bytes_held = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return value.is_floating_point() and value.numel() * value.element_size() <= bytes_held
+    source_tensors = [held_by(graph_module, source) for source in _sources(node)]
+    source_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source_tensors)
+    return value.is_floating_point() and value.numel() * value.element_size() <= source_bytes
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -103,40 +104,41 @@ def _is_plain(node: fx.Node) -> bool:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """Return the held tensors that a value is computed from."""
-    found: dict[fx.Node, None] = {}
+    sources: dict[fx.Node, None] = {}
     waiting = [node]
     while waiting:
-        one = waiting.pop()
-        if one.op == "get_attr":
-            found[one] = None
-        waiting += one.all_input_nodes
-    return list(found)
+        current = waiting.pop()
+        if current.op == "get_attr":
+            sources[current] = None
+        waiting += current.all_input_nodes
+    return list(sources)
 
 
-def _value(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    if node not in known:
+def _value(graph_module: fx.GraphModule, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
+    if node not in computed:
         if node.op == "get_attr":
-            known[node] = held_by(graph_module, node)
+            computed[node] = held_by(graph_module, node)
         else:
             for source in node.all_input_nodes:
-                _value(graph_module, source, known)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]
+                _value(graph_module, source, computed)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), computed.__getitem__)
+            computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return computed[node]
 
 
 def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     """Hold a value as a parameter beside the first it was computed from, and read it instead."""
     sources = _sources(node)
-    first = str(sources[0].target)
-    owner, is_parametrized, _ = first.partition(".parametrizations.")
+    first_source = str(sources[0].target)
+    # Of `conv.parametrizations.weight.original0`, the value becomes `conv.weight`.
+    owner, is_parametrized, _ = first_source.partition(".parametrizations.")
     if not is_parametrized:
-        owner = first.rpartition(".")[0]
-    wanted = f"{owner}.{_role(node)}" if owner else _role(node)
-    name = new_name(graph_module, wanted)
+        owner = first_source.rpartition(".")[0]
+    preferred = f"{owner}.{_role(node)}" if owner else _role(node)
+    name = new_name(graph_module, preferred)
     module = graph_module.get_submodule(owner)
-    trained = any(attrgetter(str(s.target))(graph_module).requires_grad for s in sources)
-    like = torch.empty(0, dtype=value.dtype, requires_grad=trained)
+    is_trained = any(attrgetter(str(s.target))(graph_module).requires_grad for s in sources)
+    like = torch.empty(0, dtype=value.dtype, requires_grad=is_trained)
     put_parameter(graph_module, name, value.clone().contiguous(), like)
     with graph_module.graph.inserting_before(node):
         read = graph_module.graph.get_attr(name)
@@ -144,11 +146,10 @@ def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     node.replace_all_uses_with(read)
     graph_module.graph.eliminate_dead_code()
     drop_unread(graph_module, [str(source.target) for source in sources])
-    if name != wanted and not hasattr(
-        module, wanted.rpartition(".")[2]
-    ):  # what had the name is gone
-        put_parameter(graph_module, wanted, held_by(graph_module, read), like)
-        read.target = wanted
+    # What had the name may have been read by the computation alone, and is gone with it.
+    if name != preferred and not hasattr(module, preferred.rpartition(".")[2]):
+        put_parameter(graph_module, preferred, held_by(graph_module, read), like)
+        read.target = preferred
         delattr(module, name.rpartition(".")[2])
 
 
@@ -157,8 +158,8 @@ def _role(node: fx.Node) -> str:
     reader = next(iter(node.users))
     if not isinstance(reader.target, OpOverload):
         return "constant"
-    named = arguments_of(reader)
-    role = next((name for name, argument in named.items() if argument is node), "constant")
+    arguments = arguments_of(reader)
+    role = next((name for name, argument in arguments.items() if argument is node), "constant")
     return role if role in ("weight", "bias") else "constant"
 
 
@@ -168,13 +169,14 @@ def _role(node: fx.Node) -> str:
 def _absorb_one(graph_module: fx.GraphModule) -> bool:
     """Let one layer take up one operator beside it; say whether there was one."""
     for layer in layers_of(graph_module).values():
-        behind = _behind(graph_module, layer)
+        behind = _find_behind(graph_module, layer)
         if behind is not None:
             rescale(graph_module, layer, behind.factor, behind.shift)
             _bypass(graph_module, behind)
             return True
-        before = _before(graph_module, layer)
+        before = _find_before(graph_module, layer)
         if before is not None:
+            # The shift first, with the weight as it is: W (f x + s) = (W f) x + W s.
             if before.shift.any():
                 shift_input(graph_module, layer, before.shift)
             rescale_input(graph_module, layer, before.factor)
@@ -193,26 +195,30 @@ class _Arithmetic:
     shift: Tensor
 
 
-def _behind(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
+def _find_behind(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
     """Return the arithmetic that alone reads a layer's output, where the layer can do it."""
     readers = list(layer.node.users)
     if len(readers) != 1:
         return None
     dim = 1 if layer.summed == 1 else -1
-    found = _arithmetic(graph_module, readers[0], layer.node, dim)
-    return found if found is not None and (_takes_bias(layer) or not found.shift.any()) else None
+    arithmetic = _arithmetic(graph_module, readers[0], layer.node, dim)
+    return (
+        arithmetic
+        if arithmetic is not None and (_takes_bias(layer) or not arithmetic.shift.any())
+        else None
+    )
 
 
-def _before(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
+def _find_before(graph_module: fx.GraphModule, layer: Layer) -> _Arithmetic | None:
     """Return the arithmetic whose result a layer alone reads, where the layer can do it."""
     if list(layer.data.users) != [layer.node]:
         return None
     for value in layer.data.all_input_nodes:
-        found = _arithmetic(graph_module, layer.data, value, layer.summed)
-        if found is not None and not found.shift.any():
-            return found
-        if found is not None and _takes_bias(layer) and not pads(arguments_of(layer.node)):
-            return found
+        arithmetic = _arithmetic(graph_module, layer.data, value, layer.summed)
+        if arithmetic is not None and not arithmetic.shift.any():
+            return arithmetic
+        if arithmetic is not None and _takes_bias(layer) and not pads(arguments_of(layer.node)):
+            return arithmetic
     return None
 
 
@@ -228,27 +234,29 @@ def _arithmetic(
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in (*_SCALING, *_SHIFTING) or writes(node):
         return None
-    given = arguments_of(node)
-    is_left, is_right = (given[name] is value for name in ("self", "other"))
-    if is_left == is_right or given.get("rounding_mode") is not None:
+    arguments = arguments_of(node)
+    is_left, is_right = (arguments[name] is value for name in ("self", "other"))
+    if is_left == is_right or arguments.get("rounding_mode") is not None:
         return None
-    before, after = value.meta.get("val"), node.meta.get("val")
-    if before is None or after is None or not before.dtype.is_floating_point:
+    input_value, output_value = value.meta.get("val"), node.meta.get("val")
+    if input_value is None or output_value is None or not input_value.dtype.is_floating_point:
         return None
-    if (before.shape, before.dtype) != (after.shape, after.dtype):
+    if (input_value.shape, input_value.dtype) != (output_value.shape, output_value.dtype):
         return None
-    other = _by_channel(graph_module, given["other" if is_left else "self"], before, dim)
-    if other is None or (packet is aten.div and is_right):
+    constant = _by_channel(
+        graph_module, arguments["other" if is_left else "self"], input_value, dim
+    )
+    if constant is None or (packet is aten.div and is_right):
         return None
-    one, none = torch.ones_like(other), torch.zeros_like(other)
+    ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
     if packet in _SCALING:
-        return _Arithmetic(node, value, other if packet is aten.mul else 1 / other, none)
-    alpha = float(given.get("alpha", 1))
+        return _Arithmetic(node, value, constant if packet is aten.mul else 1 / constant, zeros)
+    alpha = float(arguments.get("alpha", 1))
     sign = 1 if packet is aten.add else -1
     # alpha multiplies the second operand, of rsub the first
     if is_left if packet is aten.rsub else is_right:
-        return _Arithmetic(node, value, sign * alpha * one, other)
-    return _Arithmetic(node, value, one, sign * alpha * other)
+        return _Arithmetic(node, value, sign * alpha * ones, constant)
+    return _Arithmetic(node, value, ones, sign * alpha * constant)
 
 
 def _by_channel(
@@ -265,16 +273,19 @@ def _by_channel(
     tensor = held_by(graph_module, constant).double()
     if tensor.dim() > value.dim():
         return None
+    # Broadcast from the right: `[channels, 1, 1]` beside `[batch, channels, *space]` gets a 1 in front.
     tensor = tensor.reshape([1] * (value.dim() - tensor.dim()) + list(tensor.shape))
-    along = tensor.movedim(dim, 0)
-    if along.numel() not in (1, channels) or along.numel() != along.shape[0]:
+    by_channel = tensor.movedim(dim, 0)  # [channels or 1, 1, ...], where it varies along no other
+    if by_channel.numel() not in (1, channels) or by_channel.numel() != by_channel.shape[0]:
         return None
-    return along.flatten().expand(channels).clone()
+    return by_channel.flatten().expand(channels).clone()
 
 
 def _bypass(graph_module: fx.GraphModule, arithmetic: _Arithmetic) -> None:
     node = arithmetic.node
-    held = [str(one.target) for one in node.all_input_nodes if one.op == "get_attr"]
+    constant_names = [
+        str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"
+    ]
     node.replace_all_uses_with(arithmetic.value)
     graph_module.graph.erase_node(node)
-    drop_unread(graph_module, held)
+    drop_unread(graph_module, constant_names)

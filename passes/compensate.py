@@ -43,7 +43,7 @@ class Compensate(Pass):
         if method is None:
             return False
         with together():
-            found = compensated(
+            compensation = compensated(
                 self.original,
                 program.graph_module,
                 self.plan,
@@ -51,4 +51,4 @@ class Compensate(Pass):
                 batches_of(self.data),
                 method,
             )
-        return any(layer.after < layer.before for layer in found.layers)
+        return any(layer.after < layer.before for layer in compensation.layers)

@@ -39,7 +39,7 @@ class EliminateDeadChannels(Pass):
     def rewrite(self, program: Program) -> bool:
         """Remove dead channels until there are none."""
         changed = False
-        while (plan := _without_dead(program)).removed:
+        while (plan := _plan_removal(program)).removed:
             result = slimmed(program.graph_module, example_inputs=program.inputs, plan=plan)
             assert isinstance(result.model, fx.GraphModule)
             program.graph_module = result.model
@@ -47,7 +47,7 @@ class EliminateDeadChannels(Pass):
         return changed
 
 
-def _without_dead(program: Program) -> Plan:
+def _plan_removal(program: Program) -> Plan:
     """Return the plan that removes dead channels, once their constants are in the biases behind them."""
     graph_module = program.graph_module
     graph = Dependencies(infer(graph_module, program.inputs))
@@ -56,10 +56,10 @@ def _without_dead(program: Program) -> Plan:
     unread, readers = unread_groups(graph), readers_of(graph)
     keep, sizes = {}, {}
     for group in graph.groups:
-        its = [] if group.name in unread else readers[group.name]
-        is_known = its or group.name in unread  # not so where buffers alone read it
+        group_readers = [] if group.name in unread else readers[group.name]
+        is_known = group_readers or group.name in unread  # not so where buffers alone read it
         if group.exact and group.size > 1 and is_known:
-            dead = reading.dead(group, its)
+            dead = reading.find_dead(group, group_readers)
             keep[group.name] = (~dead).nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reading.add_to_biases()
@@ -79,20 +79,24 @@ class _Reading:
         self.constants = constants
         self.extra: dict[str, Tensor] = {}
 
-    def dead(self, group: Group, readers: Sequence[Reader]) -> Tensor:
+    def find_dead(self, group: Group, readers: Sequence[Reader]) -> Tensor:
         """Return which channels of a group are dead, `[channels]`, never all; note what they add."""
-        quiet = [self._by_zeros(group, reader) | self._zero(group, reader) for reader in readers]
-        constant = [self._constant(group, reader) for reader in readers]
+        silent_by_reader = [
+            self._find_unweighted(group, reader) | self._find_zero(group, reader)
+            for reader in readers
+        ]
+        steady_by_reader = [self._find_constant(group, reader) for reader in readers]
         dead = torch.ones(group.size, dtype=torch.bool)
-        for silent, steady in zip(quiet, constant, strict=True):
+        for silent, steady in zip(silent_by_reader, steady_by_reader, strict=True):
             dead &= silent | steady
-        dead[0] &= not dead.all()
-        for reader, silent in zip(readers, quiet, strict=True):
+        dead[0] &= not dead.all()  # one channel is left of a group that is dead
+        # What a reader multiplies by zero adds nothing there, whatever constant it is.
+        for reader, silent in zip(readers, silent_by_reader, strict=True):
             if bool((dead & ~silent).any()):
                 self._note(group, reader, dead & ~silent)
         return dead
 
-    def _by_zeros(self, group: Group, reader: Reader) -> Tensor:
+    def _find_unweighted(self, group: Group, reader: Reader) -> Tensor:
         """Return the channels that the reader's weights multiply by zero."""
         parameter = self.tensors[reader.parameter].detach()
         silent = torch.ones(group.size, dtype=torch.bool)
@@ -100,18 +104,18 @@ class _Reading:
             silent[slots[(parameter.flatten().cpu() != 0) & (slots >= 0)]] = False
         return silent
 
-    def _zero(self, group: Group, reader: Reader) -> Tensor:
+    def _find_zero(self, group: Group, reader: Reader) -> Tensor:
         """Return the channels that are zero where the reader finds them."""
-        return self._throughout(group, reader, lambda rows: (rows == 0).all(1))
+        return self._find_throughout(group, reader, lambda rows: (rows == 0).all(1))
 
-    def _constant(self, group: Group, reader: Reader) -> Tensor:
+    def _find_constant(self, group: Group, reader: Reader) -> Tensor:
         """Return the channels that are one number everywhere, so that a bias can stand for them."""
         layer = self.layers.get(reader.parameter)
         if layer is None or _computes_arguments(layer) or pads(layer.arguments({})):
             return torch.zeros(group.size, dtype=torch.bool)
-        return self._throughout(group, reader, lambda rows: rows.amax(1) == rows.amin(1))
+        return self._find_throughout(group, reader, lambda rows: rows.amax(1) == rows.amin(1))
 
-    def _throughout(
+    def _find_throughout(
         self, group: Group, reader: Reader, holds: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Return the channels for which something holds of all values that the reader finds.
@@ -122,16 +126,17 @@ class _Reading:
             holds: from values, `[positions of the summed dimension, all others]`, to one truth a row.
 
         """
-        found = torch.zeros(group.size, dtype=torch.bool)
+        holds_throughout = torch.zeros(group.size, dtype=torch.bool)
         occurrences = self._occurrences(group, reader)
         if occurrences:
             layer = self.layers[reader.parameter]
+            # [positions, all others]; NaN, which depends on the inputs, is neither zero nor one number
             data = self.constants[reader.parameter].movedim(layer.summed, 0).flatten(1)
-            truth = holds(data).cpu()
-            found[:] = True
+            holds_at = holds(data).cpu()
+            holds_throughout[:] = True
             for slots in occurrences:
-                found[slots[~truth & (slots >= 0)]] = False
-        return found
+                holds_throughout[slots[~holds_at & (slots >= 0)]] = False
+        return holds_throughout
 
     def _occurrences(self, group: Group, reader: Reader) -> list[Tensor]:
         """Return which channel each position of what a layer reads belongs to, or -1."""
@@ -139,18 +144,26 @@ class _Reading:
         if layer is None or reader.parameter not in self.constants:
             return []
         layouts = self.nodes.get(layer.data.name, [])
-        return [torch.from_numpy(s) for s in slots_of(layouts[layer.summed], group.axis)]
+        return [torch.from_numpy(slots) for slots in slots_of(layouts[layer.summed], group.axis)]
 
     def _note(self, group: Group, reader: Reader, channels: Tensor) -> None:
         """Note what constant channels add to a layer's output."""
         layer = self.layers[reader.parameter]
-        chosen = torch.zeros(self.constants[reader.parameter].shape[layer.summed], dtype=torch.bool)
+        constant_positions = torch.zeros(
+            self.constants[reader.parameter].shape[layer.summed], dtype=torch.bool
+        )
         for slots in self._occurrences(group, reader):
-            chosen |= (slots >= 0) & channels[slots]
+            # -1, another group's position, reads the last channel here and is masked.
+            constant_positions |= (slots >= 0) & channels[slots]
         data = self.constants[reader.parameter].movedim(layer.summed, -1)
-        data = torch.where(chosen.to(data.device), data, 0.0).movedim(-1, layer.summed).double()
+        data = (
+            torch.where(constant_positions.to(data.device), data, 0.0)
+            .movedim(-1, layer.summed)
+            .double()
+        )
         weight = held_by(self.graph_module, layer.weight).double()
         added = layer.value(data, weight, None, layer.arguments({}))
+        # [outputs]: without padding the same at every position, so the first stands for all
         by_channel = added.movedim(layer.summed, 0).flatten(1)[:, 0]
         self.extra[reader.parameter] = self.extra.get(reader.parameter, 0.0) + by_channel
 
@@ -158,8 +171,8 @@ class _Reading:
         """Give the layers what was noted."""
         for name, extra in self.extra.items():
             layer = self.layers[name]
-            own = held_by(self.graph_module, layer.bias).double() if layer.bias else 0.0
-            put_bias(self.graph_module, layer, own + extra)
+            old_bias = held_by(self.graph_module, layer.bias).double() if layer.bias else 0.0
+            put_bias(self.graph_module, layer, old_bias + extra)
         self.graph_module.recompile()
 
 

@@ -43,27 +43,30 @@ def _folds(graph_module: fx.GraphModule) -> Iterator[tuple[Layer, fx.Node]]:
     for layer in layers_of(graph_module).values():
         readers = list(layer.node.users)
         if len(readers) == 1 and readers[0].target is aten.batch_norm.default:
-            given = arguments_of(readers[0])
-            is_its = given["input"] is layer.node and layer.channels_are_second
-            keeps = given["running_mean"] is not None and given["training"] is not True
-            if is_its and keeps:
+            arguments = arguments_of(readers[0])
+            reads_layer = arguments["input"] is layer.node and layer.channels_are_second
+            has_fixed_statistics = (
+                arguments["running_mean"] is not None and arguments["training"] is not True
+            )
+            if reads_layer and has_fixed_statistics:
                 yield layer, readers[0]
 
 
 def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
-    given = arguments_of(norm)
+    arguments = arguments_of(norm)
 
-    def held(name: str, missing: float) -> Tensor | float:
-        node = given[name]
-        return missing if node is None else held_by(graph_module, node).double()
+    def read(name: str, default: float) -> Tensor | float:
+        node = arguments[name]
+        return default if node is None else held_by(graph_module, node).double()
 
-    deviation = (held("running_var", 1.0) + given["eps"]) ** 0.5
-    factor = torch.as_tensor(held("weight", 1.0) / deviation)
-    rescale(graph_module, layer, factor, held("bias", 0.0) - factor * held("running_mean", 0.0))
+    deviation = (read("running_var", 1.0) + arguments["eps"]) ** 0.5
+    factor = torch.as_tensor(read("weight", 1.0) / deviation)
+    # All [channels]: factor (x - mean) + bias = factor x + (bias - factor mean).
+    rescale(graph_module, layer, factor, read("bias", 0.0) - factor * read("running_mean", 0.0))
     norm.replace_all_uses_with(norm.all_input_nodes[0])
 
-    tensors = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    tensors = [arguments[name] for name in ("weight", "bias", "running_mean", "running_var")]
     graph_module.graph.erase_node(norm)
-    owner = str(given["running_mean"].target).removesuffix("running_mean")
+    owner = str(arguments["running_mean"].target).removesuffix("running_mean")
     names = [str(node.target) for node in tensors if node is not None]
     drop_unread(graph_module, [*names, f"{owner}num_batches_tracked"])

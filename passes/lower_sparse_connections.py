@@ -64,7 +64,7 @@ class LowerSparseConnections(Pass):
         """Lower each sparse convolution that gains from it."""
         computed = compute_constants(program.graph_module)
         inference = infer(program.graph_module, program.inputs)
-        chosen, orders = self._chosen(program.graph_module, inference)
+        chosen, orders = self._choose(program.graph_module, inference)
         if not all(_is_in_order(order, axis.size) for axis, order in orders.items()):
             program.graph_module = cast(
                 fx.GraphModule, reordered(program.graph_module, inference, orders)
@@ -75,7 +75,7 @@ class LowerSparseConnections(Pass):
             _lower(program.graph_module, layers[name], blocks.moved(filters, channels), form)
         return computed or bool(chosen)
 
-    def _chosen(
+    def _choose(
         self, graph_module: fx.GraphModule, inference: Inference
     ) -> tuple[dict[str, tuple[Form, Blocks]], dict[Axis, Order]]:
         """Return the forms of weights that gain, and orders that save gathers; warn of the others."""
@@ -89,15 +89,16 @@ class LowerSparseConnections(Pass):
             if blocks is None:
                 continue
             outer, inner = inference.parameters[name][:2]
-            read, made = blocks.channels.flatten(), blocks.filters.flatten()
-            inputs = _to_be_ordered(read, inner, orders)
-            outputs = _to_be_ordered(made, outer, orders)
+            channel_order, filter_order = blocks.channels.flatten(), blocks.filters.flatten()
+            inputs = _find_axis_to_order(channel_order, inner, orders)
+            outputs = _find_axis_to_order(filter_order, outer, orders)
+            # One axis, as of a residual, cannot take two orders.
             outputs = None if outputs is inputs else outputs
             form: Form = "dense" if blocks.size == 1 else "grouped"
             if self.measured and form == "grouped":
                 moves = {
-                    "gathers": inputs is None and not _is_in_order(read, size_of(inner)),
-                    "sorts": outputs is None and not _is_in_order(made, size_of(outer)),
+                    "gathers": inputs is None and not _is_in_order(channel_order, size_of(inner)),
+                    "sorts": outputs is None and not _is_in_order(filter_order, size_of(outer)),
                 }
                 weight = held_by(graph_module, layer.weight)
                 data = inference.nodes[layer.data.name]
@@ -106,13 +107,13 @@ class LowerSparseConnections(Pass):
                 slow.append(f"{name} ({len(blocks.filters)} blocks of {blocks.size})")
                 continue
             chosen[name] = form, blocks
-            orders.update({inputs: read} if inputs is not None else {})
-            orders.update({outputs: made} if outputs is not None else {})
+            orders.update({inputs: channel_order} if inputs is not None else {})
+            orders.update({outputs: filter_order} if outputs is not None else {})
         warn_of_slow("convolutions", slow, runtime, _ADVICE)
         return chosen, orders
 
 
-def _to_be_ordered(order: Order, layout: Layout, orders: Mapping[Axis, Order]) -> Axis | None:
+def _find_axis_to_order(order: Order, layout: Layout, orders: Mapping[Axis, Order]) -> Axis | None:
     """Return the axis that a dimension is, if its slots can be put in that order and in no other yet."""
     axis = resolve(layout)
     if not isinstance(axis, Axis) or axis.fixed is not None or axis in orders:
@@ -142,8 +143,8 @@ def _shape(
     layer: Layer, weight: Tensor, data: Sequence[Layout], blocks: Blocks, **moves: bool
 ) -> Shape:
     """Return what the time of a layer depends on; `moves` are the gathers before and behind it."""
-    given = arguments_of(layer.node)
-    stride, padding, dilation = (given[name] for name in ("stride", "padding", "dilation"))
+    arguments = arguments_of(layer.node)
+    stride, padding, dilation = (arguments[name] for name in ("stride", "padding", "dilation"))
     window = tuple(weight.shape[2:])
     if isinstance(padding, str):
         is_same = padding == "same"
@@ -151,69 +152,75 @@ def _shape(
             d * (n - 1) // 2 if is_same else 0 for d, n in zip(dilation, window, strict=True)
         ]
 
-    def each(value: Any) -> tuple[int, ...]:
+    def per_dimension(value: Any) -> tuple[int, ...]:
         return tuple(value) * (1 if len(value) == len(window) else len(window))
 
     return Shape(
         tuple(map(size_of, data)), tuple(weight.shape), len(blocks.filters), blocks.size,
-        blocks.channels.shape[1], each(stride), each(padding), each(dilation), **moves,
+        blocks.channels.shape[1], per_dimension(stride), per_dimension(padding),
+        per_dimension(dilation), **moves,
     )  # fmt: skip
 
 
 def _lower(graph_module: fx.GraphModule, layer: Layer, blocks: Blocks, form: Form) -> None:
     """Put another form in the place of a convolution."""
     graph, node = graph_module.graph, layer.node
-    read, made = blocks.channels.flatten(), blocks.filters.flatten()
+    channel_order, filter_order = blocks.channels.flatten(), blocks.filters.flatten()
     name = str(layer.weight.target)
     weight = graph_module.get_parameter(name)
-    rows = (
+    # [blocks, filters, 1] and [blocks, 1, channels] take [blocks, filters, channels, *window].
+    entries = (
         torch.from_numpy(blocks.filters).unsqueeze(2),
         torch.from_numpy(blocks.channels).unsqueeze(1),
     )
-    packed = weight.detach()[rows].flatten(0, 1)
-    packed[made < 0] = 0.0
+    packed = weight.detach()[entries].flatten(0, 1)
+    # -1 fills up a block, and has read the last filter.
+    packed[filter_order < 0] = 0.0
     put_parameter(graph_module, name, packed, weight)
     if layer.bias is not None:
         bias = graph_module.get_parameter(str(layer.bias.target))
-        put_parameter(graph_module, str(layer.bias.target), bias.detach()[made], bias)
+        put_parameter(graph_module, str(layer.bias.target), bias.detach()[filter_order], bias)
     with graph.inserting_before(node):
-        value = layer.data
-        if not _is_in_order(read, weight.shape[1]):
-            value = _select(graph_module, value, name, "channels", read)
+        maps = layer.data
+        if not _is_in_order(channel_order, weight.shape[1]):
+            maps = _select(graph_module, maps, name, "channels", channel_order)
         if form == "grouped":
-            given = {**arguments_of(node), "input": value, "groups": len(blocks.filters)}
-            value = graph.create_node("call_function", node.target, tuple(given.values()))
+            arguments = {**arguments_of(node), "input": maps, "groups": len(blocks.filters)}
+            maps = graph.create_node("call_function", node.target, tuple(arguments.values()))
         else:
-            value = _product(graph, value, layer, blocks)
-        value.meta = {key: what for key, what in node.meta.items() if key != "val"}
-        if not _is_in_order(made, weight.shape[0]):
-            places = np.argsort(made)[np.count_nonzero(made < 0) :]
-            value = _select(graph_module, value, name, "filters", places)
-    node.replace_all_uses_with(value)
+            maps = _product(graph, maps, layer, blocks)
+        maps.meta = {key: entry for key, entry in node.meta.items() if key != "val"}
+        if not _is_in_order(filter_order, weight.shape[0]):
+            # Where each filter stands now; -1 sorts before all filters, and is left out.
+            filter_positions = np.argsort(filter_order)[np.count_nonzero(filter_order < 0) :]
+            maps = _select(graph_module, maps, name, "filters", filter_positions)
+    node.replace_all_uses_with(maps)
     graph.erase_node(node)
 
 
 def _select(
-    graph_module: fx.GraphModule, value: fx.Node, weight: str, what: str, order: Order
+    graph_module: fx.GraphModule, maps: fx.Node, weight: str, leaf: str, order: Order
 ) -> fx.Node:
     """Read channels in another order, which a buffer beside the weight holds."""
     index = torch.from_numpy(order).to(graph_module.get_parameter(weight).device)
-    held = read_buffer(graph_module, weight, what, index)
-    return graph_module.graph.call_function(aten.index_select.default, (value, 1, held))
+    index_node = read_buffer(graph_module, weight, leaf, index)
+    return graph_module.graph.call_function(aten.index_select.default, (maps, 1, index_node))
 
 
-def _product(graph: fx.Graph, value: fx.Node, layer: Layer, blocks: Blocks) -> fx.Node:
+def _product(graph: fx.Graph, maps: fx.Node, layer: Layer, blocks: Blocks) -> fx.Node:
     """Compute a convolution with a window of one as a product of matrices, block by block."""
     dims = len(arguments_of(layer.node)["stride"])
-    by_block = graph.call_function(aten.unflatten.int, (value, 1, [len(blocks.filters), -1]))
+    by_block = graph.call_function(aten.unflatten.int, (maps, 1, [len(blocks.filters), -1]))
+    # [batch, blocks, channels, positions], then [blocks, filters, channels] @ it
     flat = graph.call_function(aten.flatten.using_ints, (by_block, 3))
     matrix = graph.call_function(
         aten.view.default, (layer.weight, [len(blocks.filters), blocks.size, -1])
     )
     product = graph.call_function(aten.matmul.default, (matrix, flat))
-    together = graph.call_function(aten.flatten.using_ints, (product, 1, 2))
-    space = [graph.call_function(aten.sym_size.int, (value, dim)) for dim in range(2, 2 + dims)]
-    result = graph.call_function(aten.unflatten.int, (together, 2, space))
+    # [batch, blocks, filters, positions] -> [batch, blocks * filters, positions] -> [..., *space]
+    merged = graph.call_function(aten.flatten.using_ints, (product, 1, 2))
+    space = [graph.call_function(aten.sym_size.int, (maps, dim)) for dim in range(2, 2 + dims)]
+    result = graph.call_function(aten.unflatten.int, (merged, 2, space))
     if layer.bias is None:
         return result
     bias = graph.call_function(aten.view.default, (layer.bias, [-1, *[1] * dims]))

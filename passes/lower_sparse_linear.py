@@ -57,7 +57,7 @@ class LowerSparseLinear(Pass):
         inference = infer(graph_module, program.inputs)
         runtime = Runtime.of(self.provider, self.threads)
         race = functools.cache(lambda shape: shape.times(runtime))
-        slow, alone, lowered = [], [], []
+        slow, scattered, lowered = [], [], []
         for name, layer in layers_of(graph_module).items():
             sizes = [size_of(layout) for layout in inference.nodes[layer.data.name]]
             if layer.summed != -1 or len(sizes) < 2:
@@ -65,7 +65,7 @@ class LowerSparseLinear(Pass):
             matrix = layer.matrix(held_by(graph_module, layer.weight), {}).squeeze(0)
             packed = packed_well(matrix, 1, self.block)
             if packed is None:
-                alone += [name] if has_zeros(matrix) else []
+                scattered += [name] if has_zeros(matrix) else []
                 continue
             if self.measured:
                 shape = LinearShape(prod(sizes[:-1]), MatrixShape.of(matrix, packed))
@@ -77,7 +77,7 @@ class LowerSparseLinear(Pass):
             lowered.append(name)
         drop_unread(graph_module, lowered)
         warn_of_slow("linear layers", slow, runtime)
-        warn_of_alone("linear layers", alone)
+        warn_of_alone("linear layers", scattered)
         return bool(lowered)
 
 
@@ -96,23 +96,25 @@ def _lower(
     """
     graph, call = graph_module.graph, graph_module.graph.call_function
     node, data = layer.node, layer.data
-    rows, _, across = packed.blocks.shape
+    block_rows, _, block_width = packed.blocks.shape
     run = run_of(packed.blocks, packed.places)
     with graph.inserting_before(node):
         blocks, places = read_packed(graph_module, layer.weight, packed.blocks, packed.places)
+        # [count, features] -> [features, count] -> [runs, run, count] -> [places, run, count]
         flat = data if dims == 2 else call(aten.flatten.using_ints, (data, 0, -2))
         by_run = call(aten.unflatten.int, (call(aten.t.default, (flat,)), 0, [-1, run]))
         gathered = call(aten.index_select.default, (by_run, 0, places))
-        read = call(aten.reshape.default, (gathered, [rows, across, -1]))
-        made = call(aten.flatten.using_ints, (call(aten.bmm.default, (blocks, read)), 0, 1))
-        if packed.blocks.shape[:2].numel() != height:
-            made = call(aten.slice.Tensor, (made, 0, 0, height))
-        result = call(aten.t.default, (made,))
+        # [block rows, rows, width] @ [block rows, width, count] -> [block rows * rows, count]
+        selected = call(aten.reshape.default, (gathered, [block_rows, block_width, -1]))
+        product = call(aten.flatten.using_ints, (call(aten.bmm.default, (blocks, selected)), 0, 1))
+        if packed.blocks.shape[:2].numel() != height:  # the last block reaches beyond the outputs
+            product = call(aten.slice.Tensor, (product, 0, 0, height))
+        result = call(aten.t.default, (product,))
         if dims != 2:
             sizes = [call(aten.sym_size.int, (data, dim)) for dim in range(dims - 1)]
             result = call(aten.unflatten.int, (result, 0, sizes))
         if layer.bias is not None:
             result = call(aten.add.Tensor, (result, layer.bias))
-    result.meta = {key: what for key, what in node.meta.items() if key != "val"}
+    result.meta = {key: entry for key, entry in node.meta.items() if key != "val"}
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -65,13 +65,13 @@ class LowerSparseRecurrent(Pass):
         inference = infer(graph_module, program.inputs)
         runtime = Runtime.of(self.provider, self.threads)
         race = functools.cache(lambda shape: shape.times(runtime))
-        slow, alone, lowered = [], [], []
+        slow, scattered, lowered = [], [], []
         for node in graph_module.graph.nodes:
             stack = _Stack.of(graph_module, node, self.block)
             if stack is None:
                 continue
             if not any(cell.is_packed for cell in stack.cells):
-                alone += [stack.name] if stack.has_zeros else []
+                scattered += [stack.name] if stack.has_zeros else []
                 continue
             if self.measured:
                 sizes = [size_of(layout) for layout in inference.nodes[stack.data.name]]
@@ -84,7 +84,7 @@ class LowerSparseRecurrent(Pass):
             stack.lower()
         drop_unread(graph_module, {name for stack in lowered for name in stack.weights})
         warn_of_slow("recurrent layers", slow, runtime)
-        warn_of_alone("recurrent layers", alone)
+        warn_of_alone("recurrent layers", scattered)
         return bool(lowered)
 
 
@@ -118,19 +118,23 @@ class _Stack:
         packet = getattr(node.target, "overloadpacket", None)
         if packet not in GATES or node.target is not packet.input:
             return None
-        given = arguments_of(node)
-        directions = 2 if given["bidirectional"] else 1
-        count = 4 if given["has_biases"] else 2
-        reads = given["params"]
-        if len(reads) != directions * given["num_layers"] * count:
+        arguments = arguments_of(node)
+        directions = 2 if arguments["bidirectional"] else 1
+        count = 4 if arguments["has_biases"] else 2
+        reads = arguments["params"]
+        if len(reads) != directions * arguments["num_layers"] * count:
             return None
         cells = []
-        for at in range(0, len(reads), count):
-            weights, biases = reads[at : at + 2], [*reads[at + 2 : at + count], None, None]
+        # By layer, then direction: input weight, state weight and, if any, their biases.
+        for start in range(0, len(reads), count):
+            weights, biases = (
+                reads[start : start + 2],
+                [*reads[start + 2 : start + count], None, None],
+            )
             packed = [packed_well(held_by(graph_module, w), GATES[packet], block) for w in weights]
-            is_reverse = bool(at // count % directions)
+            is_reverse = bool(start // count % directions)
             cells.append(_Cell(weights, packed, biases[:2], is_reverse))
-        return cls(graph_module, node, given, cells)
+        return cls(graph_module, node, arguments, cells)
 
     @property
     def name(self) -> str:
@@ -169,12 +173,12 @@ class _Stack:
         """Yield what the time of each cell depends on, for data of those sizes."""
         batch, time = sizes[:2] if self.given["batch_first"] else (sizes[1], sizes[0])
         for cell in self.cells:
-            its_input, hidden = (
+            input_shape, hidden_shape = (
                 MatrixShape.of(held_by(self.graph_module, read), packed)
                 for read, packed in zip(cell.matrices, cell.packed, strict=True)
             )
-            biased = self.given["has_biases"]
-            yield RecurrentShape(self.kind, time, batch, its_input, hidden, biased)
+            has_biases = self.given["has_biases"]
+            yield RecurrentShape(self.kind, time, batch, input_shape, hidden_shape, has_biases)
 
     def lower(self) -> None:
         """Put an operator for each cell in its place; time first, then features, then the batch."""
@@ -182,43 +186,55 @@ class _Stack:
         states = self.given["hx"] if self.kind == "lstm" else [self.given["hx"]]
         batch_first = self.given["batch_first"]
         directions = 2 if self.given["bidirectional"] else 1
+        # Each takes one output by its number: 0 all states, 1 the last one, 2 the last of an LSTM's cell.
         users = list(self.node.users)
-        last: dict[Any, list[fx.Node]] = {
+        last_states: dict[Any, list[fx.Node]] = {
             user.args[1]: [] for user in users if user.users and user.args[1]
         }
         with graph.inserting_before(self.node):
             order = [1, 2, 0] if batch_first else [0, 2, 1]
-            value = call(aten.permute.default, (self.data, order))
+            sequence = call(aten.permute.default, (self.data, order))  # [time, features, batch]
             for layer in range(self.given["num_layers"]):
                 if layer and self.given["dropout"]:
-                    dropped = (value, self.given["dropout"], self.given["train"])
-                    value = call(aten.dropout.default, dropped)
+                    dropped = (sequence, self.given["dropout"], self.given["train"])
+                    sequence = call(aten.dropout.default, dropped)
                 outputs = []
-                for at in range(layer * directions, (layer + 1) * directions):
-                    first = [
-                        call(aten.t.default, (call(aten.select.int, (state, 0, at)),))
+                for number in range(layer * directions, (layer + 1) * directions):
+                    # [cells, batch, hidden] -> [batch, hidden] -> [hidden, batch].
+                    start_states = [
+                        call(aten.t.default, (call(aten.select.int, (state, 0, number)),))
                         for state in states
                     ]
-                    results = call(OPERATOR.default, self._arguments(at, value, first))
+                    results = call(
+                        OPERATOR.default, self._arguments(number, sequence, start_states)
+                    )
                     results.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
                     outputs.append(call(operator.getitem, (results, 0)))
-                    for place, its in last.items():
-                        its.append(
-                            call(aten.t.default, (call(operator.getitem, (results, place)),))
+                    for output_number, cell_states in last_states.items():
+                        cell_states.append(
+                            call(
+                                aten.t.default, (call(operator.getitem, (results, output_number)),)
+                            )
                         )
-                value = outputs[0] if len(outputs) == 1 else call(aten.cat.default, (outputs, 1))
+                # Directions side by side: [time, directions * hidden, batch].
+                sequence = outputs[0] if len(outputs) == 1 else call(aten.cat.default, (outputs, 1))
+            # [batch, time, features] or [time, batch, features] again.
             order = [2, 0, 1] if batch_first else [0, 2, 1]
-            made = {0: call(aten.permute.default, (value, order))}
-            made |= {place: call(aten.stack.default, (its,)) for place, its in last.items()}
+            replacements = {0: call(aten.permute.default, (sequence, order))}
+            # Of each cell [batch, hidden], stacked: [cells, batch, hidden].
+            replacements |= {
+                output_number: call(aten.stack.default, (cell_states,))
+                for output_number, cell_states in last_states.items()
+            }
         for user in users:
             if user.users:
-                user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+                user.replace_all_uses_with(replacements[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
         graph.erase_node(self.node)
 
-    def _arguments(self, at: int, data: fx.Node, states: list[fx.Node]) -> tuple[Any, ...]:
+    def _arguments(self, number: int, data: fx.Node, states: list[fx.Node]) -> tuple[Any, ...]:
         """Return the operator's arguments for one cell."""
-        cell = self.cells[at]
+        cell = self.cells[number]
         matrices: list[fx.Node | None] = []
         for read, packed in zip(cell.matrices, cell.packed, strict=True):
             if packed is None:

@@ -34,9 +34,10 @@ class RemoveIdentities(Pass):
         """Bypass each of them."""
         graph = program.graph_module.graph
         identities = [node for node in graph.nodes if _is_dropout(node)]
-        rest = [node for node in graph.nodes if node not in identities]
-        if not any(map(writes, rest)):
-            identities += [node for node in rest if _is_copy(node)]
+        other_nodes = [node for node in graph.nodes if node not in identities]
+        # Without a copy, what is written to the one would be seen in the other; dropouts are going anyway.
+        if not any(map(writes, other_nodes)):
+            identities += [node for node in other_nodes if _is_copy(node)]
         for node in identities:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -57,9 +58,9 @@ def _is_dropout(node: fx.Node) -> bool:
 def _is_copy(node: fx.Node) -> bool:
     if _packet(node) not in _COPIES:
         return False
-    given = arguments_of(node)
+    arguments = arguments_of(node)
     source = node.args[0]
     is_handed_out = any(reader.op == "output" for reader in node.users)
     is_callers = isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr")
-    plain = given.get("memory_format") in (None, torch.preserve_format)
-    return plain and not (is_handed_out and is_callers)
+    keeps_format = arguments.get("memory_format") in (None, torch.preserve_format)
+    return keeps_format and not (is_handed_out and is_callers)

@@ -11,7 +11,7 @@ from graphprune.compensation import Method
 from graphprune.importance import Importance, Loss
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.selection.allocation import Align
-from graphprune.selection.choose import Ranking, Unit
+from graphprune.selection.request import Ranking, Unit
 from graphprune.slimming.slim import slimmed
 
 

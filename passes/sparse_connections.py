@@ -68,8 +68,8 @@ def _mask(graph_module: fx.GraphModule, read: fx.Node, mask: torch.Tensor) -> No
     """Have what reads a weight read its product with a mask."""
     graph, name = graph_module.graph, str(read.target)
     with graph.inserting_after(read):
-        held = read_buffer(graph_module, name, f"{name.rpartition('.')[2]}_mask", mask)
-    with graph.inserting_after(held):
-        product = graph.call_function(torch.ops.aten.mul.Tensor, (read, held))
+        mask_node = read_buffer(graph_module, name, f"{name.rpartition('.')[2]}_mask", mask)
+    with graph.inserting_after(mask_node):
+        product = graph.call_function(torch.ops.aten.mul.Tensor, (read, mask_node))
     product.meta = dict(read.meta)
     read.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)

@@ -26,7 +26,8 @@ from graphprune.importance.sensitivity import _Kept
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask
-from graphprune.selection.choose import Request, choose
+from graphprune.selection.choose import choose
+from graphprune.selection.request import Request
 from graphprune.utils.inputs import Inputs, call, output_tensors
 from graphprune.utils.torch_context import plain_kernels
 from graphprune.verify import Run, silenced_outputs

@@ -37,7 +37,7 @@ KINDS = {name for name, value in vars(gp).items() if isinstance(value, type)} | 
     "OtherOperatorsError",
     "not_runnable",
     "_other_shape",
-    "self._other",
+    "self._strayed_to",
     "type(failure)",
 }
 

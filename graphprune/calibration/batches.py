@@ -42,8 +42,8 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of inputs and target."""
-        given = [*self.inputs.tensors(), *pytree.tree_leaves(self.target)]
-        return [one for one in given if isinstance(one, Tensor)]
+        leaves = [*self.inputs.tensors(), *pytree.tree_leaves(self.target)]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with another tensor for each."""
@@ -107,25 +107,25 @@ class Share:
         """How many batches there are in all processes."""
         return len(self.sizes)
 
-    def total(self, found: Any) -> Any:
+    def total(self, local_sums: Any) -> Any:
         """Return the sums over all processes of what was found on these batches.
 
         Args:
-            found: numbers, tensors and arrays, of the same shapes everywhere, in any containers.
+            local_sums: numbers, tensors and arrays, of the same shapes everywhere, in any containers.
 
         Returns:
             The same containers of float64 tensors.
 
         """
-        leaves, form = pytree.tree_flatten(found)
+        leaves, structure = pytree.tree_flatten(local_sums)
         tensors = [torch.as_tensor(leaf) for leaf in leaves]
         if self.stands_in:
             tensors = [torch.zeros_like(tensor) for tensor in tensors]
-        return pytree.tree_unflatten(self.ranks.total(tensors), form)
+        return pytree.tree_unflatten(self.ranks.total(tensors), structure)
 
-    def mean(self, found: Any) -> Any:
+    def mean(self, local_sums: Any) -> Any:
         """Return the means over the batches of all processes of what was summed on these ones."""
-        return pytree.tree_map(lambda total: total / self.count, self.total(found))
+        return pytree.tree_map(lambda total: total / self.count, self.total(local_sums))
 
     @property
     def are_alike(self) -> bool:
@@ -139,21 +139,25 @@ class Share:
             by_samples: a batch counts by how many samples it holds; otherwise all count alike.
 
         """
-        whole = sum(self.sizes.values()) if by_samples else self.count
-        for place, batch in zip(self.places, self.batches, strict=True):
-            yield batch, (self.sizes[place] if by_samples else 1) / whole
+        total_weight = sum(self.sizes.values()) if by_samples else self.count
+        for index, batch in zip(self.places, self.batches, strict=True):
+            yield batch, (self.sizes[index] if by_samples else 1) / total_weight
 
     def part(self, places: Iterable[int]) -> Share:
         """Return the share of some of the batches, by their places among all."""
-        wanted = set(places)
-        sizes = {place: size for place, size in self.sizes.items() if place in wanted}
-        mine = [i for i, place in enumerate(self.places) if place in wanted]
-        if self.stands_in or not mine:
+        chosen = set(places)
+        sizes = {index: size for index, size in self.sizes.items() if index in chosen}
+        positions = [i for i, index in enumerate(self.places) if index in chosen]
+        # A process that has none of them stands in with whatever batch it holds, which counts for nothing.
+        if self.stands_in or not positions:
             return replace(
-                self, batches=self.batches[:1], places=(min(wanted),), sizes=sizes, stands_in=True
+                self, batches=self.batches[:1], places=(min(chosen),), sizes=sizes, stands_in=True
             )
-        batches, its = [self.batches[i] for i in mine], [self.places[i] for i in mine]
-        return replace(self, batches=tuple(batches), places=tuple(its), sizes=sizes)
+        batches, part_places = (
+            [self.batches[i] for i in positions],
+            [self.places[i] for i in positions],
+        )
+        return replace(self, batches=tuple(batches), places=tuple(part_places), sizes=sizes)
 
 
 def batches_of(data: Any) -> Share:
@@ -172,61 +176,63 @@ def batches_of(data: Any) -> Share:
     """
     with together() as ranks:
         is_own = isinstance(data, OwnShare) or _is_shared_out(data)
-        given = data.data if isinstance(data, OwnShare) else data
+        source = data.data if isinstance(data, OwnShare) else data
         if ranks.size == 1:
-            batches = dict(enumerate(each_batch(given)))
+            batches = dict(enumerate(each_batch(source)))
             return Share(tuple(batches.values()), tuple(batches), _sizes(batches))
-        return _own(given, ranks) if is_own else _dealt(given, ranks)
+        return _own(source, ranks) if is_own else _deal(source, ranks)
 
 
-def _dealt(data: Any, ranks: Ranks) -> Share:
+def _deal(data: Any, ranks: Ranks) -> Share:
     """Return the share of a process where all are given the same batches."""
-    mine: dict[int, Batch] = {}
+    local_batches: dict[int, Batch] = {}
     sizes: dict[int, int] = {}
-    first: Batch | None = None
-    for place, batch in enumerate(each_batch(data)):
-        first = first or batch
-        sizes[place] = batch.size
-        if place % ranks.size == ranks.rank:
-            mine[place] = batch
-    assert first is not None
+    first_batch: Batch | None = None
+    for index, batch in enumerate(each_batch(data)):
+        first_batch = first_batch or batch
+        sizes[index] = batch.size  # of all batches, though only every size-th one is kept
+        if index % ranks.size == ranks.rank:
+            local_batches[index] = batch
+    assert first_batch is not None
     ranks.agree(
         "came with another first batch of data, or another number of batches,",
-        _digest(first, len(sizes)),
+        _digest(first_batch, len(sizes)),
     )
-    return _share(mine, sizes, first, ranks)
+    return _share(local_batches, sizes, first_batch, ranks)
 
 
 def _own(data: Any, ranks: Ranks) -> Share:
     """Return the share of a process where each is given its own."""
     batches = enumerate(_each_batch(data))
-    mine = {number * ranks.size + ranks.rank: batch for number, batch in batches}
-    sizes = ranks.gathered(_sizes(mine))
-    known = {place: size for each in sizes for place, size in each.items()}
-    if not known:
+    # Of 2 processes, rank 0 has indices 0, 2, 4 and rank 1 has 1, 3, 5, as if they had been dealt.
+    local_batches = {number * ranks.size + ranks.rank: batch for number, batch in batches}
+    sizes_by_rank = ranks.gathered(_sizes(local_batches))
+    all_sizes = {index: size for rank_sizes in sizes_by_rank for index, size in rank_sizes.items()}
+    if not all_sizes:
         raise InvalidRequestError("data holds no batch in any process; pass at least one to one")
-    if all(sizes):
-        return _share(mine, known, None, ranks)
-    giver = next(rank for rank, its in enumerate(sizes) if its)
-    sent = None
+    if all(sizes_by_rank):
+        return _share(local_batches, all_sizes, None, ranks)
+    giver = next(rank for rank, batch_sizes in enumerate(sizes_by_rank) if batch_sizes)
+    # Some process is without a batch: one that has some sends its first, by way of the CPU, to all.
+    sent_batch = None
     if giver == ranks.rank:
-        first = mine[min(mine)]
-        sent = first.map(Tensor.cpu), first.tensors()[0].device.type
-    batch, kind = ranks.gathered(sent)[giver]
-    return _share(mine, known, batch.map(lambda tensor: tensor.to(kind)), ranks)
+        first_batch = local_batches[min(local_batches)]
+        sent_batch = first_batch.map(Tensor.cpu), first_batch.tensors()[0].device.type
+    batch, device_type = ranks.gathered(sent_batch)[giver]
+    return _share(local_batches, all_sizes, batch.map(lambda tensor: tensor.to(device_type)), ranks)
 
 
 def _share(
-    mine: Mapping[int, Batch], sizes: dict[int, int], first: Batch | None, ranks: Ranks
+    local_batches: Mapping[int, Batch], sizes: dict[int, int], stand_in: Batch | None, ranks: Ranks
 ) -> Share:
-    if not mine:
-        assert first is not None
-        return Share((first,), (min(sizes),), sizes, True, ranks)
-    return Share(tuple(mine.values()), tuple(mine), sizes, False, ranks)
+    if not local_batches:
+        assert stand_in is not None
+        return Share((stand_in,), (min(sizes),), sizes, True, ranks)
+    return Share(tuple(local_batches.values()), tuple(local_batches), sizes, False, ranks)
 
 
 def _sizes(batches: Mapping[int, Batch]) -> dict[int, int]:
-    return {place: batch.size for place, batch in batches.items()}
+    return {index: batch.size for index, batch in batches.items()}
 
 
 def _is_shared_out(data: Any) -> bool:
@@ -240,10 +246,10 @@ def _is_shared_out(data: Any) -> bool:
 
 
 def _digest(batch: Batch, count: int) -> str:
-    seen = hashlib.sha256(str(count).encode())
+    hasher = hashlib.sha256(str(count).encode())
     for tensor in batch.tensors():
-        digest(seen, "", tensor)
-    return seen.hexdigest()
+        digest(hasher, "", tensor)
+    return hasher.hexdigest()
 
 
 def each_batch(data: Any) -> Iterator[Batch]:
@@ -260,17 +266,17 @@ def _each_batch(data: Any) -> Iterator[Batch]:
         raise InvalidRequestError(
             f"data must be several batches, as in [batch] or a DataLoader, not {type(data).__name__}"
         )
-    for number, given in enumerate(data):
-        yield _batch(number, given)
+    for number, entry in enumerate(data):
+        yield _batch(number, entry)
 
 
-def _batch(number: int, given: Any) -> Batch:
-    parts = list(given) if isinstance(given, (tuple, list)) else [given]
+def _batch(number: int, entry: Any) -> Batch:
+    parts = list(entry) if isinstance(entry, (tuple, list)) else [entry]
     inputs, *target = parts or [None]
     if not isinstance(inputs, (Tensor, Mapping, Inputs, tuple, list)) or len(target) > 1:
         raise InvalidRequestError(
             f"batch {number} of data must be the model's input (a tensor, a dict or graphprune.Inputs) or "
-            f"a pair of it and a target, not {_described(given)}; several inputs are "
+            f"a pair of it and a target, not {_describe(entry)}; several inputs are "
             "graphprune.Inputs(a, b), with a target (graphprune.Inputs(a, b), target)"
         )
     batch = Batch(Inputs.of(inputs), target[0] if target else None, number)
@@ -281,7 +287,7 @@ def _batch(number: int, given: Any) -> Batch:
     return batch
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     if not isinstance(value, (tuple, list)):
         return type(value).__name__
     kinds = ", ".join(type(part).__name__ for part in value)
@@ -296,9 +302,9 @@ def refuse_unless_finite(batch: Batch, value: Tensor, where: str) -> None:
 
     """
     if not bool(value.isfinite().all()):
-        what = "NaN" if bool(value.isnan().any()) else "numbers that are infinite"
+        kind = "NaN" if bool(value.isnan().any()) else "numbers that are infinite"
         raise InvalidRequestError(
-            f"{batch} gives {what} {where}, so all that is summed over the data would be none; "
+            f"{batch} gives {kind} {where}, so all that is summed over the data would be none; "
             f"look at it, or leave it out{_suspicion(batch)}"
         )
 

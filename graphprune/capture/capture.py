@@ -63,9 +63,9 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
 
     """
     if isinstance(model, ExportedProgram):
-        given = model.example_inputs
-        if example_inputs is None and given is not None:
-            example_inputs = Inputs(*given[0], **given[1])
+        program_inputs = model.example_inputs
+        if example_inputs is None and program_inputs is not None:
+            example_inputs = Inputs(*program_inputs[0], **program_inputs[1])
         return unlifted(model), Inputs.of(example_inputs)
     if not isinstance(model, nn.Module):
         raise InvalidRequestError(
@@ -98,9 +98,9 @@ def guessed_inputs(model: nn.Module) -> Inputs:
         CaptureError: the model runs on none of them.
 
     """
-    noted = _inputs_noted(model)
-    if noted is not None:
-        return noted
+    noted_inputs = _find_noted_inputs(model)
+    if noted_inputs is not None:
+        return noted_inputs
     tried: list[str] = []
     for inputs in _candidates(model):
         if _runs_without_data(model, inputs):
@@ -116,7 +116,7 @@ def guessed_inputs(model: nn.Module) -> Inputs:
     )
 
 
-def _inputs_noted(model: nn.Module) -> Inputs | None:
+def _find_noted_inputs(model: nn.Module) -> Inputs | None:
     """Return inputs of the shapes that a traced graph notes at its placeholders."""
     if not isinstance(model, fx.GraphModule):
         return None
@@ -142,6 +142,7 @@ def _candidates(model: nn.Module) -> Iterator[Inputs]:
     def random(*shape: int) -> Inputs:
         return Inputs(torch.randn(_BATCH, *shape, generator=generator))
 
+    # the first layer of these kinds tells what the inputs are; modules of other kinds are passed over
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             for length in _SEQUENCE_LENGTHS:
@@ -182,49 +183,55 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """
     with alone():
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
-            return _captured_without_data(model, inputs)
-        return _captured(model, inputs)
+            return _trace_without_data(model, inputs)
+        return _trace_and_check(model, inputs)
 
 
-def _captured_without_data(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def _trace_without_data(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """Trace a model on the meta device as one on the CPU, where its inputs are and its result will run."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    meta = {name for name, tensor in named_tensors(model).items() if tensor.is_meta}
+    meta_names = {name for name, tensor in named_tensors(model).items() if tensor.is_meta}
     with fake:
-        stand_in = copy_with(
+        # fake tensors, made within the mode: they say that they are on the CPU, and take no memory
+        cpu_model = copy_with(
             model, lambda _, t: torch.empty_like(t, device="cpu") if t.is_meta else None
         )
-        its_inputs = inputs.map(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
-    graph_module = _captured(stand_in, its_inputs)
+        cpu_inputs = inputs.map(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    graph_module = _trace_and_check(cpu_model, cpu_inputs)
     return cast(
         fx.GraphModule,
         copy_with(
             graph_module,
-            lambda name, t: torch.empty_like(t, device="meta") if name in meta else None,
+            lambda name, t: torch.empty_like(t, device="meta") if name in meta_names else None,
         ),
     )
 
 
-def _captured(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    quiet = working_copy(model).eval()
-    quiet.forward = _plain_outputs(quiet.forward)
+def _trace_and_check(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    eval_model = working_copy(model).eval()
+    eval_model.forward = _drop_non_tensor_outputs(eval_model.forward)
     problems: list[str] = []
     reason = ""
+    # from most free sizes to none; the first graph that gives what the model gives is taken
     for name, shapes, free in _shape_choices(inputs):
-        traced_on = _at_least_two(inputs) if free else inputs
+        trace_inputs = _repeat_to_two(inputs) if free else inputs
         try:
             with without_caches(model), plain_kernels(), hushed():
                 with _SimpleSizes() if free else nullcontext():
                     program = torch.export.export(
-                        quiet, traced_on.args, traced_on.kwargs, dynamic_shapes=shapes, strict=False
+                        eval_model,
+                        trace_inputs.args,
+                        trace_inputs.kwargs,
+                        dynamic_shapes=shapes,
+                        strict=False,
                     )
                 graph_module = unlifted(program)
-                _check_same(quiet, graph_module, inputs, free)
+                _check_same(eval_model, graph_module, inputs, free)
         except Exception as failure:
             reason = in_a_line(failure)
             problems.append(f"  {name}: {reason}")
             continue
-        _compare_with_fused(quiet, graph_module, inputs)
+        _compare_with_fused(eval_model, graph_module, inputs)
         return graph_module
     raise CaptureError(
         f"{type(model).__name__} cannot be traced by torch.export: {reason}\n" + "\n".join(problems)
@@ -240,6 +247,7 @@ class _SimpleSizes(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # of this thread, not of the wall: a busy machine must not change which sizes are free
         self.start = time.thread_time()
         self.operators = 0
 
@@ -292,7 +300,7 @@ def _is_arithmetic(node: fx.Node) -> bool:
 
 def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
     """Yield what to leave free in tracing, from most to nothing."""
-    batch = inputs.tensors()[0].shape[:1] if inputs.tensors() else ()
+    batch_shape = inputs.tensors()[0].shape[:1] if inputs.tensors() else ()
 
     def shapes(dims_of: Any) -> Any:
         return pytree.tree_map(
@@ -303,21 +311,21 @@ def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
     if not inputs.kwargs or not inputs.args:
         yield (
             "all sizes free",
-            _merged(*shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))),
+            _merge_shapes(*shapes(lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO))),
             True,
         )
         yield (
             "batch free",
-            _merged(*shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch else {})),
+            _merge_shapes(*shapes(lambda t: {0: Dim.AUTO} if t.shape[:1] == batch_shape else {})),
             True,
         )
     yield "all sizes as given", None, False
 
 
-def _at_least_two(inputs: Inputs) -> Inputs:
+def _repeat_to_two(inputs: Inputs) -> Inputs:
     """Return inputs of batch two where it was one: a size of one is taken for a constant."""
-    first = inputs.tensors()[0]
-    return inputs.repeated(2) if first.dim() and first.shape[0] == 1 else inputs
+    first_tensor = inputs.tensors()[0]
+    return inputs.repeated(2) if first_tensor.dim() and first_tensor.shape[0] == 1 else inputs
 
 
 def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, free: bool) -> None:
@@ -325,22 +333,23 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
     if _has_no_data(model):
         return
     tolerance = _tolerance(model, inputs)
+    # a free batch has to hold at another size too, unless the model itself does not run there
     for batch in (inputs, inputs.repeated(2)) if free else (inputs,):
         try:
             with same_chance():
-                wanted = list(output_tensors(call(model, batch)))
+                expected_outputs = list(output_tensors(call(model, batch)))
         except Exception:
             if batch is inputs:
                 raise
             continue
         with same_chance():
-            given = list(output_tensors(call(graph_module, batch)))
-        for (name, a), (_, b) in zip(wanted, given, strict=True):
+            graph_outputs = list(output_tensors(call(graph_module, batch)))
+        for (name, expected), (_, actual) in zip(expected_outputs, graph_outputs, strict=True):
             torch.testing.assert_close(
-                b,
-                a,
+                actual,
+                expected,
                 rtol=tolerance,
-                atol=tolerance * float(a.abs().max() or 1) if a.numel() else 0,
+                atol=tolerance * float(expected.abs().max() or 1) if expected.numel() else 0,
                 equal_nan=True,
                 msg=f"{name} of the graph differs from the model's",
             )
@@ -351,14 +360,14 @@ def difference_on(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs
 
     Inputs that the model itself does not take make no difference.
     """
-    quiet = working_copy(model).eval()
+    eval_model = working_copy(model).eval()
     with without_caches(model), plain_kernels(), hushed(), same_chance():
         try:
-            call(quiet, inputs)
+            call(eval_model, inputs)
         except Exception:
             return ""
         try:
-            _check_same(quiet, graph_module, inputs, free=False)
+            _check_same(eval_model, graph_module, inputs, free=False)
         except Exception as failure:
             return in_a_line(failure)
     return ""
@@ -378,45 +387,48 @@ def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: 
     if not fused_modules(model) or _has_no_data(model):
         return
     with hushed(), same_chance():
-        usual = list(output_tensors(call(model, inputs)))
+        # without `plain_kernels`, as the user's own call runs it
+        fused_outputs = list(output_tensors(call(model, inputs)))
     with same_chance():
-        given = list(output_tensors(call(graph_module, inputs)))
+        graph_outputs = list(output_tensors(call(graph_module, inputs)))
     gaps = [
         relative_difference(*(tensor.double().numpy(force=True) for tensor in pair))
-        for pair in ((a, b) for (_, a), (_, b) in zip(usual, given, strict=True))
+        for pair in ((a, b) for (_, a), (_, b) in zip(fused_outputs, graph_outputs, strict=True))
         if pair[0].is_floating_point()
     ]
     if max(gaps, default=0.0) > _tolerance(model, inputs):
         warn_of_fused(model, "the graph", max(gaps))
 
 
-def _plain_outputs(forward: Any) -> Any:
+def _drop_non_tensor_outputs(forward: Any) -> Any:
     """Return the forward with everything but tensors in containers left out of its result."""
 
     @functools.wraps(forward)
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
-        return _plain(forward(*args, **kwargs))
+        return _drop_non_tensors(forward(*args, **kwargs))
 
     return plain_forward
 
 
-def _plain(output: Any) -> Any:
+def _drop_non_tensors(output: Any) -> Any:
     if isinstance(output, Tensor) or output is None:
         return output
     if isinstance(output, Mapping):
+        # built by keywords below, as the outputs of transformers want: mappings and dataclasses at once
         kept = {
             key: value
-            for key, value in ((k, _plain(v)) for k, v in output.items())
+            for key, value in ((k, _drop_non_tensors(v)) for k, v in output.items())
             if value is not None
         }
         return kept if type(output) is dict else type(output)(**kept)
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*map(_plain, output))
+        return type(output)(*map(_drop_non_tensors, output))
     if isinstance(output, (tuple, list)):
-        return type(output)(map(_plain, output))
+        return type(output)(map(_drop_non_tensors, output))
     if dataclasses.is_dataclass(output):
         return {
-            field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)
+            field.name: _drop_non_tensors(getattr(output, field.name))
+            for field in dataclasses.fields(output)
         }
     return None
 
@@ -453,20 +465,24 @@ def _follow_device(graph: fx.Graph) -> None:
     What is made of the sizes of an input could not be pickled otherwise, either.
     """
     inputs = graph.find_nodes(op="placeholder")
-    like = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
-    if like is None:
+    device_source = next(
+        (node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None
+    )
+    if device_source is None:
         return
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.target not in _MADE_LIKE or value.device != like.meta["val"].device:
+        if node.target not in _MADE_LIKE or value.device != device_source.meta["val"].device:
             continue
         fill = node.args[1:2] if node.target is aten.full.default else ()
         with graph.inserting_before(node):
-            made = graph.call_function(
-                _MADE_LIKE[node.target], (like, node.args[0], *fill), {"dtype": value.dtype}
+            new_node = graph.call_function(
+                _MADE_LIKE[node.target],
+                (device_source, node.args[0], *fill),
+                {"dtype": value.dtype},
             )
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+        new_node.meta = dict(node.meta)
+        node.replace_all_uses_with(new_node)
         graph.erase_node(node)
 
 
@@ -475,20 +491,31 @@ def reexported(
 ) -> ExportedProgram:
     """Return a slim graph as an exported program with the original's free sizes."""
     inputs = prepared(original, example_inputs)[1]
-    sizes = [node.meta["val"] for node in original.graph.find_nodes(op="placeholder")]
-    user = {
+    placeholder_values = [node.meta["val"] for node in original.graph.find_nodes(op="placeholder")]
+    user_input_names = {
         spec.arg.name
         for spec in original.graph_signature.input_specs
         if spec.kind.name == "USER_INPUT"
     }
     names = [node.name for node in original.graph.find_nodes(op="placeholder")]
-    free = iter([value for name, value in zip(names, sizes, strict=True) if name in user])
+    remaining_values = iter(
+        [
+            value
+            for name, value in zip(names, placeholder_values, strict=True)
+            if name in user_input_names
+        ]
+    )
 
     def shape(leaf: Any) -> Any:
-        value = next(free)
+        # for each leaf, tensor or not: leaves come in the order of the placeholders
+        placeholder_value = next(remaining_values)
         if not isinstance(leaf, Tensor):
             return None
-        return {d: Dim.AUTO for d, size in enumerate(value.shape) if not isinstance(size, int)}
+        return {
+            d: Dim.AUTO
+            for d, size in enumerate(placeholder_value.shape)
+            if not isinstance(size, int)
+        }
 
     args, kwargs = pytree.tree_map(shape, (tuple(inputs.args), dict(inputs.kwargs)))
     with hushed():
@@ -496,12 +523,12 @@ def reexported(
             slimmer.eval(),
             tuple(inputs.args),
             dict(inputs.kwargs),
-            dynamic_shapes=_merged(args, kwargs),
+            dynamic_shapes=_merge_shapes(args, kwargs),
             strict=False,
         )
 
 
-def _merged(args: Any, kwargs: Any) -> Any:
+def _merge_shapes(args: Any, kwargs: Any) -> Any:
     """Return the dynamic shapes of positional and keyword arguments as torch.export takes them."""
     return (
         {**{str(i): shape for i, shape in enumerate(args)}, **kwargs}
@@ -520,16 +547,18 @@ def follow_training(graph_module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         for position, argument in enumerate(schema.arguments if schema else ()):
-            given = node.args[position] if position < len(node.args) else None
-            if argument.name in _TRAINING_ARGUMENTS and given is False:
+            argument_value = node.args[position] if position < len(node.args) else None
+            # traced in evaluation: the module's own flag was written down as False; True was asked for
+            if argument.name in _TRAINING_ARGUMENTS and argument_value is False:
                 if flag is None:
-                    flag = _training_flag(graph)
+                    flag = _insert_training_flag(graph)
                 node.update_arg(position, flag)
     graph_module.recompile()
 
 
-def _training_flag(graph: fx.Graph) -> fx.Node:
-    first = next(iter(graph.nodes))
-    with graph.inserting_before(first), warnings.catch_warnings():
+def _insert_training_flag(graph: fx.Graph) -> fx.Node:
+    first_node = next(iter(graph.nodes))
+    # torch.fx warns since `training` is neither a parameter nor a buffer nor a module
+    with graph.inserting_before(first_node), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return graph.create_node("get_attr", "training", name="training")

@@ -37,38 +37,44 @@ def slim_config(
     if result.form != "module":
         return None, f"it is a graph: {result.why_graph}"
     try:
-        fit = find(result, _filling(config, Architecture(model)))
+        fit = find(result, _make_filler(config, Architecture(model)))
     except InvalidRequestError as refusal:
         return None, str(refusal)
     return (None, why_none(fit)) if fit.model is None else (fit.content, "")
 
 
-def _filling(config: Mapping[str, Any], architecture: Architecture) -> Written:
+def _make_filler(config: Mapping[str, Any], architecture: Architecture) -> Written:
     """Return what gives the content of the new config.json for changes of numbers."""
 
-    def written(changes: Changes) -> dict[str, Any]:
+    def fill_in_changes(changes: Changes) -> dict[str, Any]:
         content = with_changes(architecture.content, changes)
-        places = [*changes, *architecture.numbers]
-        return _filled(architecture.without_aliases(config), content, places, changes)
+        # All numbers, changed or not: the file may leave some to the defaults of the class.
+        paths = [*changes, *architecture.numbers]
+        return _fill_in(architecture.without_aliases(config), content, paths, changes)
 
-    return written
+    return fill_in_changes
 
 
-def _filled(
-    config: Mapping[str, Any], content: Mapping[str, Any], places: Iterable[Place], changes: Changes
+def _fill_in(
+    config: Mapping[str, Any], content: Mapping[str, Any], paths: Iterable[Place], changes: Changes
 ) -> dict[str, Any]:
     """Return a config with what stands at places where it has nothing, or where there are changes."""
-    result = copy.deepcopy(dict(config))
-    for place in places:
-        owner: Any = result
-        value: Any = content
-        for key in place[:-1]:
-            if isinstance(owner, dict) and key not in owner:
-                owner[key] = copy.deepcopy(value[key])
-            owner, value = owner[key], value[key]
-        last = place[-1]
-        if place in changes:
-            owner[last] = changes[place]
-        elif isinstance(owner, dict) and owner.get(last) is None and value.get(last) is not None:
-            owner[last] = value[last]
-    return result
+    new_config = copy.deepcopy(dict(config))
+    for path in paths:
+        target: Any = new_config
+        source: Any = content
+        # Down both configs at once, to what holds the number in each.
+        for key in path[:-1]:
+            if isinstance(target, dict) and key not in target:
+                target[key] = copy.deepcopy(source[key])
+            target, source = target[key], source[key]
+        last_key = path[-1]
+        if path in changes:
+            target[last_key] = changes[path]
+        elif (
+            isinstance(target, dict)
+            and target.get(last_key) is None
+            and source.get(last_key) is not None
+        ):
+            target[last_key] = source[last_key]
+    return new_config

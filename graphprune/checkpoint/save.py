@@ -49,7 +49,7 @@ def save(result: Slimmed, path: str | Path) -> None:
         "torch": torch.__version__,
     }  # fmt: skip
     with drafted(checked_target(path, ".safetensors")) as draft:
-        save_file(_each_once(result.model), draft, header)
+        save_file(_collect_tensors_once(result.model), draft, header)
 
 
 def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
@@ -71,7 +71,7 @@ def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored_tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
     if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -85,7 +85,7 @@ def load(path: str | Path, model: Any, example_inputs: Any = None) -> nn.Module:
         raise PlanError(f"the plan in {path} cannot be read: {error}") from error
     form: Any = header.get("form", "auto")
     slim = slimmed(model, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
-    _fill(slim, found, path)
+    _fill(slim, stored_tensors, path)
     return slim
 
 
@@ -107,60 +107,63 @@ def _load_folder(folder: Path, model: nn.Module, example_inputs: Any) -> nn.Modu
         raise InvalidRequestError(
             f"{path} is no file that graphprune.shrink_checkpoint wrote: {error}"
         ) from error
-    weights, own = Weights.of(Checkpoint.of(folder), model), named_tensors(model)
+    weights, model_tensors = Weights.of(Checkpoint.of(folder), model), named_tensors(model)
 
-    def emptied(name: str, tensor: Tensor) -> Tensor | None:
-        held = name in weights.by_name and not may_be_an_order(tensor)
-        return tensor.detach().to("meta") if held else None
+    def move_to_meta(name: str, tensor: Tensor) -> Tensor | None:
+        # Without memory, but for what inference reads the values of: orders of channels.
+        is_stored = name in weights.by_name and not may_be_an_order(tensor)
+        return tensor.detach().to("meta") if is_stored else None
 
-    empty = copy_with(model, emptied)
+    empty = copy_with(model, move_to_meta)
     slim = slimmed(empty, example_inputs=example_inputs, plan=plan, form=form, verify=False).model
     weights.check_shapes(slim)
 
-    def read(name: str, tensor: Tensor) -> Tensor | None:
+    def read_values(name: str, tensor: Tensor) -> Tensor | None:
         if name not in weights.by_name:
             return None
-        device = "cpu" if own[name].is_meta else own[name].device
+        device = "cpu" if model_tensors[name].is_meta else model_tensors[name].device
+        # In the model's precision and a block at a time: no second copy in memory.
         values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         weights.by_name[name].copy_to(values)
         return values
 
-    filled = copy_with(slim, read)
-    left = [name for name, tensor in named_tensors(filled).items() if tensor.is_meta]
-    if left:
+    filled = copy_with(slim, read_values)
+    missing = [name for name, tensor in named_tensors(filled).items() if tensor.is_meta]
+    if missing:
         raise InvalidRequestError(
-            f"{folder} holds no values of {listed(left)}, which {type(model).__name__} computes when it is "
-            "built, and on the meta device does not; build the model on the CPU"
+            f"{folder} holds no values of {listed(missing)}, which {type(model).__name__} computes when "
+            "it is built, and on the meta device does not; build the model on the CPU"
         )
     return filled
 
 
-def _each_once(model: nn.Module) -> dict[str, Tensor]:
+def _collect_tensors_once(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of the state, tied ones under their first name."""
-    seen: set[int] = set()
-    found = {}
+    visited_ids: set[int] = set()
+    tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach().contiguous()
-    return found
+        # keep_vars gives the tensors themselves: without it tied ones would not be one object.
+        if isinstance(tensor, Tensor) and id(tensor) not in visited_ids:
+            visited_ids.add(id(tensor))
+            tensors[name] = tensor.detach().contiguous()
+    return tensors
 
 
-def _fill(model: nn.Module, found: dict[str, Tensor], path: str | Path) -> None:
-    own = _each_once(model)
-    if found.keys() != own.keys():
-        odd = sorted(found.keys() ^ own.keys())
+def _fill(model: nn.Module, stored_tensors: dict[str, Tensor], path: str | Path) -> None:
+    model_tensors = _collect_tensors_once(model)
+    if stored_tensors.keys() != model_tensors.keys():
+        differing = sorted(stored_tensors.keys() ^ model_tensors.keys())
         raise InvalidRequestError(
-            f"{path} and the model differ in {', '.join(odd[:5])}{' and more' if odd[5:] else ''}; a file "
-            "is for the model that it was made from"
+            f"{path} and the model differ in {', '.join(differing[:5])}"
+            f"{' and more' if differing[5:] else ''}; a file is for the model that it was made from"
         )
-    for name, tensor in found.items():
-        if tensor.shape != own[name].shape:
+    for name, tensor in stored_tensors.items():
+        if tensor.shape != model_tensors[name].shape:
             raise InvalidRequestError(
-                f"{name} has shape {tuple(tensor.shape)} in {path}, and {tuple(own[name].shape)} in the "
-                "model without what the plan removes"
+                f"{name} has shape {tuple(tensor.shape)} in {path}, and "
+                f"{tuple(model_tensors[name].shape)} in the model without what the plan removes"
             )
     with torch.no_grad():
         state = model.state_dict(keep_vars=True)
-        for name, tensor in found.items():
+        for name, tensor in stored_tensors.items():
             state[name].copy_(tensor)

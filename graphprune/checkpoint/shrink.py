@@ -124,21 +124,24 @@ def shrink_checkpoint(
         for name, shard in checkpoint.shards.items()
     }
     check_target(source, target)
-    with _made_and_locked(target):
-        kept = _already_there(target, files, fingerprint)
-        rest = {name: file for name, file in files.items() if name not in kept}
-        _check_space(target, sum(file.bytes for file in rest.values()))
+    with _make_and_lock(target):
+        kept = _find_finished_files(target, files, fingerprint)
+        remaining_files = {name: file for name, file in files.items() if name not in kept}
+        _check_space(target, sum(file.bytes for file in remaining_files.values()))
         _remove_drafts(target, files)
-        config = _copied(source, target)
-        loads = config is not None and _write_config(config, target, empty, result)
+        config = _copy_other_files(source, target)
+        has_new_config = config is not None and _write_config(config, target, empty, result)
         _write_json(target / PLAN_FILE, folder_content(result.plan, result.form))
-        for name, file in track(rest.items(), "shrinking", len(rest)):
+        for name, file in track(remaining_files.items(), "shrinking", len(remaining_files)):
             write_safetensors(target / name, file.tensors, file.metadata)
+        # Last, since with it a folder counts as whole.
         if checkpoint.index is not None:
             _write_json(target / INDEX, _index(checkpoint, files, result, fingerprint))
-    after = sum(file.bytes for file in files.values())
-    before = sum(stored.bytes for stored in checkpoint.tensors.values())
-    return ShrunkCheckpoint(target, tuple(files), tuple(kept), before, after, loads)
+    bytes_after = sum(file.bytes for file in files.values())
+    bytes_before = sum(stored.bytes for stored in checkpoint.tensors.values())
+    return ShrunkCheckpoint(
+        target, tuple(files), tuple(kept), bytes_before, bytes_after, has_new_config
+    )
 
 
 class ToShrink:
@@ -155,19 +158,26 @@ class ToShrink:
     def __init__(self, shard: Shard, weights: Weights, result: Slimmed, fingerprint: str) -> None:
         self.metadata = {**shard.metadata, FINGERPRINT: fingerprint}
         inference, masks = result.graph.inference, result.plan.masks(result.graph)
-        firsts = {name: first for first, names in inference.names.items() for name in names}
+        first_names = {
+            name: first_name for first_name, names in inference.names.items() for name in names
+        }
         self.tensors: dict[str, ToWrite] = {}
         for name, stored in shard.tensors.items():
-            first = firsts.get(weights.names[name], "")
-            kept = [mask_of(layout, masks) for layout in inference.parameters.get(first, [])]
+            # Inference knows a tied tensor by its first name; what it does not know stays as it is.
+            first_name = first_names.get(weights.names[name], "")
+            kept = [mask_of(layout, masks) for layout in inference.parameters.get(first_name, [])]
             shape = tuple(int(mask.sum()) for mask in kept) if kept else stored.shape
-            ordered = inference.addressed.get(first)
-            blocks = CutBlocks(stored, kept, None if ordered is None else mask_of(ordered, masks))
+            order_layout = inference.addressed.get(first_name)
+            blocks = CutBlocks(
+                stored, kept, None if order_layout is None else mask_of(order_layout, masks)
+            )
             self.tensors[name] = ToWrite(stored.dtype, shape, blocks)
 
     def is_at(self, path: Path) -> bool:
         """Say whether a file is whole, and what is to be written."""
         try:
+            # Without the 8 bytes of its length. The header says names, shapes and the fingerprint,
+            # and `Shard.of` has checked that the file is as long as it says.
             return Shard.of(path).header == header_of(self.tensors, self.metadata)[8:]
         except InvalidRequestError:
             return False
@@ -194,11 +204,12 @@ class CutBlocks:
     ordered: Mask | None
 
     def __iter__(self) -> Iterator[Tensor]:
-        done = 0
+        start = 0
         for block in self.stored.blocks():
             if self.kept:
-                stop = done + len(block)
-                block, done = cut(block, [self.kept[0][done:stop], *self.kept[1:]]), stop
+                stop = start + len(block)
+                # A block has some of the rows, and all of every other dimension.
+                block, start = cut(block, [self.kept[0][start:stop], *self.kept[1:]]), stop
             yield block if self.ordered is None else renumbered(block, self.ordered)
 
 
@@ -228,11 +239,11 @@ def check_target(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _made_and_locked(target: Path) -> Iterator[None]:
+def _make_and_lock(target: Path) -> Iterator[None]:
     """Make a folder, and let no other process write to it meanwhile."""
     target.mkdir(parents=True, exist_ok=True)
-    with alone(target / _LOCK) as first:
-        if not first:
+    with alone(target / _LOCK) as has_lock:
+        if not has_lock:
             raise InvalidRequestError(
                 f"another process is writing to {target}; wait for it, or name another folder"
             )
@@ -246,28 +257,33 @@ def _remove_drafts(target: Path, names: Iterable[str]) -> None:
             draft.unlink()
 
 
-def _already_there(target: Path, files: Mapping[str, ToShrink], fingerprint: str) -> list[str]:
+def _find_finished_files(
+    target: Path, files: Mapping[str, ToShrink], fingerprint: str
+) -> list[str]:
     """Return the names of the files that an earlier run of the same job wrote.
 
     Raises:
         InvalidRequestError: the target holds weights of something else.
 
     """
-    there = sorted(path.name for path in target.glob("*.safetensors"))
-    others = [name for name in there if name not in files or not files[name].is_at(target / name)]
+    present = sorted(path.name for path in target.glob("*.safetensors"))
+    foreign = [
+        name for name in present if name not in files or not files[name].is_at(target / name)
+    ]
     if (target / INDEX).exists() and fingerprint.encode() not in (target / INDEX).read_bytes():
-        others.append(INDEX)
-    if others:
+        foreign.append(INDEX)
+    if foreign:
         raise InvalidRequestError(
-            f"{target} holds {listed(others)} of another model, plan or source; name an empty folder, or "
-            "remove them"
+            f"{target} holds {listed(foreign)} of another model, plan or source; name an empty folder, "
+            "or remove them"
         )
-    return there
+    return present
 
 
 def _check_space(target: Path, needed: int) -> None:
-    there = next(path for path in (target, *target.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    # A folder that is still to be made will be on the disk of the one that it is in.
+    existing_folder = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing_folder).free
     if free < needed:
         raise InvalidRequestError(
             f"{target} needs {needed:,} bytes more, and {free:,} are free there; name a folder on another "
@@ -275,20 +291,20 @@ def _check_space(target: Path, needed: int) -> None:
         )
 
 
-def _copied(source: Path, target: Path) -> dict[str, Any] | None:
+def _copy_other_files(source: Path, target: Path) -> dict[str, Any] | None:
     """Copy what is beside the weights of a folder, and return its config."""
     if not source.is_dir():
         return None
     outside = []
     for path in sorted(source.iterdir()):
-        ours = path.name in (CONFIG, ORIGINAL_CONFIG, PLAN_FILE, _LOCK)
-        if ours or path.name.endswith(_WEIGHTS) or not path.is_file():
+        is_ours = path.name in (CONFIG, ORIGINAL_CONFIG, PLAN_FILE, _LOCK)
+        if is_ours or path.name.endswith(_WEIGHTS) or not path.is_file():
             continue
-        if not _is_of(source, path):
+        if not _is_inside(source, path):
             outside.append(path.name)
             continue
-        with path.open("rb") as file, written_whole(target / path.name) as copy:
-            shutil.copyfileobj(file, copy)
+        with path.open("rb") as file, written_whole(target / path.name) as copied_file:
+            shutil.copyfileobj(file, copied_file)
     if outside:
         warn(
             f"{listed(outside)} in {source} links to a file outside of it, and was not copied to {target}; "
@@ -302,7 +318,7 @@ def _copied(source: Path, target: Path) -> dict[str, Any] | None:
         raise InvalidRequestError(f"{source / CONFIG} is no config: {error}") from error
 
 
-def _is_of(source: Path, path: Path) -> bool:
+def _is_inside(source: Path, path: Path) -> bool:
     """Say whether a file is in a folder, and not a link to elsewhere."""
     roots = [source.resolve()]
     if roots[0].parent.name == "snapshots":  # of the Hub's cache, which links to its blobs
@@ -312,9 +328,9 @@ def _is_of(source: Path, path: Path) -> bool:
 
 def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result: Slimmed) -> bool:
     """Write a config of the new sizes, or the old one under another name; say whether the first."""
-    changed, why = slim_config(config, empty, result)
-    if changed is not None:
-        _write_json(target / CONFIG, changed)
+    new_config, why = slim_config(config, empty, result)
+    if new_config is not None:
+        _write_json(target / CONFIG, new_config)
         return True
     _write_json(target / ORIGINAL_CONFIG, config)
     write_text(target / CONFIG, _NO_CONFIG)
@@ -333,7 +349,7 @@ def _index(
     metadata["total_size"] = sum(file.bytes for file in files.values())
     if "total_parameters" in metadata:
         metadata["total_parameters"] = count_parameters(result.model)
-    weight_map = {name: file for file, held in files.items() for name in held.tensors}
+    weight_map = {name: file_name for file_name, file in files.items() for name in file.tensors}
     return {
         **index,
         "metadata": {**metadata, FINGERPRINT: fingerprint},

@@ -41,6 +41,7 @@ def header_of(tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> by
         entries[name] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end],
         }  # fmt: skip
+    # The length in 8 bytes, the header in JSON with blanks behind it, then the data.
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

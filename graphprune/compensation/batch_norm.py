@@ -13,10 +13,10 @@ class BatchNorm:
     """What a batch norm of a graph does to each channel, and the tensors that say so."""
 
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
-        given = arguments_of(node)
-        self.eps: float = given["eps"]
+        arguments = arguments_of(node)
+        self.eps: float = arguments["eps"]
         self.weight, self.bias, self.mean, self.variance = (
-            held_by(graph_module, given[name])
+            held_by(graph_module, arguments[name])
             for name in ("weight", "bias", "running_mean", "running_var")
         )
 
@@ -28,22 +28,24 @@ class BatchNorm:
     @property
     def scale(self) -> Tensor:
         """What each channel is multiplied by, in float64."""
-        return self.weight.double() / (self.variance.double() + self.eps).sqrt()
+        return self.weight.double() / (self.variance.double() + self.eps).sqrt()  # [channels]
 
-    def __call__(self, given: Tensor) -> Tensor:
+    def __call__(self, data: Tensor) -> Tensor:
         """Return the output for an input `[batch, channel, ...]`."""
-        shape = (1, -1, *[1] * (given.dim() - 2))
-        centred = given - self.mean.view(shape)
-        return (centred * self.scale.view(shape) + self.bias.view(shape)).to(given.dtype)
+        shape = (1, -1, *[1] * (data.dim() - 2))
+        # [batch, channel, ...] - [1, channel, 1, ...]
+        centred = data - self.mean.view(shape)
+        return (centred * self.scale.view(shape) + self.bias.view(shape)).to(data.dtype)
 
     def unscaled(self, difference: Tensor) -> Tensor:
         """Return the difference of inputs that makes such a difference of outputs.
 
         A channel whose scale is next to zero gives the same whatever comes in: no difference does it.
         """
-        scale = self.scale
+        scale = self.scale  # [channels]
         inverse = torch.where(scale.abs() < 1e-6, 0.0, 1 / scale)
         shape = (1, -1, *[1] * (difference.dim() - 2))
+        # [batch, channel, ...] * [1, channel, 1, ...]
         return difference * inverse.view(shape).to(difference.dtype)
 
     def become(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
@@ -55,6 +57,9 @@ class BatchNorm:
             extra: a bias that the new input lacks.
 
         """
+        # x + extra is what the old input was, so the output stays
+        # scale (x + extra - old mean) + old bias = scale (x - mean) + new bias, all [channels];
+        # scale and old mean are read before they change.
         scale = self.scale
         self.bias.copy_(self.bias + scale * (mean + extra - self.mean))
         self.mean.copy_(mean)

@@ -61,43 +61,58 @@ class Mixing:
         layout = resolve(layout)
         if not isinstance(layout, Product):
             return None
-        cut = [place for place, factor in enumerate(layout.factors) if touches(factor, masks)]
-        if len(cut) != 1:
+        # Of (before channels after), say a map of [channels, height, width] that was flattened.
+        cut_positions = [
+            position for position, factor in enumerate(layout.factors) if touches(factor, masks)
+        ]
+        if len(cut_positions) != 1:
             return None
-        before, after = layout.factors[: cut[0]], layout.factors[cut[0] + 1 :]
-        kept = torch.from_numpy(mask_of(layout.factors[cut[0]], masks))
+        before, after = layout.factors[: cut_positions[0]], layout.factors[cut_positions[0] + 1 :]
+        kept = torch.from_numpy(mask_of(layout.factors[cut_positions[0]], masks))
         return cls(size_of(Product(before)), kept, size_of(Product(after)), False)
 
     def channels(self, data: Tensor) -> Tensor:
         """Return an input, of either model, as `[positions, channels]`."""
         if self.is_map:
+            # [batch, channels, *space] -> [batch, *space, channels] -> [positions, channels]
             return data.movedim(1, -1).flatten(0, -2)
-        own = data.shape[-1] // (self.before * self.after)
-        return data.reshape(-1, self.before, own, self.after).movedim(2, -1).flatten(0, -2)
+        channels = data.shape[-1] // (self.before * self.after)
+        # [..., before * channels * after] -> [samples, before, after, channels]
+        return data.reshape(-1, self.before, channels, self.after).movedim(2, -1).flatten(0, -2)
 
-    def fitted(self, batches: Share, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-        """Return how the channels of `wanted` follow from those of `given`, and a constant one.
+    def fitted(
+        self, batches: Share, original_inputs: Sequence[Tensor], slim_inputs: Sequence[Tensor]
+    ) -> Tensor:
+        """Return how the original's channels follow from those of the slim model, and a constant one.
 
         Shape: `[original channels, channels + 1]`, float64. Where a fit would do no good, a channel
         that stayed is itself, and one that went is zero.
         """
         slots = self.kept.nonzero().flatten()
-        start = torch.zeros(len(self.kept), len(slots) + 1, dtype=torch.float64)
-        start[slots, torch.arange(len(slots))] = 1.0
+        # [original channels, kept channels + 1]: the identity for those that stayed, else zero.
+        guess = torch.zeros(len(self.kept), len(slots) + 1, dtype=torch.float64)
+        guess[slots, torch.arange(len(slots))] = 1.0
         equations = NormalEquations()
-        for place, its, mine in zip(batches.places, wanted, given, strict=True):
-            for piece, rows in enumerate(Layer.pieces(its, its[:, :1])):
-                features = F.pad(self.channels(mine[rows]), (0, 1), value=1.0).double()
-                missing = self.channels(its[rows]).double() - features @ start.to(features).mT
-                residuals = missing.square().sum(0)
+        for number, original_data, slim_data in zip(
+            batches.places, original_inputs, slim_inputs, strict=True
+        ):
+            # Two pieces at least, one after the other in number, so that each half gets some.
+            for piece, rows in enumerate(Layer.pieces(original_data, original_data[:, :1])):
+                # [positions, kept channels + 1]
+                features = F.pad(self.channels(slim_data[rows]), (0, 1), value=1.0).double()
+                # [positions, original channels]
+                missing = (
+                    self.channels(original_data[rows]).double() - features @ guess.to(features).mT
+                )
+                residuals = missing.square().sum(0)  # [original channels]
                 equations.add(
-                    place + piece,
-                    partial(features.unsqueeze, 0),
-                    (missing.mT @ features)[None],
+                    number + piece,
+                    partial(features.unsqueeze, 0),  # [1, positions, kept channels + 1]
+                    (missing.mT @ features)[None],  # [1, original channels, kept channels + 1]
                     residuals[None],
                 )
         equations.gather(batches)
-        return start + equations.fit()[0].cpu()
+        return guess + equations.fit()[0].cpu()
 
     def mixed(self, matrix: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """Return the original's weights for the channels that stayed, and the bias that goes along.
@@ -107,7 +122,10 @@ class Mixing:
             mixture: from `fitted`.
 
         """
+        # [outputs, before, original channels, after]
         by_channel = matrix.unflatten(1, (self.before, len(self.kept), self.after))
         mixture = mixture.to(matrix)
+        # With x = A y + a, the mixture being [A a], W x is (W A) y + W a: weights
+        # [outputs, before, kept channels, after], and a bias [outputs], summed over all positions.
         weights = torch.einsum("obca,ck->obka", by_channel, mixture[:, :-1])
         return weights.flatten(1), torch.einsum("obca,c->o", by_channel, mixture[:, -1])

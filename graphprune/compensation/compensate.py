@@ -79,7 +79,9 @@ class Compensation:
 
     def __str__(self) -> str:
         lines = ["error of each layer's output, as cut and repaired:"]
-        lines += [f"  {one.weight}: {one.before:.3g} -> {one.after:.3g}" for one in self.layers]
+        lines += [
+            f"  {layer.weight}: {layer.before:.3g} -> {layer.after:.3g}" for layer in self.layers
+        ]
         if self.output is not None:
             lines.append("error of the model's output: {:.3g} -> {:.3g}".format(*self.output))
         return "\n".join(lines)
@@ -139,52 +141,56 @@ def compensated(
         raise InvalidRequestError(
             "compensate= needs weights, and this model is on the meta device; load them first"
         )
-    wanted, given = graph_of(original, inputs), graph_of(slimmer, inputs)
-    graph = Dependencies(infer(wanted, inputs))
-    with evaluating(given), evaluating(wanted):
-        as_cut = _error_of_output(wanted, given, batches)
-        repair = _Repair(wanted, given, graph, plan.masks(graph), batches)
-        repaired = tuple(repair.layers(method))
-        output = as_cut, _error_of_output(wanted, given, batches)
-    if output[1] > max(output[0], _ROUNDING):
+    original_graph, slim_graph = graph_of(original, inputs), graph_of(slimmer, inputs)
+    graph = Dependencies(infer(original_graph, inputs))
+    with evaluating(slim_graph), evaluating(original_graph):
+        error_as_cut = _error_of_output(original_graph, slim_graph, batches)
+        repair = _Repair(original_graph, slim_graph, graph, plan.masks(graph), batches)
+        repaired_layers = tuple(repair.layers(method))
+        errors = error_as_cut, _error_of_output(original_graph, slim_graph, batches)
+    if errors[1] > max(errors[0], _ROUNDING):
         warn(
-            f"the repair does more harm than good: the error of the model's output is {output[1]:.3g} of "
-            f"its square, and {output[0]:.3g} as cut, on the same data; pass more data, batches whose "
+            f"the repair does more harm than good: the error of the model's output is {errors[1]:.3g} of "
+            f"its square, and {errors[0]:.3g} as cut, on the same data; pass more data, batches whose "
             "numbers are of one size, or leave compensate out"
         )
-    if not repaired:
+    if not repaired_layers:
         warn(
             "nothing is repaired: no convolution, linear or recurrent layer of this model reads weights "
             "of its own"
         )
-    if given is not slimmer:
-        _carry_over(given, slimmer)
-    _have_the_same(slimmer, batches.ranks)
-    return Compensation(repaired, output)
+    # A graph that was traced holds tensors of its own; a graph that was passed is changed already.
+    if slim_graph is not slimmer:
+        _carry_over(slim_graph, slimmer)
+    _take_values_of_rank_0(slimmer, batches.ranks)
+    return Compensation(repaired_layers, errors)
 
 
-def _error_of_output(wanted: fx.GraphModule, given: fx.GraphModule, batches: Share) -> float:
+def _error_of_output(original: fx.GraphModule, slim: fx.GraphModule, batches: Share) -> float:
     """Return the squared error of what a graph gives over the square of what is wanted.
 
     It is the mean over batches, so that one with large numbers does not hide the others.
     """
-    total, both = 0.0, [cast(fx.GraphModule, working_copy(g)) for g in (wanted, given)]
+    total, copies = 0.0, [cast(fx.GraphModule, working_copy(g)) for g in (original, slim)]
     for batch in batches:
-        pair = [Run(g, batch.inputs, list(g.graph.nodes), what=str(batch)) for g in both]
-        missed = whole = 0.0
-        for its, mine in zip(*map(_numbers, pair), strict=True):
-            finite = its.isfinite() & mine.isfinite() if its.shape == mine.shape else None
+        runs = [Run(g, batch.inputs, list(g.graph.nodes), what=str(batch)) for g in copies]
+        squared_error = squared_output = 0.0
+        for expected, output in zip(*map(_numbers, runs), strict=True):
+            # Infinite entries, of a mask that is added, say nothing; nor do outputs that were cut too.
+            finite = (
+                expected.isfinite() & output.isfinite() if expected.shape == output.shape else None
+            )
             if finite is not None:
-                missed += float((mine - its)[finite].double().abs().square().sum())
-                whole += float(its[finite].double().abs().square().sum())
-        total += missed / whole if whole else 0.0
+                squared_error += float((output - expected)[finite].double().abs().square().sum())
+                squared_output += float(expected[finite].double().abs().square().sum())
+        total += squared_error / squared_output if squared_output else 0.0
     return float(batches.mean(total))
 
 
 def _numbers(run: Run) -> list[Tensor]:
     """Run to the end; return the tensors of real numbers that come out."""
     values = pytree.tree_leaves(run.until(run.order[-1], inclusive=True))
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
@@ -195,12 +201,13 @@ def _carry_over(graph_module: fx.GraphModule, model: nn.Module) -> None:
             tensor.copy_(values[name])
 
 
-def _have_the_same(model: nn.Module, ranks: Ranks) -> None:
+def _take_values_of_rank_0(model: nn.Module, ranks: Ranks) -> None:
     """Give the model the values that it has in rank 0: machines may round in other ways."""
     if ranks.size == 1:
         return
     for tensor in named_tensors(model).values():
         if tensor.is_floating_point():
+            # The sum of its values and of zeros: an all-reduce is all that there is.
             values = tensor if ranks.rank == 0 else torch.zeros_like(tensor)
             tensor.copy_(ranks.total([values])[0])
 
@@ -210,25 +217,25 @@ class _Repair:
 
     def __init__(
         self,
-        wanted: fx.GraphModule,
-        given: fx.GraphModule,
+        original: fx.GraphModule,
+        slim: fx.GraphModule,
         graph: Dependencies,
         masks: dict[Axis, Mask],
         batches: Share,
     ) -> None:
         self.batches = batches
-        self.wanted, self.given = wanted, given
+        self.wanted, self.given = original, slim
         self.layouts = graph.inference.nodes
         self.parameters = graph.inference.parameters
         self.masks = masks
-        self.originals = layers_of(wanted)
-        sites, self.order = sites_of(given)
+        self.originals = layers_of(original)
+        sites, self.order = sites_of(slim)
         self.sites = {site.layer.node: site for site in sites}
-        self.wanted_cells, self.given_cells = recurrent_nodes(wanted), recurrent_nodes(given)
+        self.wanted_cells, self.given_cells = recurrent_nodes(original), recurrent_nodes(slim)
         self.recurrent = {cells[0].node: name for name, cells in self.given_cells.items()}
-        order = list(wanted.graph.nodes)
-        self.wanted_runs = [Run(wanted, b.inputs, order, what=str(b)) for b in batches]
-        self.given_runs = [Run(given, b.inputs, self.order, what=str(b)) for b in batches]
+        order = list(original.graph.nodes)
+        self.wanted_runs = [Run(original, b.inputs, order, what=str(b)) for b in batches]
+        self.given_runs = [Run(slim, b.inputs, self.order, what=str(b)) for b in batches]
 
     def layers(self, method: Method) -> Iterator[Repaired]:
         """Repair one layer after the other.
@@ -238,10 +245,11 @@ class _Repair:
 
         """
         names = [str(site.layer.weight.target) for site in self.sites.values()]
-        odd = [name for name in names if named_tensors(self.given)[name].is_complex()]
-        if odd:
+        complex_names = [name for name in names if named_tensors(self.given)[name].is_complex()]
+        if complex_names:
             raise InvalidRequestError(
-                f"compensate= fits real numbers, and {listed(odd)} hold complex ones; leave compensate out"
+                f"compensate= fits real numbers, and {listed(complex_names)} hold complex ones; "
+                "leave compensate out"
             )
         for node in track(self.order, "repairing layers"):
             if node in self.sites:
@@ -256,44 +264,50 @@ class _Repair:
         """Fit a recurrent node, found by its first weight in both models."""
         if name not in self.wanted_cells:
             return
-        wanted = Side(self.wanted, self.batches, self.wanted_runs, self.wanted_cells[name])
-        given = Side(self.given, self.batches, self.given_runs, self.given_cells[name])
-        for side in (wanted, given):
+        original_side = Side(self.wanted, self.batches, self.wanted_runs, self.wanted_cells[name])
+        slim_side = Side(self.given, self.batches, self.given_runs, self.given_cells[name])
+        for side in (original_side, slim_side):
             for run in side.runs:
                 run.until(side.cells[0].node)
-        found = repaired_cells(
-            wanted,
-            given,
+        repairs = repaired_cells(
+            original_side,
+            slim_side,
             self.parameters,
             self.masks,
             bias_alone=method == "constants",
         )
-        for weight, before, after in found:
+        for weight, before, after in repairs:
             yield Repaired(weight, before, after)
 
     def repaired(self, site: Site, original: Layer, method: Method) -> Repaired:
         """Fit one layer to what the original has where the site ends."""
         fitted = FittedLayer(site, self.given)
         mixing = self.mixing(original) if method == "least_squares" else None
-        read = [self.read(run, original) for run in self.wanted_runs] if mixing else []
+        # Before the targets: the original has then run past the layer, and lets its input go.
+        original_inputs = [self.read(run, original) for run in self.wanted_runs] if mixing else []
         end = _end_of(original, site)
         targets = [self.target(run, end) for run in self.wanted_runs]
         for run in self.given_runs:
             run.until(site.layer.node)
         fitted.aim(self.batches, self.given_runs, targets)
-        before = least = fitted.error
-        best = [tensor.clone() for tensor in fitted.tensors]
-        if mixing is not None and before > _ROUNDING and all(data is not None for data in read):
-            self.mix(fitted, original, mixing, cast(list[Tensor], read), targets)
+        error_before = least_error = fitted.error
+        best_tensors = [tensor.clone() for tensor in fitted.tensors]
+        if (
+            mixing is not None
+            and error_before > _ROUNDING
+            and all(data is not None for data in original_inputs)
+        ):
+            self.mix(fitted, original, mixing, cast(list[Tensor], original_inputs), targets)
+        # A ReLU moves which entries lack something; without one the first fit is the nearest.
         for _ in range(_ROUNDS if site.bounds != (-math.inf, math.inf) else 1):
             if fitted.error > _ROUNDING:
-                least, best = _better(fitted, least, best)
+                least_error, best_tensors = _keep_better(fitted, least_error, best_tensors)
                 fitted.fit(bias_alone=method == "constants")
                 fitted.aim(self.batches, self.given_runs, targets)
-        if fitted.error > least:
-            fitted.put_back(best)
-            return Repaired(str(site.layer.weight.target), before, least)
-        return Repaired(str(site.layer.weight.target), before, fitted.error)
+        if fitted.error > least_error:
+            fitted.put_back(best_tensors)
+            return Repaired(str(site.layer.weight.target), error_before, least_error)
+        return Repaired(str(site.layer.weight.target), error_before, fitted.error)
 
     def mixing(self, original: Layer) -> Mixing | None:
         """Return how the channels of the layer's input may be mixed, where that is worth a try."""
@@ -305,21 +319,25 @@ class _Repair:
         fitted: FittedLayer,
         original: Layer,
         mixing: Mixing,
-        read: Sequence[Tensor],
+        original_inputs: Sequence[Tensor],
         targets: Sequence[Tensor],
     ) -> None:
         """Start from the original's weights for mixtures of channels, where that is nearer."""
-        given = [run.env[fitted.layer.data] for run in self.given_runs]
-        before, kept = fitted.error, [tensor.clone() for tensor in fitted.tensors]
-        made = self.layouts[original.node.name][original.summed]
-        outputs = torch.from_numpy(mask_of(made, self.masks))
+        slim_inputs = [run.env[fitted.layer.data] for run in self.given_runs]
+        error_before, tensors_before = fitted.error, [tensor.clone() for tensor in fitted.tensors]
+        # A layer makes channels in the dimension in which it reads them: 1 of maps, -1 of vectors.
+        output_layout = self.layouts[original.node.name][original.summed]
+        output_mask = torch.from_numpy(mask_of(output_layout, self.masks))
         weight = held_by(self.wanted, original.weight)
-        matrix = original.matrix(weight, fitted.arguments).double()[0, outputs]
-        weights, extra = mixing.mixed(matrix, mixing.fitted(self.batches, read, given))
-        fitted.replace(weights.unsqueeze(0), extra)
+        # [kept outputs, original features], of the one group
+        matrix = original.matrix(weight, fitted.arguments).double()[0, output_mask]
+        weights, extra = mixing.mixed(
+            matrix, mixing.fitted(self.batches, original_inputs, slim_inputs)
+        )
+        fitted.replace(weights.unsqueeze(0), extra)  # [1, outputs, features] and [outputs]
         fitted.aim(self.batches, self.given_runs, targets)
-        if fitted.error >= before:
-            fitted.put_back(kept)
+        if fitted.error >= error_before:
+            fitted.put_back(tensors_before)
             fitted.aim(self.batches, self.given_runs, targets)
 
     @staticmethod
@@ -334,18 +352,21 @@ class _Repair:
         """Return what the original's node gives, of the channels that stay."""
         value: Tensor = run.until(end, inclusive=True)
         small = sliced(value, self.layouts[end.name], self.masks)
+        # A copy, since what runs next may write over the value.
         return value.clone() if small is None else small
 
 
-def _better(fitted: FittedLayer, least: float, best: list[Tensor]) -> tuple[float, list[Tensor]]:
+def _keep_better(
+    fitted: FittedLayer, least_error: float, best_tensors: list[Tensor]
+) -> tuple[float, list[Tensor]]:
     """Return the least error so far and what the layer held then."""
-    if fitted.error >= least:
-        return least, best
+    if fitted.error >= least_error:
+        return least_error, best_tensors
     return fitted.error, [tensor.clone() for tensor in fitted.tensors]
 
 
 def _end_of(original: Layer, site: Site) -> fx.Node:
     """Return the node of the original that stands where the site of the slim model ends."""
-    its = followed(original)
-    ends = its.total if site.total else its.norm if site.norm else original.node
-    return ends or original.node
+    original_site = followed(original)
+    end = original_site.total if site.total else original_site.norm if site.norm else original.node
+    return end or original.node

@@ -60,35 +60,41 @@ class NormalEquations:
             self.products = products.new_zeros(2, *products.shape)
             self.residuals = residuals.new_zeros(2, *residuals.shape)
         if not self.known:
-            own = features()
+            feature_matrix = features()  # [G, samples, F]
             if self.squares is None:
-                self.squares = own.new_zeros(2, len(own), own.shape[-1], own.shape[-1])
-            self.squares[half] += own.mT @ own
-        self.products[half] += products
-        self.residuals[half] += residuals
+                self.squares = feature_matrix.new_zeros(
+                    2, len(feature_matrix), feature_matrix.shape[-1], feature_matrix.shape[-1]
+                )
+            # [G, F, samples] @ [G, samples, F] -> [G, F, F]
+            self.squares[half] += feature_matrix.mT @ feature_matrix
+        self.products[half] += products  # [G, O, F]
+        self.residuals[half] += residuals  # [G, O]
         self.portions[half] += 1
 
     def forget_residuals(self) -> None:
         """Keep what is known of the features alone: the portions come again with other residuals."""
+        # What a layer reads does not change with its own weights, so the squares hold.
         self.known = self.squares is not None
         self.portions = torch.zeros(2)
 
     def gather(self, batches: Share) -> None:
         """Add what the other processes were given."""
         self.ranks = batches.ranks
-        mine = [self.products, self.residuals, self.portions]
-        if self.known:
-            self.products, self.residuals, self.portions = batches.total(mine)
+        local_sums = [self.products, self.residuals, self.portions]
+        if self.known:  # the squares are sums over all processes already
+            self.products, self.residuals, self.portions = batches.total(local_sums)
         else:
-            totals = batches.total([*mine, self.squares])
+            totals = batches.total([*local_sums, self.squares])
             self.products, self.residuals, self.portions, self.squares = totals
 
     @property
     def halves(self) -> list[Sums]:
         """The sums over each half of the samples; one where there is but one portion."""
         assert self.squares is not None
-        both = zip(self.squares, self.products, self.residuals, strict=True)
-        return [Sums(*sums) for sums, count in zip(both, self.portions, strict=True) if count]
+        sums_of_halves = zip(self.squares, self.products, self.residuals, strict=True)
+        return [
+            Sums(*sums) for sums, count in zip(sums_of_halves, self.portions, strict=True) if count
+        ]
 
     @property
     def total(self) -> Sums:
@@ -104,39 +110,52 @@ class NormalEquations:
 
         """
         halves = self.halves
+        # Fitted to one half and tried on the other; with one portion, on that itself.
         pairs = [(halves[0], halves[-1]), (halves[-1], halves[0])]
         errors = torch.zeros(len(RIDGES), dtype=torch.float64)
-        mine = range(self.ranks.rank, len(RIDGES), self.ranks.size)
-        for number in mine:  # other processes try the others
+        # Each process fills in some errors and leaves zeros for the others: the sum has them all.
+        local_numbers = range(self.ranks.rank, len(RIDGES), self.ranks.size)
+        for number in local_numbers:
             ridge = RIDGES[number]
-            errors[number] = sum(_error(other, _solved(one, free, ridge)) for one, other in pairs)
+            errors[number] = sum(
+                _error(other_half, _solve(fitted_half, free, ridge))
+                for fitted_half, other_half in pairs
+            )
         (errors,) = self.ranks.total([errors])
-        best = int(errors.argmin())
-        if float(errors[best]) < sum(float(other.residuals.sum()) for _, other in pairs):
-            return _solved(self.total, free, RIDGES[best])
+        best_number = int(errors.argmin())
+        # The residuals alone are the error of no change at all.
+        if float(errors[best_number]) < sum(
+            float(other_half.residuals.sum()) for _, other_half in pairs
+        ):
+            return _solve(self.total, free, RIDGES[best_number])
         return torch.zeros_like(self.products[0])
 
     def moments(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of `W f` by output, `[G * O]`, the last feature being always one."""
-        squares = self.total.squares
-        count = squares[..., -1:, -1]
+        squares = self.total.squares  # [G, F, F]
+        count = squares[..., -1:, -1]  # [G, 1], the sum over samples of one squared
+        # [G, O, F] @ [G, F, 1] -> [G, O, 1], over [G, 1].
         mean = (weights @ squares[..., -1:]).squeeze(-1) / count
-        second = ((weights @ squares) * weights).sum(-1) / count
-        return mean.flatten(), (second - mean.square()).clamp_min(0).flatten()
+        # The diagonal of W (sum f f') W', [G, O].
+        second_moment = ((weights @ squares) * weights).sum(-1) / count
+        return mean.flatten(), (second_moment - mean.square()).clamp_min(0).flatten()
 
 
 def _error(sums: Sums, change: Tensor) -> float:
     """Return the squared residual that a change leaves."""
+    # By output, |r - D f|^2 = |r|^2 + D (sum f f') D' - 2 (sum r f') D'; all terms are [G, O, F].
     explained = (change @ sums.squares - 2 * sums.products) * change
     return float(sums.residuals.sum() + explained.sum())
 
 
-def _solved(sums: Sums, free: slice, ridge: float) -> Tensor:
+def _solve(sums: Sums, free: slice, ridge: float) -> Tensor:
     """Return the change of the free features' weights that minimises squared residual and ridge."""
-    squares = sums.squares[..., free, free]
-    own = squares.diagonal(dim1=-2, dim2=-1)
-    least = own.mean(-1, keepdim=True) * 1e-6 + torch.finfo(own.dtype).tiny
-    factor = torch.linalg.cholesky(squares + torch.diag_embed(ridge * own + least))
-    change = torch.zeros_like(sums.products)
+    squares = sums.squares[..., free, free]  # [G, F, F]
+    diagonal = squares.diagonal(dim1=-2, dim2=-1)  # [G, F], of the free features
+    # Features that are zero on all samples would leave the matrix singular.
+    floor = diagonal.mean(-1, keepdim=True) * 1e-6 + torch.finfo(diagonal.dtype).tiny
+    factor = torch.linalg.cholesky(squares + torch.diag_embed(ridge * diagonal + floor))
+    change = torch.zeros_like(sums.products)  # [G, O, F]
+    # D solves D (sum f f' + ridge) = sum r f', transposed: [G, F, F] and [G, F, O] give [G, F, O].
     change[..., free] = torch.cholesky_solve(sums.products[..., free].mT, factor).mT
     return change

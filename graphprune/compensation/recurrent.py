@@ -63,11 +63,14 @@ class Cell:
             start: the state before the first step, of all cells of the node; for an LSTM two.
 
         """
-        own = [state[self.number : self.number + 1].contiguous() for state in start]
+        start_states = [state[self.number : self.number + 1].contiguous() for state in start]
+        # As a layer by itself: parameters, biases or none, one layer, no dropout, not in training, one
+        # direction, time first.
         arguments = (list(parameters), len(parameters) > 2, 1, 0.0, False, False, False)
-        first = own if self.packet is aten.lstm else own[0]
-        after: Tensor = self.packet.input(data, first, *arguments)[0]
-        return torch.cat([own[0], after[:-1]]), after
+        hx = start_states if self.packet is aten.lstm else start_states[0]
+        after: Tensor = self.packet.input(data, hx, *arguments)[0]
+        # Before a step is what was after the one before: [1, batch, units], [time - 1, batch, units].
+        return torch.cat([start_states[0], after[:-1]]), after
 
 
 def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
@@ -75,7 +78,7 @@ def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
 
     Left out are packed sequences, projections, and parameters that something else reads too.
     """
-    found = {}
+    cells_by_weight = {}
     trainable = parameter_names(graph_module)
     readers: dict[str, set[fx.Node]] = {}
     for read in graph_module.graph.find_nodes(op="get_attr"):
@@ -84,16 +87,22 @@ def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
         packet = getattr(node.target, "overloadpacket", None)
         if packet not in GATES or node.target is not packet.input:
             continue
-        given = arguments_of(node)
-        names = [str(parameter.target) for parameter in given["params"]]
-        each = 4 if given["has_biases"] else 2
-        cells = given["num_layers"] * (2 if given["bidirectional"] else 1)
-        alone = all(name in trainable and readers[name] == {node} for name in names)
-        if len(names) == cells * each and alone:
-            found[names[0]] = [
-                Cell(node, n, tuple(names[n * each : (n + 1) * each])) for n in range(cells)
+        arguments = arguments_of(node)
+        names = [str(parameter.target) for parameter in arguments["params"]]
+        names_per_cell = 4 if arguments["has_biases"] else 2
+        cell_count = arguments["num_layers"] * (2 if arguments["bidirectional"] else 1)
+        may_change = all(name in trainable and readers[name] == {node} for name in names)
+        # A projection would be one more name a cell.
+        if len(names) == cell_count * names_per_cell and may_change:
+            cells_by_weight[names[0]] = [
+                Cell(
+                    node,
+                    number,
+                    tuple(names[number * names_per_cell : (number + 1) * names_per_cell]),
+                )
+                for number in range(cell_count)
             ]
-    return found
+    return cells_by_weight
 
 
 @dataclass(frozen=True)
@@ -107,35 +116,36 @@ class Side:
 
     def inputs(self) -> list[Tensor]:
         """Return the node's input for each run, `[time, batch, features]`."""
-        given = arguments_of(self.cells[0].node)
-        return [_time_first(run.env[given["input"]], given) for run in self.runs]
+        arguments = arguments_of(self.cells[0].node)
+        return [_put_time_first(run.env[arguments["input"]], arguments) for run in self.runs]
 
     def starts(self) -> list[list[Tensor]]:
         """Return the states before the first step for each run, `[cells, batch, units]`."""
         hx = arguments_of(self.cells[0].node)["hx"]
         nodes = [hx] if isinstance(hx, fx.Node) else list(hx)
-        found = [[run.env[node] for node in nodes] for run in self.runs]
-        return [[s if s.dim() == 3 else s.unsqueeze(1) for s in states] for states in found]
+        states_by_run = [[run.env[node] for node in nodes] for run in self.runs]
+        # Without a batch the states are [cells, units].
+        return [[s if s.dim() == 3 else s.unsqueeze(1) for s in states] for states in states_by_run]
 
     def parameters(self, cell: Cell) -> list[Tensor]:
         """Return the cell's parameters."""
-        return [_held(self.graph_module, name) for name in cell.names]
+        return [_read_tensor(self.graph_module, name) for name in cell.names]
 
 
-def _held(graph_module: fx.GraphModule, name: str) -> Tensor:
+def _read_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
     node = next(n for n in graph_module.graph.find_nodes(op="get_attr") if n.target == name)
     return held_by(graph_module, node)
 
 
-def _time_first(data: Tensor, given: Mapping[str, Any]) -> Tensor:
-    if data.dim() == 2:
+def _put_time_first(data: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    if data.dim() == 2:  # [time, features], no batch
         return data.unsqueeze(1)
-    return data.transpose(0, 1) if given["batch_first"] else data
+    return data.transpose(0, 1) if arguments["batch_first"] else data
 
 
 def repaired_cells(
-    wanted: Side,
-    given: Side,
+    original: Side,
+    slim: Side,
     layouts: Mapping[str, Sequence[Layout]],
     masks: Mapping[Axis, Mask],
     *,
@@ -144,8 +154,8 @@ def repaired_cells(
     """Fit the cells of a node, layer after layer.
 
     Args:
-        wanted: the original.
-        given: the slim model; its parameters change.
+        original: the original.
+        slim: the slim model; its parameters change.
         layouts: of the original's parameters, by name.
         masks: which slots of each cut axis stay.
         bias_alone: leave the weights as they are.
@@ -154,47 +164,58 @@ def repaired_cells(
         A cell's first weight, and the squared error of its states over their square, before and after.
 
     """
-    call = arguments_of(given.cells[0].node)
-    directions = 2 if call["bidirectional"] else 1
-    its_inputs, my_inputs = wanted.inputs(), given.inputs()
-    its_starts, my_starts = wanted.starts(), given.starts()
-    for layer in range(call["num_layers"]):
-        its_states, my_states = [], []
+    arguments = arguments_of(slim.cells[0].node)
+    directions = 2 if arguments["bidirectional"] else 1
+    original_inputs, slim_inputs = original.inputs(), slim.inputs()
+    original_starts, slim_starts = original.starts(), slim.starts()
+    for layer in range(arguments["num_layers"]):
+        original_states, slim_states = [], []
         for direction in range(directions):
             number = layer * directions + direction
-            its, mine = wanted.cells[number], given.cells[number]
-            kept = [mask_of(layout, masks) for layout in layouts[its.names[1]]]
+            original_cell, slim_cell = original.cells[number], slim.cells[number]
+            # Of the state's matrix: rows [gates * units] and columns [units] that stay.
+            kept_masks = [mask_of(layout, masks) for layout in layouts[original_cell.names[1]]]
             fit = _Fit(
-                mine, given.parameters(mine), *map(torch.from_numpy, kept), batches=given.batches
+                slim_cell,
+                slim.parameters(slim_cell),
+                *map(torch.from_numpy, kept_masks),
+                batches=slim.batches,
             )
             backward = direction == 1
             teachers = [
-                _Teacher.of(its, wanted.parameters(its), _turned(x, backward), start)
-                for x, start in zip(its_inputs, its_starts, strict=True)
+                _Teacher.of(
+                    original_cell, original.parameters(original_cell), _turn_if(x, backward), start
+                )
+                for x, start in zip(original_inputs, original_starts, strict=True)
             ]
-            turned = [_turned(x, backward) for x in my_inputs]
-            before, after = fit.run(teachers, turned, my_starts, bias_alone=bias_alone)
-            yield mine.names[0], before, after
-            its_states.append([_turned(teacher.after, backward) for teacher in teachers])
-            my_states.append(
+            turned_inputs = [_turn_if(x, backward) for x in slim_inputs]
+            before, after = fit.run(teachers, turned_inputs, slim_starts, bias_alone=bias_alone)
+            yield slim_cell.names[0], before, after
+            original_states.append([_turn_if(teacher.after, backward) for teacher in teachers])
+            # What the next layer will read of this one as it is fitted, not as it is aimed to be.
+            slim_states.append(
                 [
-                    _turned(fit.states(x, s)[1], backward)
-                    for x, s in zip(turned, my_starts, strict=True)
+                    _turn_if(fit.states(x, s)[1], backward)
+                    for x, s in zip(turned_inputs, slim_starts, strict=True)
                 ]
             )
-        its_inputs, my_inputs = (
-            [torch.cat(both, -1) for both in zip(*states, strict=True)]
-            for states in (its_states, my_states)
+        # Both directions side by side: [time, batch, directions * units].
+        original_inputs, slim_inputs = (
+            [torch.cat(by_direction, -1) for by_direction in zip(*states, strict=True)]
+            for states in (original_states, slim_states)
         )
 
 
-def _turned(data: Tensor, backward: bool) -> Tensor:
+def _turn_if(data: Tensor, backward: bool) -> Tensor:
     return data.flip(0) if backward else data
 
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What a cell of the original does on a batch: states, and what its matrices make of them."""
+    """What a cell of the original does on a batch: states, and what its matrices make of them.
+
+    Shapes: `[time, batch, units]` for states, `[time, batch, gates * units]` for what is made.
+    """
 
     before: Tensor
     after: Tensor
@@ -236,32 +257,40 @@ class _Fit:
         bias_alone: bool,
     ) -> tuple[float, float]:
         """Fit, and keep the best of several fits; return the error of the states before and after."""
-        own = [self.states(x, start) for x, start in zip(inputs, starts, strict=True)]
-        first = least = self._error(teachers, own)
-        best = [parameter.clone() for parameter in self.parameters]
+        slim_states = [self.states(x, start) for x, start in zip(inputs, starts, strict=True)]
+        first_error = least = self._error(teachers, slim_states)
+        best_parameters = [parameter.clone() for parameter in self.parameters]
+        # First the original's states of the units that stay, then those that the fitted cell comes to.
         before = [teacher.before[..., self.units] for teacher in teachers]
         for _ in range(_ROUNDS):
             self._fit(teachers, inputs, before, bias_alone=bias_alone)
-            own = [self.states(x, start) for x, start in zip(inputs, starts, strict=True)]
-            error = self._error(teachers, own)
+            slim_states = [self.states(x, start) for x, start in zip(inputs, starts, strict=True)]
+            error = self._error(teachers, slim_states)
             if error < least:
-                least, best = error, [parameter.clone() for parameter in self.parameters]
-            before = [states[0] for states in own]
-        for parameter, values in zip(self.parameters, best, strict=True):
+                least, best_parameters = (
+                    error,
+                    [parameter.clone() for parameter in self.parameters],
+                )
+            before = [states[0] for states in slim_states]
+        for parameter, values in zip(self.parameters, best_parameters, strict=True):
             parameter.copy_(values)
-        return first, least
+        return first_error, least
 
-    def _error(self, teachers: Sequence[_Teacher], own: Sequence[tuple[Tensor, Tensor]]) -> float:
-        missed = wanted = 0.0
-        for batch, teacher, (_, after) in zip(self.batches, teachers, own, strict=True):
-            target = teacher.after[..., self.units].double()
+    def _error(
+        self, teachers: Sequence[_Teacher], slim_states: Sequence[tuple[Tensor, Tensor]]
+    ) -> float:
+        squared_error = squared_target = 0.0
+        for batch, teacher, (_, after) in zip(self.batches, teachers, slim_states, strict=True):
+            target = teacher.after[..., self.units].double()  # [time, batch, kept units]
             where = f"where {self.cell.names[0]} is fitted"
             refuse_unless_finite(batch, teacher.from_data, where)
             refuse_unless_finite(batch, after - target, where)
-            missed += float((after - target).square().sum())
-            wanted += float(target.square().sum())
-        missed, wanted = map(float, self.batches.total((missed, wanted)))
-        return missed / wanted if wanted else 0.0
+            squared_error += float((after - target).square().sum())
+            squared_target += float(target.square().sum())
+        squared_error, squared_target = map(
+            float, self.batches.total((squared_error, squared_target))
+        )
+        return squared_error / squared_target if squared_target else 0.0
 
     def _fit(
         self,
@@ -276,32 +305,50 @@ class _Fit:
         All gates see the sum of what input and state give, but for the last of a GRU, which sees the
         one by itself and the other through a gate.
         """
+        # A GRU of units a, b has rows ra rb za zb na nb. With x the input and h the state, r and z see
+        # W x + U h, so W and U are fitted at once, as [W U], to the sum. But n sees W x + r * (U h), so
+        # its W is fitted to W x and its U to U h. If b goes, rows is 10 10 10: two joint, one apart.
         gates = len(self.rows) // len(self.units)
-        apart = self.rows.reshape(gates, -1)[-1].sum() if self.cell.packet is aten.gru else 0
-        split = int(self.rows.sum() - apart)
+        apart_rows = self.rows.reshape(gates, -1)[-1].sum() if self.cell.packet is aten.gru else 0
+        split = int(self.rows.sum() - apart_rows)
+        # [time, batch, kept rows], gate above gate, as in the slim model's matrices.
         of_data = [teacher.from_data[..., self.rows] for teacher in teachers]
         of_state = [teacher.from_state[..., self.rows] for teacher in teachers]
         width = inputs[0].shape[-1]
-        both = [torch.cat(pair, -1) for pair in zip(inputs, before, strict=True)]
-        sums = [(a + b)[..., :split] for a, b in zip(of_data, of_state, strict=True)]
-        weights, states = self.parameters[:2]
+        # [time, batch, features + units]
+        joint_features = [torch.cat(pair, -1) for pair in zip(inputs, before, strict=True)]
+        # [time, batch, joint rows]
+        joint_targets = [(a + b)[..., :split] for a, b in zip(of_data, of_state, strict=True)]
+        input_weight, state_weight = self.parameters[:2]
+        # Both biases go into the sum, so one of them takes the change.
         bias = self.parameters[2] + self.parameters[3] if self.parameters[2:] else None
-        joined = torch.cat([weights, states], 1)[:split]
-        change = self._change(both, sums, joined, bias, slice(None, split), bias_alone)
-        weights[:split] += change[:, :width]
-        states[:split] += change[:, width : joined.shape[1]]
+        # [joint rows, features + units]; the change has one more column, of the bias.
+        joint_weight = torch.cat([input_weight, state_weight], 1)[:split]
+        change = self._change(
+            joint_features, joint_targets, joint_weight, bias, slice(None, split), bias_alone
+        )
+        input_weight[:split] += change[:, :width]
+        state_weight[:split] += change[:, width : joint_weight.shape[1]]
         if bias is not None:
             self.parameters[2][:split] += change[:, -1]
-        if not apart:
+        if not apart_rows:
             return
-        for place, (data, target) in enumerate(((inputs, of_data), (before, of_state))):
-            weight = self.parameters[place]
-            own = self.parameters[2 + place] if bias is not None else None
-            rest = [values[..., split:] for values in target]
-            change = self._change(data, rest, weight[split:], own, slice(split, None), bias_alone)
+        for number, (features, gate_values) in enumerate(((inputs, of_data), (before, of_state))):
+            weight = self.parameters[number]
+            operand_bias = self.parameters[2 + number] if bias is not None else None
+            # [time, batch, rows apart]
+            apart_targets = [values[..., split:] for values in gate_values]
+            change = self._change(
+                features,
+                apart_targets,
+                weight[split:],
+                operand_bias,
+                slice(split, None),
+                bias_alone,
+            )
             weight[split:] += change[:, : weight.shape[1]]
-            if own is not None:
-                own[split:] += change[:, -1]
+            if operand_bias is not None:
+                operand_bias[split:] += change[:, -1]
 
     def _change(
         self,
@@ -314,20 +361,21 @@ class _Fit:
     ) -> Tensor:
         """Return the change of a weight, and of its bias as a last column, in its own precision."""
         equations = NormalEquations()
-        for place, batch, target in zip(self.batches.places, data, targets, strict=True):
-            given = F.linear(batch, weight, None if bias is None else bias[rows])
-            missing = (target - given).flatten(0, -2).double()
-            features = batch.flatten(0, -2).double()
+        for number, batch, target in zip(self.batches.places, data, targets, strict=True):
+            # [time, batch, features] -> [time, batch, rows]; the weight has these rows, the bias all.
+            output = F.linear(batch, weight, None if bias is None else bias[rows])
+            missing = (target - output).flatten(0, -2).double()  # [samples, rows]
+            features = batch.flatten(0, -2).double()  # [samples, features]
             if bias is not None:
-                features = F.pad(features, (0, 1), value=1.0)
+                features = F.pad(features, (0, 1), value=1.0)  # [samples, features + 1]
             equations.add(
-                place,
-                partial(features.unsqueeze, 0),
-                (missing.mT @ features)[None],
-                missing.square().sum(0)[None],
+                number,
+                partial(features.unsqueeze, 0),  # [1, samples, features]
+                (missing.mT @ features)[None],  # [1, rows, features]
+                missing.square().sum(0)[None],  # [1, rows]
             )
         equations.gather(self.batches)
         if bias_alone and bias is None:
             return torch.zeros_like(weight)
-        last = slice(weight.shape[1], None)
-        return equations.fit(last if bias_alone else slice(None))[0].to(weight.dtype)
+        bias_column = slice(weight.shape[1], None)
+        return equations.fit(bias_column if bias_alone else slice(None))[0].to(weight.dtype)

@@ -40,9 +40,10 @@ class Site:
     @property
     def bounds(self) -> tuple[float, float]:
         """Below the first and above the second, all that reads the end takes one value for another."""
-        of_readers = [_bounds(reader) for reader in self.end.users]
-        low = min((low for low, _ in of_readers), default=-math.inf)
-        return low, max((high for _, high in of_readers), default=math.inf)
+        # What one reader tells apart counts: for ReLU (0, inf) and ReLU6 (0, 6) it is (0, inf).
+        reader_bounds = [_bounds(reader) for reader in self.end.users]
+        low = min((low for low, _ in reader_bounds), default=-math.inf)
+        return low, max((high for _, high in reader_bounds), default=math.inf)
 
 
 def _bounds(reader: fx.Node) -> tuple[float, float]:
@@ -52,8 +53,8 @@ def _bounds(reader: fx.Node) -> tuple[float, float]:
     if packet in (aten.relu6, aten.relu6_):
         return 0.0, 6.0
     if packet in (aten.hardtanh, aten.hardtanh_):
-        given = arguments_of(reader)
-        return given["min_val"], given["max_val"]
+        arguments = arguments_of(reader)
+        return arguments["min_val"], arguments["max_val"]
     return -math.inf, math.inf
 
 
@@ -70,60 +71,67 @@ def sites_of(graph_module: fx.GraphModule) -> tuple[list[Site], list[fx.Node]]:
 
     order = list(graph_module.graph.nodes)
     sites: dict[fx.Node, Site] = {}
-    by_total: dict[fx.Node, Site] = {}
+    sites_by_total: dict[fx.Node, Site] = {}
     for layer in layers_of(graph_module).values():
         site = followed(layer)
+        # Without its sum as yet: of two layers that could aim at one sum, one alone does.
         sites[layer.node] = Site(site.layer, site.norm)
         if site.total is not None and _may_move(site, order):
-            rival = by_total.get(site.total)
-            if rival is None or fan_in(layer) > fan_in(rival.layer):
-                by_total[site.total] = site
-    for total, site in by_total.items():
-        moved = [node for node in (site.layer.node, site.norm) if node is not None]
-        order = [node for node in order if node not in moved]
-        place = order.index(total)
-        order[place:place] = moved
+            rival_site = sites_by_total.get(site.total)
+            if rival_site is None or fan_in(layer) > fan_in(rival_site.layer):
+                sites_by_total[site.total] = site
+    for total, site in sites_by_total.items():
+        moved_nodes = [node for node in (site.layer.node, site.norm) if node is not None]
+        order = [node for node in order if node not in moved_nodes]
+        # `conv1 bn1 conv2 bn2 add` with conv1 moved is `conv2 bn2 conv1 bn1 add`.
+        total_index = order.index(total)
+        order[total_index:total_index] = moved_nodes
         sites[site.layer.node] = site
     return [sites[node] for node in order if node in sites], order
 
 
 def followed(layer: Layer) -> Site:
     """Return the layer with the batch norm and the sum that follow it."""
-    last, norm = layer.node, None
-    reader = _only_reader(last)
+    last_node, norm = layer.node, None
+    reader = _only_reader(last_node)
     if (
         reader is not None
         and layer.channels_are_second
         and _is_own_norm(reader)
-        and reader.args[0] is last
+        and reader.args[0] is last_node
     ):
-        last = norm = reader
-        reader = _only_reader(last)
+        last_node = norm = reader
+        reader = _only_reader(last_node)
     if reader is None or getattr(reader.target, "overloadpacket", None) not in (
         aten.add,
         aten.add_,
     ):
         return Site(layer, norm)
-    operands = arguments_of(reader)
-    pair = [operands["self"], operands["other"]]
-    rest = next((one for one in pair if one is not last), None)
-    if operands["alpha"] != 1 or not isinstance(rest, fx.Node) or not _have_one_shape(rest, last):
+    arguments = arguments_of(reader)
+    operands = [arguments["self"], arguments["other"]]
+    other_operand = next((operand for operand in operands if operand is not last_node), None)
+    # Only in a plain sum of equal shapes is what the sum lacks, entry by entry, what the layer lacks.
+    if (
+        arguments["alpha"] != 1
+        or not isinstance(other_operand, fx.Node)
+        or not _have_one_shape(other_operand, last_node)
+    ):
         return Site(layer, norm)
-    return Site(layer, norm, reader, rest)
+    return Site(layer, norm, reader, other_operand)
 
 
 def _have_one_shape(a: fx.Node, b: fx.Node) -> bool:
     """Say whether two values are known to have the same shape, so that neither is broadcast."""
     values = [node.meta.get("val") for node in (a, b)]
-    shapes = [list(map(str, v.shape)) for v in values if isinstance(v, torch.Tensor)]
+    shapes = [list(map(str, value.shape)) for value in values if isinstance(value, torch.Tensor)]
     return len(shapes) == 2 and shapes[0] == shapes[1]
 
 
 def _is_own_norm(node: fx.Node) -> bool:
     """Say whether a node is a batch norm whose weight, bias and statistics nothing else reads."""
     return node.target is aten.batch_norm.default and all(
-        isinstance(held, fx.Node) and held.op == "get_attr" and len(held.users) == 1
-        for held in node.args[1:5]
+        isinstance(source, fx.Node) and source.op == "get_attr" and len(source.users) == 1
+        for source in node.args[1:5]  # weight, bias, running mean and variance
     )
 
 

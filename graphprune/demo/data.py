@@ -36,20 +36,20 @@ class Sample(NamedTuple):
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Sample]:
         """Yield the sample once in batches of `size`, in an order drawn from `generator`."""
-        for chosen in torch.split(torch.randperm(len(self.labels), generator=generator), size):
-            yield Sample(self.images[chosen], self.labels[chosen])
+        for positions in torch.split(torch.randperm(len(self.labels), generator=generator), size):
+            yield Sample(self.images[positions], self.labels[positions])
 
 
 def trained_network() -> ResNet8:
     """Return the trained network in evaluation mode."""
     model = ResNet8()
-    model.load_state_dict(load(_shipped("resnet8.safetensors")))
+    model.load_state_dict(load(_read_shipped("resnet8.safetensors")))
     return model.eval()
 
 
 def sample(split: Literal["train", "test"]) -> Sample:
     """Return the first images of one part of Fashion-MNIST: 1,250 to train on or 1,000 to test."""
-    tensors = load(_shipped("fashion_mnist.safetensors"))
+    tensors = load(_read_shipped("fashion_mnist.safetensors"))
     return Sample(
         normalised(unpacked(tensors[f"{split}.images"])), tensors[f"{split}.labels"].long()
     )
@@ -80,16 +80,19 @@ def unpacked(compressed: Tensor) -> Tensor:
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return the images each shifted by up to 2 pixels and half of them mirrored."""
     count = len(images)
-    steps = torch.arange(SIDE)
-    down, right = torch.randint(0, 5, (2, count, 1), generator=generator)
+    offsets = torch.arange(SIDE)
+    row_shifts, column_shifts = torch.randint(0, 5, (2, count, 1), generator=generator)
     mirrored = torch.rand((count, 1), generator=generator) < 0.5
-    rows = down + steps
-    columns = right + torch.where(mirrored, steps.flip(0), steps)
+    rows = row_shifts + offsets
+    # Into the padded image: 0 to 4 is a shift by -2 to 2. `[count, 28]` each.
+    columns = column_shifts + torch.where(mirrored, offsets.flip(0), offsets)
+    # Black, as normalised.
     padded = F.pad(images.squeeze(1), (2, 2, 2, 2), value=-_MEAN / _DEVIATION)
+    # `[count, 1, 1]`, `[count, 28, 1]` and `[count, 1, 28]` give `[count, 28, 28]`.
     shifted = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return shifted.unsqueeze(1)
 
 
-def _shipped(name: str) -> bytes:
+def _read_shipped(name: str) -> bytes:
     """Return the bytes of a data file of this package."""
     return (resources.files("graphprune.demo") / name).read_bytes()

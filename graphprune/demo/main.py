@@ -86,7 +86,7 @@ def run(
         task = progress.add_task("")
         for ratio in ratios:
             say = partial(_describe, progress, task, ratio)
-            rows.append(_row(model, original, ratio, output, say))
+            rows.append(_run_at_ratio(model, original, ratio, output, say))
     console.print(_table(rows, model, test))
     console.print(f"ONNX files in {output}")
     return rows
@@ -112,12 +112,12 @@ def _describe(progress: Progress, task: TaskID, ratio: float, step: str) -> None
     progress.update(task, description=f"{ratio:.0%} of the channels: {step}")
 
 
-def _row(
+def _run_at_ratio(
     model: nn.Module, original: float, ratio: float, output: Path, say: Callable[[str], None]
 ) -> Row:
     """Do the job at one ratio."""
     train, test = sample("train"), sample("test")
-    one = (test.images[:1],)
+    single_image = (test.images[:1],)
     say("slimming and verifying")
     with warnings.catch_warnings():  # the table says how many go
         warnings.filterwarnings("ignore", "asked to remove", graphprune.GraphPruneWarning)
@@ -134,14 +134,16 @@ def _row(
         slimmer, model, Augmented(train.images), epochs=EPOCHS, learning_rate=LEARNING_RATE
     )
     say("exporting to ONNX")
-    exported = graphprune.export(slimmer, one, output / f"resnet8-{round(100 * ratio)}.onnx")
+    exported = graphprune.export(
+        slimmer, single_image, output / f"resnet8-{round(100 * ratio)}.onnx"
+    )
     say("timing in ONNX Runtime")
-    compared = graphprune.compare(model, slimmer, one, providers=["cpu"], seconds=1.0)
+    compared = graphprune.compare(model, slimmer, single_image, providers=["cpu"], seconds=1.0)
     return Row(
         ratio=ratio,
         removed=slimmed.plan.removed / sum(group.size for group in slimmed.graph.groups),
         parameters=count_parameters(slimmer),
-        macs=count_macs(slimmer, one),
+        macs=count_macs(slimmer, single_image),
         verified=slimmed.verification is not None,
         accuracy_original=original,
         accuracy_cut=cut,
@@ -175,12 +177,12 @@ class Augmented:
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Sample) -> float:
     """Return the share of images whose largest logit is the label's."""
-    right = 0
+    correct = 0
     for images, labels in zip(
         torch.split(data.images, 1000), torch.split(data.labels, 1000), strict=True
     ):
-        right += int((model(images).argmax(1) == labels).sum())
-    return right / len(data.labels)
+        correct += int((model(images).argmax(1) == labels).sum())
+    return correct / len(data.labels)
 
 
 def _table(rows: Sequence[Row], model: nn.Module, test: Sample) -> Table:

@@ -71,13 +71,19 @@ class Ranks:
             DistributedError: a process failed, or did not come in time.
 
         """
-        mine = [tensor.detach().double() for tensor in tensors]
-        if self.size == 1 or not mine:
-            return mine
-        device = next((tensor.device for tensor in mine if not tensor.is_cpu), mine[0].device)
-        flat = torch.cat([tensor.flatten().to(device) for tensor in mine])
-        sums = self._all_reduced(flat).split([tensor.numel() for tensor in mine])
-        return [one.to(its.device).view(its.shape) for one, its in zip(sums, mine, strict=True)]
+        summands = [tensor.detach().double() for tensor in tensors]
+        if self.size == 1 or not summands:
+            return summands
+        # All in one, so that processes meet once; on a device that has one of them, to copy less.
+        device = next(
+            (tensor.device for tensor in summands if not tensor.is_cpu), summands[0].device
+        )
+        flat = torch.cat([tensor.flatten().to(device) for tensor in summands])
+        sums = self._all_reduce(flat).split([tensor.numel() for tensor in summands])
+        return [
+            flat_sum.to(summand.device).view(summand.shape)
+            for flat_sum, summand in zip(sums, summands, strict=True)
+        ]
 
     def gathered(self, mine: Any) -> list[Any]:
         """Return what each process gives, by rank.
@@ -91,17 +97,18 @@ class Ranks:
         message = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(message)
-        sizes = self._all_reduced(lengths).tolist()
-        everything = torch.zeros(sum(sizes), dtype=torch.uint8)
-        everything.split(sizes)[self.rank].copy_(message)
-        parts = self._all_reduced(everything).cpu().split(sizes)
-        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+        sizes = self._all_reduce(lengths).tolist()
+        # Zeros but for one's own part: their sum over the processes is every part.
+        messages = torch.zeros(sum(sizes), dtype=torch.uint8)
+        messages.split(sizes)[self.rank].copy_(message)
+        messages_by_rank = self._all_reduce(messages).cpu().split(sizes)
+        return [pickle.loads(part.numpy().tobytes()) for part in messages_by_rank]
 
-    def agree(self, what: str, digest: str) -> None:
+    def agree(self, deviation: str, digest: str) -> None:
         """See that all processes arrived at the same.
 
         Args:
-            what: those did that came to something else, as "arrived at another plan".
+            deviation: what those did that came to something else, as "arrived at another plan".
             digest: of what this process came to.
 
         Raises:
@@ -109,23 +116,24 @@ class Ranks:
 
         """
         digests = self.gathered(digest)
-        others = [rank for rank, its in enumerate(digests) if its != digests[0]]
-        if others:
+        differing = [rank for rank, rank_digest in enumerate(digests) if rank_digest != digests[0]]
+        if differing:
             raise DistributedError(
-                f"{_named(others)} {what} than rank 0: every process must call this "
+                f"{_format_ranks(differing)} {deviation} than rank 0: every process must call this "
                 "with the same model, arguments and versions, and with data in the same order or, as "
                 "graphprune.OwnShare, with a share of its own"
             )
 
-    def _all_reduced(self, tensor: Tensor) -> Tensor:
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over the processes, on a device that they can send from."""
         self.step += 1
-        sent = tensor.to(_device(tensor.device))
+        sent = tensor.to(_find_sending_device(tensor.device))
         try:
+            # Noted before the wait: who is behind this step has not come to this collective.
             self._note(str(self.rank), str(self.step))
             self._wait(dist.all_reduce(sent, async_op=True))
         except RuntimeError as failure:
-            raise self._lost() from failure
+            raise self._explain_lost_connection() from failure
         return sent
 
     def _wait(self, work: Any) -> None:
@@ -135,57 +143,64 @@ class Ranks:
             now = time.monotonic()
             if now - looked > _LOOK:
                 looked = now
-                noted = self._failure()
-                if noted is not None:
-                    raise DistributedError(noted)
+                failure = self._read_failure()
+                if failure is not None:
+                    raise DistributedError(failure)
                 if now - began > self.timeout:
-                    raise DistributedError(self._missed(f"within {self.timeout:.3g} s"))
+                    raise DistributedError(self._describe_missing(f"within {self.timeout:.3g} s"))
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         work.wait()
 
-    def _lost(self) -> DistributedError:
+    def _explain_lost_connection(self) -> DistributedError:
         """Return what to say when a connection broke, once the others had time to note how they fare."""
         grace = max(_GRACE, _GRACE_SHARE * (time.monotonic() - self.started))
-        until = time.monotonic() + min(grace, self.timeout)
-        while self._behind() and time.monotonic() < until and self._failure() is None:
+        deadline = time.monotonic() + min(grace, self.timeout)
+        while (
+            self._find_ranks_behind()
+            and time.monotonic() < deadline
+            and self._read_failure() is None
+        ):
             time.sleep(_LOOK)
-        return DistributedError(self._failure() or self._missed("before its connection broke"))
+        return DistributedError(
+            self._read_failure() or self._describe_missing("before its connection broke")
+        )
 
-    def _missed(self, when: str) -> str:
-        behind = self._behind()
-        who = _named(behind) if behind else "another rank"
+    def _describe_missing(self, when: str) -> str:
+        ranks_behind = self._find_ranks_behind()
+        who = _format_ranks(ranks_behind) if ranks_behind else "another rank"
         return (
             f"{who} did not come {when} to where rank {self.rank} waits: it died, or it does not make "
             "this call; every process of the group has to"
         )
 
-    def _behind(self) -> list[int]:
+    def _find_ranks_behind(self) -> list[int]:
         """Return the processes that have not come as far as this one."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        return [rank for rank in others if int(self._noted(str(rank)) or 0) < self.step]
+        other_ranks = [rank for rank in range(self.size) if rank != self.rank]
+        return [rank for rank in other_ranks if int(self._read_note(str(rank)) or 0) < self.step]
 
     def _note(self, key: str, text: str) -> None:
         self.store.set(self._key(key), text)
 
-    def _noted(self, key: str, gone: str | None = None) -> str | None:
-        """Return what a process noted, or None; `gone` where the store is."""
+    def _read_note(self, key: str, when_gone: str | None = None) -> str | None:
+        """Return what a process noted, or None; `when_gone` where the store is gone."""
         try:
-            known = self.store.check([self._key(key)])
-            return self.store.get(self._key(key)).decode() if known else None
+            is_noted = self.store.check([self._key(key)])
+            return self.store.get(self._key(key)).decode() if is_noted else None
         except RuntimeError:
-            return gone
+            return when_gone
 
-    def _failure(self) -> str | None:
+    def _read_failure(self) -> str | None:
         """Return what a process noted when it failed, or that the one with the store did; or None."""
-        return self._noted("failed", _STORE_GONE)
+        return self._read_note("failed", _STORE_GONE)
 
     def _key(self, key: str) -> str:
         return f"graphprune/{self.call}/{key}"
 
     def fail(self, error: BaseException) -> None:
         """Note that this process fails, for the others to see."""
-        if self.store is None or self._failure() is not None:
+        # The first to fail is the cause; the others fail because of it.
+        if self.store is None or self._read_failure() is not None:
             return
         gave_up = isinstance(error, DistributedError)
         text = f"gave up: {error}" if gave_up else f"failed: {in_a_line(error)}"
@@ -211,30 +226,31 @@ def together(on_data: bool = True) -> Iterator[Ranks]:
     Inside another such call it is part of that. A call that looks at no data concerns its process alone.
     """
     global _calls
-    outer = _current.get()
-    if outer is not None or not on_data:
-        yield outer or Ranks()
+    outer_ranks = _current.get()
+    if outer_ranks is not None or not on_data:
+        yield outer_ranks or Ranks()
         return
     ranks = Ranks()
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        # Calls come in the same order everywhere: the number keeps their notes apart.
         _calls += 1
         store = dist.distributed_c10d._get_default_store()
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), store, _calls)
-    before = _current.set(ranks)
+    token = _current.set(ranks)
     try:
         yield ranks
     except BaseException as error:
         ranks.fail(error)
         raise
     finally:
-        _current.reset(before)
+        _current.reset(token)
 
 
-def _device(wanted: torch.device) -> torch.device:
+def _find_sending_device(device: torch.device) -> torch.device:
     """Return the device if the group sends from such, else one that it does send from."""
     kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-    return wanted if wanted.type in kinds else torch.device(kinds[0])
+    return device if device.type in kinds else torch.device(kinds[0])
 
 
-def _named(ranks: Sequence[int]) -> str:
+def _format_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

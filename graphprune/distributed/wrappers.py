@@ -34,9 +34,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
-    sharded = dict(_sharded(model))
+    sharded = dict(_find_sharded(model))
     for name, module in model.named_modules():
-        if _is_of(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+        if _is_of_class(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
             raise InvalidRequestError(
                 f"{name or 'the model'} is wrapped in FullyShardedDataParallel, whose parameters have no "
                 "names of their own; use torch.distributed.fsdp.fully_shard, or pass the model without it"
@@ -76,16 +76,20 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
             gradient_as_bucket_view=original.gradient_as_bucket_view,
             static_graph=original.static_graph,
         )
-    states = dict(_sharded(original))
+    states = dict(_find_sharded(original))
     if not states:
         raise InvalidRequestError(
             f"{type(original).__name__} is neither in DistributedDataParallel nor sharded by fully_shard, "
             "so there is nothing to wrap alike"
         )
     names = {module: name for name, module in original.named_modules()}
-    own = dict(slimmer.named_modules())
-    parts = [names[module] for module in states if names[module]]
-    lacking = [part for part in parts if part not in own or isinstance(slimmer, fx.GraphModule)]
+    slim_modules = dict(slimmer.named_modules())
+    shard_names = [names[module] for module in states if names[module]]
+    lacking = [
+        part
+        for part in shard_names
+        if part not in slim_modules or isinstance(slimmer, fx.GraphModule)
+    ]
     if lacking:
         raise InvalidRequestError(
             f"the slim model has no module {lacking[0]!r} to shard as the original's is; slim it with "
@@ -93,10 +97,12 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
         )
     from torch.distributed.fsdp import fully_shard
 
+    # Modules that are sharded together share a state. Inner ones first, as fully_shard wants it.
     for state in reversed(list(dict.fromkeys(states.values()))):
         group = state._fsdp_param_group
+        # By itself fully_shard decides by whether the module is the outermost, which None asks for.
         automatic = state._auto_reshard_after_forward
-        modules = [own[names[module]] for module in state._modules]
+        modules = [slim_modules[names[module]] for module in state._modules]
         options = {} if group is None else {
             "mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy,
             "reshard_after_forward": None if automatic else group.post_forward_mesh_info is not None,
@@ -107,64 +113,67 @@ def wrapped_like(slimmer: nn.Module, original: nn.Module) -> nn.Module:
     return slimmer
 
 
-def _is_of(value: Any, module: str, name: str) -> bool:
+def _is_of_class(value: Any, module: str, name: str) -> bool:
     """Say whether a value is of a class that would have to be imported to make one."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)
 
 
 def _is_split(tensor: Tensor) -> bool:
-    return _is_of(tensor, "torch.distributed.tensor", "DTensor")
+    return _is_of_class(tensor, "torch.distributed.tensor", "DTensor")
 
 
-def _sharded(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def _find_sharded(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """Yield the modules that `fully_shard` was called on, and the state that it gave them."""
     for module in model.modules():
-        if _is_of(module, "torch.distributed.fsdp", "FSDPModule"):
+        if _is_of_class(module, "torch.distributed.fsdp", "FSDPModule"):
             yield module, module._get_fsdp_state()  # type: ignore[operator]
 
 
 def _whole_copy(model: nn.Module, sharded: dict[nn.Module, Any]) -> nn.Module:
     """Return a copy with whole tensors, of the classes that the modules had."""
+    # What deepcopy takes instead: blanks for the states, which hold process groups; whole tensors.
     memo: dict[int, Any] = {id(state): SimpleNamespace() for state in sharded.values()}
     for tensor in [*model.parameters(), *model.buffers()]:
         if _is_split(tensor):
-            whole = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+            full_tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
             if isinstance(tensor, nn.Parameter):
-                whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = whole
-    with _own_classes(sharded):
-        found: nn.Module = copy.deepcopy(model, memo)
-    hooks = {number for state in sharded.values() for number in _hooks_of(state)}
-    for module in found.modules():
+                full_tensor = nn.Parameter(full_tensor, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = full_tensor
+    with _use_unsharded_classes(sharded):
+        unsharded_model: nn.Module = copy.deepcopy(model, memo)
+    # The copy has the hooks too, which would gather parameters that are whole.
+    hooks = {number for state in sharded.values() for number in _find_hooks(state)}
+    for module in unsharded_model.modules():
         for name in _HOOKS:
-            held = getattr(module, name, {})
-            for number in hooks.intersection(held):
-                del held[number]
+            module_hooks = getattr(module, name, {})
+            for number in hooks.intersection(module_hooks):
+                del module_hooks[number]
         for name in [n for n in vars(module) if n.startswith(_NOTES)]:
             delattr(module, name)
-    return found
+    return unsharded_model
 
 
 @contextmanager
-def _own_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _use_unsharded_classes(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Hold modules in the classes that they had before they were sharded, which can be copied."""
-    before = {module: type(module) for module in modules}
+    sharded_classes = {module: type(module) for module in modules}
     try:
-        for module, kind in before.items():
+        for module, kind in sharded_classes.items():
+            # fully_shard derives the class from FSDPModule and the module's: new, FSDPModule, old.
             module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
         yield
     finally:
-        for module, kind in before.items():
+        for module, kind in sharded_classes.items():
             module.__class__ = kind
 
 
-def _hooks_of(state: Any) -> Iterator[int]:
+def _find_hooks(state: Any) -> Iterator[int]:
     """Yield the numbers of the hooks by which a sharded module gathers its parameters."""
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
     if state._fsdp_param_group is not None:
         handles += state._fsdp_param_group._module_to_pre_save_state_dict_hook_handle.values()
         handles += state._fsdp_param_group._module_to_pre_load_state_dict_hook_handle.values()
     for handle in handles:
-        for one in getattr(handle, "handles", (handle,)):
-            yield one.id
+        for single_handle in getattr(handle, "handles", (handle,)):
+            yield single_handle.id

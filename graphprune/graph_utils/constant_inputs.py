@@ -77,10 +77,11 @@ class _Tainted(Run):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node, or give NaN for what it makes."""
+        # `place` has moved on to the next node: the one before it is this node.
         value = self.plain.until(self.plain.order[self.place - 1], inclusive=True)
         if n.op == "get_attr":
-            held = super().run_node(n)
-            return self._tainted(n, held) if n.target in self.written else held
+            tensor = super().run_node(n)
+            return self._taint(n, tensor) if n.target in self.written else tensor
         if n.op == "output":
             return value
         varies = any(source in self.varying for source in n.all_input_nodes)
@@ -89,37 +90,39 @@ class _Tainted(Run):
             return self._layer(self.layers[n])
         if packet is aten.batch_norm and not varies:
             return self._norm(n)
+        # A size that varies moves entries about and leaves them what they are, but for those that choose.
         if packet in MOVING or n.target is operator.getitem:
-            tainted = varies and (packet in _CHOOSING or self._reads_varying_tensor(n))
+            is_tainted = varies and (packet in _CHOOSING or self._reads_varying_tensor(n))
         elif packet in POINTWISE or packet in POOLING:
-            tainted = varies
+            is_tainted = varies
         else:
             is_chance = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-            tainted = n.op == "placeholder" or varies or is_chance or self._reads_nan(n)
+            is_tainted = n.op == "placeholder" or varies or is_chance or self._reads_nan(n)
         if isinstance(value, (int, float, torch.SymInt)):
             self.varying.add(n)
-        if tainted:
-            return self._tainted(n, value)
+        if is_tainted:
+            return self._taint(n, value)
         value = super().run_node(n)
-        return self._pooled(n, value) if packet in POOLING else value
+        return self._taint_uneven(n, value) if packet in POOLING else value
 
-    def _reads_varying_tensor(self, n: fx.Node) -> bool:
+    def _reads_varying_tensor(self, node: fx.Node) -> bool:
         return any(
             source in self.varying and isinstance(self.env[source], Tensor)
-            for source in n.all_input_nodes
+            for source in node.all_input_nodes
         )
 
-    def _reads_nan(self, n: fx.Node) -> bool:
-        leaves = pytree.tree_leaves([self.env[source] for source in n.all_input_nodes])
+    def _reads_nan(self, node: fx.Node) -> bool:
+        leaves = pytree.tree_leaves([self.env[source] for source in node.all_input_nodes])
         return any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in leaves)
 
-    def _tainted(self, n: fx.Node, value: Any) -> Any:
+    def _taint(self, node: fx.Node, value: Any) -> Any:
         """Return the value with NaN for every number that can be; note the node where some cannot."""
         leaves = [leaf for leaf in pytree.tree_leaves(value) if leaf is not None]
         if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-            self.varying.add(n)
-        if writes(n):
-            written = self.env[n.all_input_nodes[0]]
+            self.varying.add(node)
+        if writes(node):
+            # In place, so that whatever shares the memory is NaN too.
+            written = self.env[node.all_input_nodes[0]]
             return written.fill_(torch.nan) if written.is_floating_point() else written
         return pytree.tree_map_only(
             Tensor, lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else t, value
@@ -138,26 +141,29 @@ class _Tainted(Run):
         self.read[str(layer.weight.target)] = data.clone()
         counts = data != 0 if pads(arguments) else data.isnan()
         value = layer.value(_without_nan(data), weight, bias, arguments)
+        # By entry, how many that count meet a weight that is not zero: a whole number, 0 or above a half.
         reached = layer.value(counts.to(weight), (weight != 0).to(weight), None, arguments)
         return value.masked_fill(reached > 0.5, torch.nan)
 
-    def _norm(self, n: fx.Node) -> Tensor:
+    def _norm(self, node: fx.Node) -> Tensor:
         """Return a batch norm's output: NaN where its input is and the channel's scale is not zero."""
-        given = arguments_of(n)
-        values = fx.map_arg(given, self.env.__getitem__)
+        arguments = arguments_of(node)
+        values = fx.map_arg(arguments, self.env.__getitem__)
         data, scale = values["input"], values["weight"]
-        result: Tensor = n.target(**{**values, "input": _without_nan(data)})  # type: ignore[operator]
+        result: Tensor = node.target(**{**values, "input": _without_nan(data)})  # type: ignore[operator]
         if values["training"] or values["running_mean"] is None:
             return torch.full_like(result, torch.nan)
         live = torch.ones(data.shape[1], dtype=torch.bool) if scale is None else scale != 0
         shape = (1, -1, *[1] * (data.dim() - 2))
         return result.masked_fill(data.isnan() & live.to(data.device).view(shape), torch.nan)
 
-    def _pooled(self, n: fx.Node, value: Tensor) -> Tensor:
+    def _taint_uneven(self, node: fx.Node, value: Tensor) -> Tensor:
         """Return what a window makes of maps; NaN for maps that are not the same everywhere."""
-        (source, *_) = n.all_input_nodes
-        space = tuple(range(-int(n.target.overloadpacket.__name__[-2]), 0))  # type: ignore[union-attr]
+        (source, *_) = node.all_input_nodes
+        # The last two dimensions for `max_pool2d`.
+        space = tuple(range(-int(node.target.overloadpacket.__name__[-2]), 0))  # type: ignore[union-attr]
         data = self.env[source]
+        # NaN is unlike itself, so it stays.
         uneven = data.amax(space, keepdim=True) != data.amin(space, keepdim=True)
         return value.masked_fill(uneven, torch.nan)
 
@@ -167,20 +173,20 @@ def written_by(graph_module: fx.GraphModule) -> set[Any]:
     return {_origin(node).target for node in graph_module.graph.nodes if writes(node)}
 
 
-def _origin(n: fx.Node) -> fx.Node:
+def _origin(node: fx.Node) -> fx.Node:
     """Return what holds the memory that a node writes to, or gives another view of."""
-    while n.op == "call_function" and n.all_input_nodes:
-        if not (writes(n) or getattr(n.target, "overloadpacket", None) in MOVING):
+    while node.op == "call_function" and node.all_input_nodes:
+        if not (writes(node) or getattr(node.target, "overloadpacket", None) in MOVING):
             break
-        n = n.all_input_nodes[0]
-    return n
+        node = node.all_input_nodes[0]
+    return node
 
 
 def pads(arguments: Mapping[str, Any]) -> bool:
     """Say whether a layer called with these arguments sees zeros around its input."""
     padding = arguments.get("padding", 0)
-    some = any(padding) if isinstance(padding, (list, tuple)) else padding not in (0, "valid")
-    return some or "output_padding" in arguments
+    pads_input = any(padding) if isinstance(padding, (list, tuple)) else padding not in (0, "valid")
+    return pads_input or "output_padding" in arguments
 
 
 def _without_nan(data: Tensor) -> Tensor:

@@ -30,13 +30,13 @@ def read_packed(
     """Hold a packed matrix beside the parameter that a node reads, once for all readers, and read it."""
     weight = str(read.target)
     names = f"{weight}_blocks", f"{weight}_places"
-    like, held = graph_module.get_parameter(weight), dict(graph_module.named_buffers())
-    if names[1] not in held:
+    like, buffers = graph_module.get_parameter(weight), dict(graph_module.named_buffers())
+    if names[1] not in buffers:
         owner, _, leaf = names[1].rpartition(".")
         put_parameter(graph_module, names[0], blocks, like)
         graph_module.get_submodule(owner).register_buffer(leaf, places)
-    one, other = (graph_module.graph.get_attr(name) for name in names)
-    return one, other
+    blocks_node, places_node = (graph_module.graph.get_attr(name) for name in names)
+    return blocks_node, places_node
 
 
 def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
@@ -50,15 +50,17 @@ def put_bias(graph_module: fx.GraphModule, layer: Layer, bias: Tensor) -> None:
     graph, node = graph_module.graph, layer.node
     with graph.inserting_before(node):
         read = graph.get_attr(name)
+    # Convolutions and `linear` take a bias as an argument; a product of matrices has it added behind.
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     if "bias" in names:
-        place = names.index("bias")
-        node.args = (*node.args[:place], read, *node.args[place + 1 :])
+        position = names.index("bias")
+        node.args = (*node.args[:position], read, *node.args[position + 1 :])
         node.kwargs = {key: value for key, value in node.kwargs.items() if key != "bias"}
         return
     with graph.inserting_after(node):
         total = graph.call_function(torch.ops.aten.add.Tensor, (node, read))
     total.meta = dict(node.meta)
+    # The sum itself goes on reading the node.
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
 
@@ -74,22 +76,24 @@ def rescale(
         shift: likewise.
 
     """
+    # [groups, outputs, features]; factors and shifts are [groups * outputs], the output's channels.
     matrix = _matrix(layer, held_by(graph_module, layer.weight))
     factors, shifts = (
-        torch.as_tensor(each, dtype=torch.float64, device=matrix.device).expand(
+        torch.as_tensor(per_channel, dtype=torch.float64, device=matrix.device).expand(
             len(matrix[0]) * len(matrix)
         )
-        for each in (factor, shift)
+        for per_channel in (factor, shift)
     )
     _put_matrix(graph_module, layer, matrix * factors.reshape(*matrix.shape[:2], 1))
     if layer.bias or bool(shifts.any()):
-        own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
-        put_bias(graph_module, layer, factors * own + shifts)
+        old_bias = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+        put_bias(graph_module, layer, factors * old_bias + shifts)
 
 
 def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) -> None:
     """Have a layer give what it gives for `factor * input`, the factors being `[channels]` of the input."""
     matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    # [groups, inputs]; the features of an input are the entries of its window, one after the other.
     factors = factor.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // factors.shape[1]
     _put_matrix(graph_module, layer, matrix * factors.repeat_interleave(window, 1).unsqueeze(1))
@@ -100,9 +104,10 @@ def shift_input(graph_module: fx.GraphModule, layer: Layer, shift: Tensor) -> No
     matrix = _matrix(layer, held_by(graph_module, layer.weight))
     shifts = shift.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // shifts.shape[1]
+    # [groups, outputs, features] @ [groups, features, 1] -> [groups, outputs, 1]
     extra = matrix @ shifts.repeat_interleave(window, 1).unsqueeze(2)
-    own = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
-    put_bias(graph_module, layer, own + extra.flatten())
+    old_bias = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+    put_bias(graph_module, layer, old_bias + extra.flatten())
 
 
 def _matrix(layer: Layer, weight: Tensor) -> Tensor:
@@ -122,10 +127,11 @@ def name_beside(graph_module: fx.GraphModule, tensor: str, leaf: str) -> str:
     return new_name(graph_module, f"{owner}.{leaf}" if owner else leaf)
 
 
-def new_name(graph_module: fx.GraphModule, wanted: str) -> str:
-    """Return a dotted name that nothing has: the wanted one, or that with a number."""
-    owner, _, leaf = wanted.rpartition(".")
+def new_name(graph_module: fx.GraphModule, preferred: str) -> str:
+    """Return a dotted name that nothing has: the preferred one, or that with a number."""
+    owner, _, leaf = preferred.rpartition(".")
     module, number, name = graph_module.get_submodule(owner), 0, leaf
+    # A bias that a module registered as None is a name that may be taken.
     while hasattr(module, name) and getattr(module, name) is not None:
         number += 1
         name = f"{leaf}_{number}"

@@ -43,8 +43,8 @@ class Layer(ABC):
     def groups(self) -> int:
         """The groups of a convolution; 1 for other layers."""
         node = self.node
-        given = arguments_of(node)
-        groups: int = given.get("groups", 1)
+        arguments = arguments_of(node)
+        groups: int = arguments.get("groups", 1)
         return groups
 
     @property
@@ -56,10 +56,10 @@ class Layer(ABC):
     def arguments(self, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
         """Return the call's other arguments by name, computed ones by their values."""
         node = self.node
-        given = arguments_of(node)
+        call_arguments = arguments_of(node)
         return {
             name: fx.map_arg(argument, values.__getitem__)
-            for name, argument in given.items()
+            for name, argument in call_arguments.items()
             if argument not in (self.data, self.weight, self.bias)
         }
 
@@ -67,8 +67,8 @@ class Layer(ABC):
         self, data: Tensor, weight: Tensor, bias: Tensor | None, arguments: dict[str, Any]
     ) -> Tensor:
         """Return what the layer gives for an input, with such a weight and bias."""
-        given = {**arguments, "input": data, "weight": weight, "bias": bias}
-        result: Tensor = self.node.target(**given)  # type: ignore[operator]
+        keywords = {**arguments, "input": data, "weight": weight, "bias": bias}
+        result: Tensor = self.node.target(**keywords)  # type: ignore[operator]
         return result
 
     def products(
@@ -80,17 +80,19 @@ class Layer(ABC):
         sums over samples soon exceed the largest number of half precision.
         """
         precise = torch.promote_types(weight.dtype, torch.float32)
+        # Of sum(output * (W f)), the gradient in W is the sum over samples of output f'.
         with torch.enable_grad():
-            free = weight.to(precise, copy=True).requires_grad_()
-            value = self.value(data.to(precise), free, None, arguments)
-            (gradient,) = torch.autograd.grad(value, free, output.to(value.dtype))
+            leaf_weight = weight.to(precise, copy=True).requires_grad_()
+            value = self.value(data.to(precise), leaf_weight, None, arguments)
+            (gradient,) = torch.autograd.grad(value, leaf_weight, output.to(value.dtype))
         return self.matrix(gradient, arguments).double()
 
     @staticmethod
     def pieces(data: Tensor, weight: Tensor) -> Iterator[slice]:
         """Yield slices of an input's first dimension, two at least, whose features are not too large."""
-        one = data[:1].numel() * weight[0, 0].numel() * data.element_size()
-        step = min(max(1, _FEATURE_BYTES // max(one, 1)), max(1, len(data) // 2))
+        # A convolution's features are its input once for each entry of the window.
+        sample_bytes = data[:1].numel() * weight[0, 0].numel() * data.element_size()
+        step = min(max(1, _FEATURE_BYTES // max(sample_bytes, 1)), max(1, len(data) // 2))
         yield from (slice(start, start + step) for start in range(0, len(data), step))
 
     @abstractmethod
@@ -194,22 +196,26 @@ class ConvolutionLayer(Layer):
         groups, space = arguments["groups"], weight.shape[2:]
         inputs = weight.shape[0] // groups if self.is_transposed else weight.shape[1]
         count = inputs * space.numel()
+        # 2 channels under a window of 3 are read by 6 filters [6, 2, 3], each of a single one: the
+        # output's channels are the 6 entries at each position, channel by channel.
         entries = torch.eye(count, dtype=data.dtype, device=data.device)
-        reader = entries.reshape(count, inputs, *space)
+        unit_weight = entries.reshape(count, inputs, *space)
         if self.is_transposed:
-            reader = reader.transpose(0, 1)
-        reader = reader.repeat(groups, 1, *[1] * len(space))
-        return self.samples(self.value(data, reader, None, arguments), arguments)
+            unit_weight = unit_weight.transpose(0, 1)
+        unit_weight = unit_weight.repeat(groups, 1, *[1] * len(space))
+        return self.samples(self.value(data, unit_weight, None, arguments), arguments)
 
     def samples(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the positions of the maps `[batch, groups * channels, *space]`."""
         batch, channels = output.shape[:2]
-        own = channels // arguments["groups"]
-        by_group = output.reshape(batch, arguments["groups"], own, -1)
-        return by_group.permute(1, 0, 3, 2).reshape(arguments["groups"], -1, own)
+        group_channels = channels // arguments["groups"]
+        # [batch, groups, channels, positions] -> [groups, batch * positions, channels]
+        by_group = output.reshape(batch, arguments["groups"], group_channels, -1)
+        return by_group.permute(1, 0, 3, 2).reshape(arguments["groups"], -1, group_channels)
 
     def matrix(self, weight: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the filters; a transposed convolution keeps inputs before outputs."""
+        # [groups, outputs, inputs, *space], or inputs before outputs
         by_group = weight.reshape(arguments["groups"], -1, *weight.shape[1:])
         return (by_group.transpose(1, 2) if self.is_transposed else by_group).flatten(2)
 
@@ -217,6 +223,7 @@ class ConvolutionLayer(Layer):
         """Return the filters in their shape."""
         if self.is_transposed:
             inputs = weight.shape[0] // arguments["groups"]
+            # [groups, outputs, inputs * space] -> [groups, inputs, outputs, space]
             matrix = matrix.unflatten(2, (inputs, -1)).transpose(1, 2)
         return matrix.reshape(weight.shape)
 
@@ -255,15 +262,16 @@ def layers_of(graph_module: fx.GraphModule) -> dict[str, Layer]:
     readers: dict[str, set[fx.Node]] = {}
     for read in graph_module.graph.find_nodes(op="get_attr"):
         readers.setdefault(str(read.target), set()).update(read.users)
-    found: dict[str, Layer] = {}
+    layers: dict[str, Layer] = {}
     for layer in filter(None, map(_layer, graph_module.graph.nodes)):
-        held = [layer.weight, *([layer.bias] if layer.bias else [])]
-        if all(readers.get(str(one.target)) == {layer.node} for one in held):
-            weight, *bias = (parameters.get(str(one.target)) for one in held)
-            flat = all(one is not None and one.dim() == 1 for one in bias)
-            if weight is not None and layer.takes(weight) and flat:
-                found[str(layer.weight.target)] = layer
-    return found
+        parameter_nodes = [layer.weight, *([layer.bias] if layer.bias else [])]
+        if all(readers.get(str(node.target)) == {layer.node} for node in parameter_nodes):
+            weight, *biases = (parameters.get(str(node.target)) for node in parameter_nodes)
+            # What `addmm` adds may be a matrix, which is no bias.
+            has_flat_bias = all(vector is not None and vector.dim() == 1 for vector in biases)
+            if weight is not None and layer.takes(weight) and has_flat_bias:
+                layers[str(layer.weight.target)] = layer
+    return layers
 
 
 def _layer(node: fx.Node) -> Layer | None:
@@ -272,7 +280,7 @@ def _layer(node: fx.Node) -> Layer | None:
     if packet not in _KINDS:
         return None
     kind, names = _KINDS[packet]
-    given = arguments_of(node)
-    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+    arguments = arguments_of(node)
+    if arguments.get("alpha", 1) != 1 or arguments.get("beta", 1) != 1:
         return None
-    return kind(node, given[names[0]], given[names[1]], given.get(names[2]))
+    return kind(node, arguments[names[0]], arguments[names[1]], arguments.get(names[2]))

@@ -30,19 +30,20 @@ class Run(fx.Interpreter):
     ) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
-        own = inputs.map(torch.clone)  # operators may write over them
-        flat = flat_arguments(graph_module, own)
-        wanted = len(graph_module.graph.find_nodes(op="placeholder"))
-        if len(flat) != wanted:
+        copied_inputs = inputs.map(torch.clone)  # operators may write over them
+        flat = flat_arguments(graph_module, copied_inputs)
+        expected = len(graph_module.graph.find_nodes(op="placeholder"))
+        if len(flat) != expected:
             raise InvalidRequestError(
                 f"{what} gives {inputs}, {len(flat)} arguments where the traced model takes "
-                f"{wanted}; batches need the form of example_inputs, positional or by name alike"
-                f"{several_inputs(len(flat), wanted)}"
+                f"{expected}; batches need the form of example_inputs, positional or by name alike"
+                f"{several_inputs(len(flat), expected)}"
             )
         self.args_iter = iter(flat)
         self.inputs, self.what = inputs, what
         self.order = order
         self.place = 0
+        # By what is used: a later reader takes the place of an earlier one, so the last one stays.
         self.last_use = (
             {} if keep else {used: node for node in order for used in node.all_input_nodes}
         )
@@ -73,8 +74,8 @@ class Run(fx.Interpreter):
         return value
 
 
-def several_inputs(passed: int, wanted: int) -> str:
-    """Return the end of a message: how several inputs are passed, where fewer were than are wanted."""
-    if passed >= wanted:
+def several_inputs(passed: int, expected: int) -> str:
+    """Return the end of a message: how several inputs are passed, where fewer were than are expected."""
+    if passed >= expected:
         return ""
     return "; a pair (a, b) is an input and a target, two inputs are graphprune.Inputs(a, b)"

@@ -61,12 +61,14 @@ class Cost:
 
     def total(self, kept: Mapping[Axis, int] | None = None) -> int:
         """Return the cost once only `kept[axis]` slots of each axis are left."""
-        left = kept or {}
-        varying = (f * prod(self._size(dim, left) for dim in dims) for f, dims in self.terms)
+        kept_counts = kept or {}
+        varying = (f * prod(self._size(dim, kept_counts) for dim in dims) for f, dims in self.terms)
         return self.constant + sum(varying)
 
-    def _size(self, dim: Layout, left: Mapping[Axis, int]) -> int:
-        return min(-(-kept_size(dim, left) // self.block) * self.block, size_of(dim))
+    def _size(self, dim: Layout, kept_counts: Mapping[Axis, int]) -> int:
+        # rounded up, -(-7 // 4) * 4 being 8, but to no more than the dimension has, which may end in a
+        # started block too
+        return min(-(-kept_size(dim, kept_counts) // self.block) * self.block, size_of(dim))
 
 
 def parameter_cost(inference: Inference) -> Cost:
@@ -96,8 +98,10 @@ def mac_terms(step: Step) -> Iterator[list[Layout]]:
     packet = step.func.overloadpacket
     if packet is aten.convolution:
         data, weight = step.inputs[0].layouts, step.inputs[1].layouts
-        outside = data if step.arguments["transposed"] else step.outputs[0].layouts
-        yield [*outside, *weight[1:]]
+        # each of its entries meets `weight[1:]` once: weights are `[out, in / groups, *window]`, transposed
+        # ones `[in, out / groups, *window]`
+        window_centres = data if step.arguments["transposed"] else step.outputs[0].layouts
+        yield [*window_centres, *weight[1:]]
     elif packet in (aten.mm, aten.bmm, aten.mv, aten.dot):
         yield [*step.outputs[0].layouts, step.inputs[0].layouts[-1]]
     elif packet in (aten.addmm, aten.baddbmm):
@@ -107,9 +111,11 @@ def mac_terms(step: Step) -> Iterator[list[Layout]]:
         matrices = (value.layouts for value in step.inputs[1:] if len(value.layouts) == 2)
         yield from ([*positions, *matrix] for matrix in matrices)
     elif packet is OPERATOR:
+        # data `[time, features, batch]`; behind the states matrices or their blocks, and of one dimension
+        # the places of blocks and the biases
         time, _, batch = step.inputs[0].layouts
-        others = step.inputs[1 + len(step.arguments["states"]) :]
-        yield from ([time, batch, *v.layouts] for v in others if len(v.layouts) > 1)
+        weights = step.inputs[1 + len(step.arguments["states"]) :]
+        yield from ([time, batch, *v.layouts] for v in weights if len(v.layouts) > 1)
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:

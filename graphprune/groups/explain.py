@@ -30,7 +30,7 @@ class Link:
     by: tuple[Reason, ...]
 
     def __str__(self) -> str:
-        return f"{self.end} is tied to {self.start} by {', then '.join(map(_place, self.by))}"
+        return f"{self.end} is tied to {self.start} by {', then '.join(map(_format_operator, self.by))}"
 
 
 @dataclass(frozen=True)
@@ -130,84 +130,97 @@ class Explainer:
             for axis in free_axes(layout)
         ]
         reasons = dict.fromkeys(axis.fixed for axis in leaves(layout) if axis.fixed is not None)
-        parts += [Part("", why, tuple(self._way_to(layout, why, start))) for why in reasons]
+        parts += [
+            Part("", reason, tuple(self._links_to_cause(layout, reason, start)))
+            for reason in reasons
+        ]
         return Explanation(start, size_of(layout), describe(layout, groups), tuple(parts))
 
     def _ties(self, layout: Layout, axis: Axis, start: str) -> Iterator[Link]:
         """Yield a link to every other parameter dimension that has a part in the axis."""
-        found = _Search(layout, lambda leaf: leaf is axis)
-        seen = {start}
-        for reached in found.came_from:
-            name = self.names.get(reached, start)
-            if name not in seen:
-                seen.add(name)
-                yield self._links(found, reached, start)[-1]
+        search = _Search(layout, lambda leaf: leaf is axis)
+        linked_names = {start}
+        for reached_axis in search.came_from:
+            name = self.names.get(reached_axis, start)
+            if name not in linked_names:
+                linked_names.add(name)
+                # of the chain from the start to it the last link; the others lead to other names
+                yield self._links(search, reached_axis, start)[-1]
 
-    def _way_to(self, layout: Layout, why: Reason, start: str) -> list[Link]:
+    def _links_to_cause(self, layout: Layout, reason: Reason, start: str) -> list[Link]:
         """Return the links to the axis for which the reason was given."""
-        found = _Search(layout, lambda leaf: leaf.fixed == why)
-        ends = (axis for axis in found.came_from if axis.fixed_here and axis.fixed == why)
-        return self._links(found, next(ends), start)
+        search = _Search(layout, lambda leaf: leaf.fixed == reason)
+        ends = (axis for axis in search.came_from if axis.fixed_here and axis.fixed == reason)
+        return self._links(search, next(ends), start)
 
-    def _links(self, found: _Search, reached: Axis, start: str) -> list[Link]:
+    def _links(self, search: _Search, goal: Axis, start: str) -> list[Link]:
         """Return the way to an axis, a link from each parameter dimension on it to the next."""
         links: list[Link] = []
-        by: list[Reason] = []
-        at, last = start, reached
-        for axis, tie in found.way_to(reached):
-            if tie is not None and tie not in by:
-                by.append(tie)
+        operators: list[Reason] = []
+        link_start, last_axis = start, goal
+        for axis, tie in search.way_to(goal):
+            # axes of no parameter have no name: the ties on both sides of one make one link
+            if tie is not None and tie not in operators:
+                operators.append(tie)
             name = self.names.get(axis, "")
-            if by and name not in ("", at):
-                links.append(Link(at, name, tuple(by)))
-                at, by = name, []
-            last = axis
-        if by:
-            links.append(Link(at, self._maker_of(last), tuple(by)))
+            if operators and name not in ("", link_start):
+                links.append(Link(link_start, name, tuple(operators)))
+                link_start, operators = name, []
+            last_axis = axis
+        if operators:
+            links.append(Link(link_start, self._maker_of(last_axis), tuple(operators)))
         return links
 
     def _maker_of(self, axis: Axis) -> str:
         """Return in words the value that an axis first stood in."""
         for name, layouts in self.inference.inputs.items():
-            if any(axis is given for layout in layouts for given in given_axes(layout)):
+            if any(
+                axis is declared_axis for layout in layouts for declared_axis in given_axes(layout)
+            ):
                 return name
         for step in self.inference.steps:
             for value in step.outputs:
-                if any(axis is given for layout in value.layouts for given in given_axes(layout)):
-                    return f"the result of {_place(step.place)}"
+                if any(
+                    axis is declared_axis
+                    for layout in value.layouts
+                    for declared_axis in given_axes(layout)
+                ):
+                    return f"the result of {_format_operator(step.place)}"
         return "a dimension on the way"
 
 
 class _Search:
     """The axes that are tied to a layout, nearest first, and how each was reached."""
 
-    def __init__(self, layout: Layout, wanted: Callable[[Axis], bool]) -> None:
+    def __init__(self, layout: Layout, is_relevant: Callable[[Axis], bool]) -> None:
         self.came_from: dict[Axis, tuple[Axis, Reason | None] | None] = {}
         waiting: deque[Axis] = deque()
 
-        def visit(given: Layout, way: tuple[Axis, Reason | None] | None) -> None:
-            for axis in given_axes(given):
-                if axis not in self.came_from and any(map(wanted, leaves(axis))):
-                    self.came_from[axis] = way
+        def visit(reached_layout: Layout, predecessor: tuple[Axis, Reason | None] | None) -> None:
+            for axis in given_axes(reached_layout):
+                # an axis that shares no leaf with what is looked for leads nowhere
+                if axis not in self.came_from and any(map(is_relevant, leaves(axis))):
+                    self.came_from[axis] = predecessor
                     waiting.append(axis)
 
         visit(layout, None)
+        # breadth first, so that the chain to an axis is a shortest one
         while waiting:
             axis = waiting.popleft()
-            for other, tie in axis.ties:
-                visit(other, (axis, tie))
+            for tied_layout, tie in axis.ties:
+                visit(tied_layout, (axis, tie))
 
     def way_to(self, axis: Axis) -> list[tuple[Axis, Reason | None]]:
         """Return the axes from the start to this one, each with the tie that leads to it."""
         steps: list[tuple[Axis, Reason | None]] = []
-        way = self.came_from[axis]
-        while way is not None:
-            steps.append((axis, way[1]))
-            axis = way[0]
-            way = self.came_from[axis]
+        predecessor = self.came_from[axis]
+        while predecessor is not None:
+            steps.append((axis, predecessor[1]))
+            axis = predecessor[0]
+            predecessor = self.came_from[axis]
         return steps[::-1]
 
 
-def _place(reason: Reason) -> str:
+def _format_operator(reason: Reason) -> str:
     where = ", ".join(word for word in (reason.module, reason.source) if word)
     return f"{reason.operator} ({where})" if where else reason.operator

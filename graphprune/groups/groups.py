@@ -73,9 +73,9 @@ class Group:
 
     def __str__(self) -> str:
         kind = "exact" if self.exact else "renormalised"
-        places = ", ".join(f"{member.parameter}:{member.dim}" for member in self.members[:6])
+        names = ", ".join(f"{member.parameter}:{member.dim}" for member in self.members[:6])
         more = f" and {len(self.members) - 6} more" if len(self.members) > 6 else ""
-        return f"{self.name}  {self.size} channels, {kind}{', inner' if self.inner else ''}: {places}{more}"
+        return f"{self.name}  {self.size} channels, {kind}{', inner' if self.inner else ''}: {names}{more}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Dependencies:
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
         self.groups = _groups(inference)
-        self.fixed = list(_fixed(inference))
+        self.fixed = list(_find_fixed(inference))
 
     @cached_property
     def by_axis(self) -> dict[Axis, Group]:
@@ -134,7 +134,7 @@ class Dependencies:
         if self.unknown:
             lines.append(f"operators without a rule, whose channels stay: {len(self.unknown)}")
             lines += [
-                f"  {place.operator}  {place.module}  {place.source}" for place in self.unknown
+                f"  {reason.operator}  {reason.module}  {reason.source}" for reason in self.unknown
             ]
         return "\n".join(lines)
 
@@ -146,6 +146,7 @@ def _groups(inference: Inference) -> list[Group]:
     members: dict[Axis, list[Member]] = {}
     names: dict[Axis, str] = {}
     inner: set[Axis] = set()
+    # parameters before buffers, for a group is called after its first member
     for parameter in sorted(inference.parameters, key=lambda p: p not in inference.trainable):
         for dim, layout in enumerate(inference.parameters[parameter]):
             axes = free_axes(layout)
@@ -155,11 +156,12 @@ def _groups(inference: Inference) -> list[Group]:
                 suffix = f".{number}" if len(axes) > 1 else ""
                 names.setdefault(axis, f"{parameter}:{dim}{suffix}")
     return [
-        Group(names[axis], axis, tuple(found), axis in inner) for axis, found in members.items()
+        Group(names[axis], axis, tuple(group_members), axis in inner)
+        for axis, group_members in members.items()
     ]
 
 
-def _inner_axes(layout: Layout, known: set[Axis]) -> Iterator[Axis]:
+def _inner_axes(layout: Layout, known_inner: set[Axis]) -> Iterator[Axis]:
     """Yield the free axes that stand to the right of a free axis in a product.
 
     Axes known to be inner elsewhere do not count as outer ones, so that of two axes that stand in
@@ -168,18 +170,19 @@ def _inner_axes(layout: Layout, known: set[Axis]) -> Iterator[Axis]:
     layout = resolve(layout)
     if isinstance(layout, Concat | Permuted):
         for part in parts_of(layout):
-            yield from _inner_axes(part, known)
+            yield from _inner_axes(part, known_inner)
     elif isinstance(layout, Product):
-        below = False
+        has_outer = False
         for factor in layout.factors:
-            if below:
+            # of `(heads dim)` dim is inner: heads are cut as wholes
+            if has_outer:
                 yield from free_axes(factor)
             else:
-                yield from _inner_axes(factor, known)
-                below = any(axis not in known for axis in free_axes(factor))
+                yield from _inner_axes(factor, known_inner)
+                has_outer = any(axis not in known_inner for axis in free_axes(factor))
 
 
-def _fixed(inference: Inference) -> Iterator[Fixed]:
+def _find_fixed(inference: Inference) -> Iterator[Fixed]:
     for parameter, layouts in inference.parameters.items():
         for dim, layout in enumerate(layouts):
             reason = why_fixed(layout)

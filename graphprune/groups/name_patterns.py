@@ -18,35 +18,35 @@ Pattern: TypeAlias = str | nn.Module
 """A glob of names of groups, parameters or modules; or a module, for all that is in it."""
 
 
-def by_name(patterns: Sequence[Pattern], model: nn.Module, what: str) -> tuple[str, ...]:
+def by_name(patterns: Sequence[Pattern], model: nn.Module, option: str) -> tuple[str, ...]:
     """Return the patterns with globs of its parameters for each module.
 
     Args:
         patterns: globs, and modules of the model.
         model: where the modules are.
-        what: the name of the argument, for messages.
+        option: the name under which they are passed, for messages.
 
     Raises:
         InvalidRequestError: a module is not in the model, or holds nothing.
 
     """
-    found: list[str] = []
+    globs: list[str] = []
     for pattern in patterns:
-        found += [pattern] if isinstance(pattern, str) else _globs(pattern, model, what)
-    return tuple(found)
+        globs += [pattern] if isinstance(pattern, str) else _globs(pattern, model, option)
+    return tuple(globs)
 
 
-def _globs(module: nn.Module, model: nn.Module, what: str) -> list[str]:
+def _globs(module: nn.Module, model: nn.Module, option: str) -> list[str]:
     modules = model.named_modules(remove_duplicate=False)
-    paths = [path for path, own in modules if own is module]
+    paths = [path for path, submodule in modules if submodule is module]
     if not paths:
         raise InvalidRequestError(
-            f"{what} holds a {type(module).__name__} that is no module of the model itself; pass one of "
-            f"model.modules(), not of a copy or of another form of it, or its name, as in {what}=['head']"
+            f"{option} holds a {type(module).__name__} that is no module of the model itself; pass one of "
+            f"model.modules(), not of a copy or of another form of it, or its name, as in {option}=['head']"
         )
     if next(module.parameters(), None) is None:
         raise InvalidRequestError(
-            f"{what} holds {paths[0]!r}, a {type(module).__name__} without parameters, so it says of no "
+            f"{option} holds {paths[0]!r}, a {type(module).__name__} without parameters, so it says of no "
             "channels that they should go or stay; name the layer before or after it"
         )
     return [f"{escape(path)}.*" if path else "*" for path in paths]
@@ -84,16 +84,16 @@ class Selection:
             InvalidRequestError: a pattern fits nothing.
 
         """
-        every = [name for names in graph.inference.names.values() for name in names]
-        every += [group.name for group in graph.groups]
-        asked_for, left = ({p: _glob(p, every) for p in ps} for ps in (include, exclude))
-        return cls(graph, asked_for, left, renormalised)
+        all_names = [name for names in graph.inference.names.values() for name in names]
+        all_names += [group.name for group in graph.groups]
+        included, excluded = ({p: _glob(p, all_names) for p in ps} for ps in (include, exclude))
+        return cls(graph, included, excluded, renormalised)
 
     def names(self, group: Group) -> list[str]:
         """Return the names that a group answers to: its own, and all names of its members."""
-        known = self.graph.inference.names
+        names_by_tensor = self.graph.inference.names
         parameters = dict.fromkeys(member.parameter for member in group.members)
-        aliases = (alias for name in parameters for alias in known.get(name, [name]))
+        aliases = (alias for name in parameters for alias in names_by_tensor.get(name, [name]))
         return [group.name, *aliases]
 
     def includes(self, group: Group) -> bool:
@@ -113,6 +113,7 @@ class Selection:
             return False
         if self.include and not self.includes(group):
             return False
+        # an inner group goes only where a pattern means it by its own name, not by one of a member
         return not group.inner or _any_fits([group.name], self.include.values())
 
     def overruled(self) -> str:
@@ -120,35 +121,38 @@ class Selection:
 
         A pattern that fits a group's own name, or at least half of its members, means the group.
         """
-        taken: dict[str, list[str]] = {}
+        groups_by_pattern: dict[str, list[str]] = {}
         for group in self.graph.groups:
             if not (self._is_asked_for(group) and (self.include or not group.exact)):
                 continue
-            own, *members = self.names(group)
-            fitting = [n for n in members if _any_fits([n], self.exclude.values())]
-            if not fitting or _any_fits([own], self.exclude.values()):
+            group_name, *member_names = self.names(group)
+            fitting = [n for n in member_names if _any_fits([n], self.exclude.values())]
+            if not fitting or _any_fits([group_name], self.exclude.values()):
                 continue
-            if 2 * len(fitting) < len(members):
+            if 2 * len(fitting) < len(member_names):
                 pattern = next(
                     p for p, glob in self.exclude.items() if fnmatchcase(fitting[0], glob)
                 )
-                share = f"{own!r} ({len(members)} tensors, of which {listed(fitting)})"
-                taken.setdefault(pattern, []).append(share)
-        asked = "include" if self.include else "renormalised=True"
+                description = (
+                    f"{group_name!r} ({len(member_names)} tensors, of which {listed(fitting)})"
+                )
+                groups_by_pattern.setdefault(pattern, []).append(description)
+        option = "include" if self.include else "renormalised=True"
         return "; ".join(
-            f"exclude={pattern!r} takes {listed(groups)} out of what {asked} asks for: channels go from "
+            f"exclude={pattern!r} takes {listed(groups)} out of what {option} asks for: channels go from "
             "all tensors of a group or from none; leave the pattern out to have it cut (what a model "
             "gives keeps its size)"
-            for pattern, groups in taken.items()
+            for pattern, groups in groups_by_pattern.items()
         )
 
 
 def _any_fits(names: Iterable[str], globs: Iterable[str]) -> bool:
+    # gone through for each name, which an iterator would not bear
     globs = list(globs)
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def _glob(pattern: str, every: Sequence[str]) -> str:
+def _glob(pattern: str, all_names: Sequence[str]) -> str:
     """Return the glob that a pattern stands for: itself, or all in the modules that it names.
 
     Raises:
@@ -156,11 +160,11 @@ def _glob(pattern: str, every: Sequence[str]) -> str:
 
     """
     for glob in (pattern, f"{pattern}.*"):
-        if any(fnmatchcase(name, glob) for name in every):
+        if any(fnmatchcase(name, glob) for name in all_names):
             return glob
-    modules = {name[:at] for name in every for at, sign in enumerate(name) if sign == "."}
-    alike = difflib.get_close_matches(pattern, [*sorted(modules), *every], cutoff=0.5)
+    modules = {name[:at] for name in all_names for at, sign in enumerate(name) if sign == "."}
+    alike = difflib.get_close_matches(pattern, [*sorted(modules), *all_names], cutoff=0.5)
     raise InvalidRequestError(
         f"the pattern {pattern!r} fits no parameter, module or group of the model; names are like "
-        f"{', '.join(alike or every[:5])}"
+        f"{', '.join(alike or all_names[:5])}"
     )

@@ -45,26 +45,29 @@ class Reader:
 
         Shapes: int64 tensors `[parameter.numel()]`.
         """
+        # the numbers of the parameter's entries go through the views, so that every entry of the view tells
+        # which one of the parameter it is
         entries = torch.arange(parameter.numel()).reshape(parameter.shape)
-        for step, which in self.views:
-            entries = _replayed(step, entries, which)
+        for step, output_number in self.views:
+            entries = _replay_view(step, entries, output_number)
         dim = self.dim % entries.dim()
         shape = [-1 if d == dim else 1 for d in range(entries.dim())]
-        found = []
+        occurrences = []
         for slots in slots_of(self.layout, group.axis):
-            of_entry = torch.full((parameter.numel(),), -1)
+            slot_of_entry = torch.full((parameter.numel(),), -1)
+            # `[slots]` along the dimension of the view, the same across all others
             spread = torch.from_numpy(slots).reshape(shape).expand(entries.shape)
-            of_entry[entries.flatten()] = spread.flatten()
-            found.append(of_entry)
-        return found
+            slot_of_entry[entries.flatten()] = spread.flatten()
+            occurrences.append(slot_of_entry)
+        return occurrences
 
 
-def _replayed(step: Step, viewed: Tensor, which: int) -> Tensor:
+def _replay_view(step: Step, viewed: Tensor, output_number: int) -> Tensor:
     """Return what a view operator of the run makes of another tensor of the same shape."""
     operands = iter([viewed])
     arguments = pytree.tree_map_only(Value, lambda _: next(operands), step.arguments)
     result: Any = step.func(**arguments)
-    return result if isinstance(result, Tensor) else result[which]
+    return result if isinstance(result, Tensor) else result[output_number]
 
 
 def readers_of(graph: Dependencies) -> dict[str, list[Reader]]:
@@ -75,61 +78,66 @@ def readers_of(graph: Dependencies) -> dict[str, list[Reader]]:
     are zero.
     """
     inference = graph.inference
-    by_axis, otherwise = _by_axis(inference)
-    found: dict[str, list[Reader]] = {}
+    by_axis, summed_otherwise = _index_by_axis(inference)
+    readers_by_group: dict[str, list[Reader]] = {}
     for group in graph.groups:
         members = (m for m in group.members if m.parameter in inference.trainable)
-        everything = [Reader(m.parameter, (), m.dim, m.layout) for m in members]
-        read = group.axis in by_axis and group.axis not in otherwise
-        found[group.name] = by_axis[group.axis] if read else everything
-    return found
+        all_members = [Reader(m.parameter, (), m.dim, m.layout) for m in members]
+        is_read = group.axis in by_axis and group.axis not in summed_otherwise
+        readers_by_group[group.name] = by_axis[group.axis] if is_read else all_members
+    return readers_by_group
 
 
 def unread_groups(graph: Dependencies) -> set[str]:
     """Return the names of the groups that nothing reads: no output depends on their channels."""
-    by_axis, otherwise = _by_axis(graph.inference)
-    return {g.name for g in graph.groups if g.axis not in by_axis and g.axis not in otherwise}
+    by_axis, summed_otherwise = _index_by_axis(graph.inference)
+    return {
+        g.name for g in graph.groups if g.axis not in by_axis and g.axis not in summed_otherwise
+    }
 
 
-def _by_axis(inference: Inference) -> tuple[dict[Axis, list[Reader]], set[Axis]]:
+def _index_by_axis(inference: Inference) -> tuple[dict[Axis, list[Reader]], set[Axis]]:
     """Return the readers of each axis, and the axes that operators without parameters sum over."""
     readers = [_readers(inference, step) for step in inference.steps]
     by_axis: dict[Axis, list[Reader]] = {}
-    for reader in (reader for own in readers for reader in own):
+    for reader in (reader for step_readers in readers for reader in step_readers):
         for axis in dict.fromkeys(free_axes(reader.layout)):
             by_axis.setdefault(axis, []).append(reader)
-    return by_axis, set().union(*map(_summed_without_parameters, inference.steps, readers))
+    return by_axis, set().union(*map(_find_summed_otherwise, inference.steps, readers))
 
 
 def _readers(inference: Inference, step: Step) -> list[Reader]:
     """Return the parameters that an operator multiplies and sums over."""
-    found = []
-    for position, dim in _summed(step):
+    readers = []
+    for position, dim in _find_summed_operands(step):
         value, views = step.inputs[position], []
         layout = value.layouts[dim]
+        # from the operand back to the parameter, through the views between them
         while isinstance(value.source, int) and inference.steps[value.source].func.is_view:
-            maker = inference.steps[value.source]
-            views.append((maker, next(i for i, made in enumerate(maker.outputs) if made is value)))
-            value = maker.inputs[0]
+            view = inference.steps[value.source]
+            views.append((view, next(i for i, out in enumerate(view.outputs) if out is value)))
+            value = view.inputs[0]
         if isinstance(value.source, str) and value.source in inference.trainable:
-            found.append(Reader(value.source, tuple(reversed(views)), dim, layout))
-    return found
+            readers.append(Reader(value.source, tuple(reversed(views)), dim, layout))
+    return readers
 
 
-def _summed_without_parameters(step: Step, readers: Sequence[Reader]) -> set[Axis]:
+def _find_summed_otherwise(step: Step, readers: Sequence[Reader]) -> set[Axis]:
     """Return the axes that an operator's result lacks, but for those its parameters are read along."""
 
-    def axes(layouts: Iterable[Layout]) -> set[Axis]:
+    def collect_axes(layouts: Iterable[Layout]) -> set[Axis]:
         return {axis for layout in layouts for axis in free_axes(layout)}
 
-    read = axes(layout for value in step.inputs for layout in value.layouts)
-    made = axes(layout for value in step.outputs for layout in value.layouts)
-    return read - made - axes(reader.layout for reader in readers)
+    read_axes = collect_axes(layout for value in step.inputs for layout in value.layouts)
+    result_axes = collect_axes(layout for value in step.outputs for layout in value.layouts)
+    return read_axes - result_axes - collect_axes(reader.layout for reader in readers)
 
 
-def _summed(step: Step) -> Sequence[tuple[int, int]]:
+def _find_summed_operands(step: Step) -> Sequence[tuple[int, int]]:
     """Return the operands, by number, that an operator multiplies, and the dimension it sums over."""
     packet = step.func.overloadpacket
+    # operands in the order of the schema: number 0 is the bias of addmm, and the data of a convolution or
+    # of a recurrent layer, whose matrices are `[gates * hidden, inputs]`
     if packet is aten.convolution:
         return [(1, 0 if step.arguments["transposed"] else 1)]
     if packet in (aten.mm, aten.bmm, aten._grouped_mm):

@@ -56,7 +56,7 @@ class Subject:
             yield from self.weights.by_name[name].blocks()
             return
         values = values_of(name, self.tensors[name])
-        rows = values if values.dim() else values[None]
+        rows = values if values.dim() else values[None]  # a scalar has no rows: it is one
         for start, stop in row_blocks(rows.shape):
             yield rows[start:stop].cpu().contiguous()
 

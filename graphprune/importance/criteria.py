@@ -41,7 +41,7 @@ CRITERIA: dict[str, Callable[[Subject], Scores]] = {
 }
 
 # Sums over a group's members say nothing of another group, which may have more and larger ones.
-_OF_THEIR_GROUP = ("random", "l1", "l2")
+_COMPARABLE_WITHIN_GROUP = ("random", "l1", "l2")
 
 # Those that look at data, and of these the ones that look at a loss.
 LOOK_AT_DATA = tuple(name for name in CRITERIA if name not in magnitude.BY_WEIGHTS)
@@ -84,40 +84,46 @@ def scores(subject: Subject, importance: Importance) -> Scores:
                 f"importance={importance!r} is not a criterion; choose from {', '.join(CRITERIA)}"
             )
         with no_hooks_of_gradients():
-            found = CRITERIA[importance](subject)
-        if any(np.isnan(values).any() for values in found.values()):
-            raise InvalidRequestError(_why_none(subject, importance))
-        if importance in LOOK_AT_LOSS and found and not any(s.any() for s in found.values()):
+            group_scores = CRITERIA[importance](subject)
+        if any(np.isnan(values).any() for values in group_scores.values()):
+            raise InvalidRequestError(_explain_nan(subject, importance))
+        if (
+            importance in LOOK_AT_LOSS
+            and group_scores
+            and not any(s.any() for s in group_scores.values())
+        ):
             raise InvalidRequestError(
                 f"importance={importance!r} scores every channel 0, so that any could go: on this data the "
                 "loss does not change with them (it is at its least, or it counts); pass other data or "
                 "another loss"
             )
-        if importance not in _OF_THEIR_GROUP:
-            return found
+        if importance not in _COMPARABLE_WITHIN_GROUP:
+            return group_scores
     else:
-        given = importance(subject.model, subject.graph)
-        found = {group.name: _checked(group, given) for group in subject.graph.groups}
+        user_scores = importance(subject.model, subject.graph)
+        group_scores = {
+            group.name: _check_scores(group, user_scores) for group in subject.graph.groups
+        }
         if are_losses(importance):
-            return found
-    return {name: _relative(values) for name, values in found.items()}
+            return group_scores
+    return {name: _divide_by_mean(values) for name, values in group_scores.items()}
 
 
-def _why_none(subject: Subject, importance: str) -> str:
+def _explain_nan(subject: Subject, importance: str) -> str:
     """Return what to say of scores that are no numbers."""
-    odd = subject.not_finite()
-    if odd:
-        return (
-            f"importance={importance!r} gives no numbers: NaN or infinite numbers in {listed(odd)}"
-        )
+    names = subject.not_finite()
+    if names:
+        return f"importance={importance!r} gives no numbers: NaN or infinite numbers in {listed(names)}"
     return (
         f"importance={importance!r} gives no numbers on this data: the loss or its derivatives are not "
         "finite"
     )
 
 
-def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
-    values = np.asarray(given.get(group.name, ()), dtype=np.float64)
+def _check_scores(
+    group: Group, user_scores: Mapping[str, npt.NDArray[np.float64]]
+) -> npt.NDArray[np.float64]:
+    values = np.asarray(user_scores.get(group.name, ()), dtype=np.float64)
     if values.shape != (group.size,) or np.isnan(values).any():
         raise InvalidRequestError(
             f"the importance function must give {group.size} numbers for group {group.name!r}, "
@@ -126,10 +132,12 @@ def _checked(group: Group, given: Mapping[str, npt.NDArray[np.float64]]) -> npt.
     return values
 
 
-def _relative(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _divide_by_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return scores in units of their mean, so that groups of different scale can compete."""
     if not values.size:
         return values
+    # the mean of signed scores may be near zero or below it, no unit to divide by: then count from the
+    # lowest, as in -1 0 4 -> 0 1 5 -> 0 0.5 2.5
     shifted = values - min(0.0, float(values.min()))
     mean = float(shifted.mean())
     return shifted / mean if mean > 0 else np.ones_like(shifted)

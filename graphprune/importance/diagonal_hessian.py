@@ -93,15 +93,16 @@ def taylor2_recursion(subject: Subject) -> Scores:
         recursion = Recursion.of(graph_module, traced, axes, gated.loss)
         terms = recursion.mean_terms(gated)
     for name, axis in axes.items():
-        read = [
+        readings = [
             (slots, terms[node])
             for node, channels in recursion.units.items()
             for slots in slots_of(channels, axis)
         ]
-        if read:
+        if readings:
             scores[name] = np.zeros(len(scores[name]))
-        for slots, of_position in read:
-            np.add.at(scores[name], slots[slots >= 0], of_position[slots >= 0])
+        for slots, position_terms in readings:
+            # several positions of `[positions]` may be one slot, which += on an index would count once
+            np.add.at(scores[name], slots[slots >= 0], position_terms[slots >= 0])
     return scores
 
 
@@ -141,6 +142,7 @@ class Recursion:
             layouts = traced.inference.nodes.get(layer.data.name)
             if layouts and any(slots_of(layouts[layer.summed], axis) for axis in axes.values()):
                 units[node] = layouts[layer.summed]
+        # nodes stand in the order of their calls, so one pass finds all that lies behind a needed one
         needed = {layers[node].data for node in units}
         for node in graph_module.graph.nodes:
             if needed.intersection(node.all_input_nodes):
@@ -154,8 +156,8 @@ class Recursion:
         total: dict[fx.Node, Tensor] = {}
         for batch, weight in gated.weighted():
             with gated.naming(batch, "importance='taylor2_recursion' cannot go back from its loss"):
-                found = self.terms(batch)
-            for node, terms in found.items():
+                batch_terms = self.terms(batch)
+            for node, terms in batch_terms.items():
                 refuse_unless_finite(batch, terms, "in the derivatives of its loss")
                 total[node] = total.get(node, 0.0) + weight * terms
         return {node: mean.numpy() for node, mean in gated.subject.data.total(total).items()}
@@ -166,26 +168,28 @@ class Recursion:
         Shapes: float64 `[channels]`, summed over all other dimensions.
         """
         values = self._values(batch)
-        found = dict(self._at_the_output(values, batch))
+        derivatives = dict(self._differentiate_loss(values, batch))
         terms = {
             node: torch.zeros(size_of(channels)).double() for node, channels in self.units.items()
         }
         for node in reversed(self.graph_module.graph.nodes):
             if node in self.needed and _overwrites_what_others_read(node):
                 self._refuse(node)
-            if node not in found:
+            if node not in derivatives:
                 continue
             for operand in node.all_input_nodes:
                 if operand in self.needed and not _is_discrete(values[operand]):
-                    first, second = self._back(node, operand, values, found[node])
+                    g, h = self._propagate_back(node, operand, values, derivatives[node])
                     if node in self.units:
                         o = values[operand].double()
-                        change = second.double() * o.square() / 2 - first.double() * o
-                        own = self.layers[node].summed % o.dim()
-                        terms[node] = change.movedim(own, 0).flatten(1).sum(1).cpu()
-                    if operand in found:
-                        first, second = first + found[operand][0], second + found[operand][1]
-                    found[operand] = first, second
+                        loss_change = h.double() * o.square() / 2 - g.double() * o
+                        channel_dim = self.layers[node].summed % o.dim()
+                        # `[batch, channels, height, width]` before a convolution -> `[channels]`
+                        terms[node] = loss_change.movedim(channel_dim, 0).flatten(1).sum(1).cpu()
+                    # a value that several calls read: what each says of it adds up
+                    if operand in derivatives:
+                        g, h = g + derivatives[operand][0], h + derivatives[operand][1]
+                    derivatives[operand] = g, h
         return terms
 
     def _values(self, batch: Batch) -> dict[fx.Node, Any]:
@@ -195,34 +199,37 @@ class Recursion:
         values: dict[fx.Node, Any] = {}
         for node in order:
             if writes(node):
+                # the run writes into this very tensor; the copy keeps what stood there before
                 values[node.args[0]] = values[node.args[0]].clone()
             values[node] = run.until(node, inclusive=True)
         return values
 
-    def _at_the_output(
+    def _differentiate_loss(
         self, values: Mapping[fx.Node, Any], batch: Batch
     ) -> Iterator[tuple[fx.Node, Derivatives]]:
         """Yield the nodes that the model returns and the loss's derivatives by their values."""
         graph = self.graph_module.graph
-        returned = graph.output_node()
-        free = {
+        output_node = graph.output_node()
+        leaves = {
             node: values[node].detach().clone().requires_grad_()
-            for node in returned.all_input_nodes
+            for node in output_node.all_input_nodes
             if node in self.needed and values[node].is_floating_point()
         }
-        if not free:
+        if not leaves:
             return
         with torch.enable_grad():
-            given = fx.map_arg(returned.args[0], lambda node: free.get(node, values[node]))
-            loss = self.loss(graph.process_outputs(given), batch.target).reshape(())
-            firsts = torch.autograd.grad(
-                loss, list(free.values()), create_graph=True, materialize_grads=True
+            flat_outputs = fx.map_arg(
+                output_node.args[0], lambda node: leaves.get(node, values[node])
             )
-        for (node, value), first in zip(free.items(), firsts, strict=True):
-            yield node, (first.detach(), _diagonal(first, value))
+            loss = self.loss(graph.process_outputs(flat_outputs), batch.target).reshape(())
+            gradients = torch.autograd.grad(
+                loss, list(leaves.values()), create_graph=True, materialize_grads=True
+            )
+        for (node, value), gradient in zip(leaves.items(), gradients, strict=True):
+            yield node, (gradient.detach(), _hessian_diagonal(gradient, value))
 
-    def _back(
-        self, node: fx.Node, operand: fx.Node, values: Mapping[fx.Node, Any], after: Derivatives
+    def _propagate_back(
+        self, node: fx.Node, operand: fx.Node, values: Mapping[fx.Node, Any], by_result: Derivatives
     ) -> Derivatives:
         """Return what derivatives by a node's value say of those by one of its operands.
 
@@ -232,28 +239,26 @@ class Recursion:
         """
         value, result = values[operand], values[node]
         if node in self.layers:
-            return _back_through_layer(self.graph_module, self.layers[node], values, after)
+            return _propagate_through_layer(self.graph_module, self.layers[node], values, by_result)
         if not (_is_real(value) and _is_real(result)):
             self._refuse(node if _is_real(value) else operand)
         function = _function(node, operand, values)
         if _is_elementwise(node, values):
-            return _back_through_function(function, value, after)
+            return _propagate_through_function(function, value, by_result)
         packet = getattr(node.target, "overloadpacket", None)
         moves = packet in _MOVES or getattr(node.target, "is_view", False)
-        if not moves and not (packet in _MEANS and _divides(packet, value, result)):
+        if not moves and not (packet in _MEANS and _has_disjoint_windows(packet, value, result)):
             self._refuse(node)
-        first, second = (_pulled(function, value, one) for one in after)
+        g, h = (_vjp(function, value, cotangent) for cotangent in by_result)
         # of a mean over k values, 1 / k comes back from a one: the second factor of 1 / k2
-        return first, second if moves else second * _pulled(
-            function, value, torch.ones_like(result)
-        )
+        return g, h if moves else h * _vjp(function, value, torch.ones_like(result))
 
     def _refuse(self, node: fx.Node) -> NoReturn:
         operator = getattr(node.target, "overloadpacket", node.target)
-        place = self.places.get(node.name)
+        source = self.places.get(node.name)
         raise InvalidRequestError(
             f"importance='taylor2_recursion' does not go back through {operator}"
-            f"{f' ({place})' if place else ''}: it knows layers with weights of their own, element-wise "
+            f"{f' ({source})' if source else ''}: it knows layers with weights of their own, element-wise "
             "functions, means and what moves values; use importance='taylor2', whose second derivatives "
             "are exact"
         )
@@ -272,31 +277,34 @@ def _overwrites_what_others_read(node: fx.Node) -> bool:
     if not writes(node):
         return False
     written: Any = node.args[0]
-    names = [written]
+    aliases = [written]
+    # a view shares its memory with what it was taken from: writing to one changes all
     while getattr(written.target, "is_view", False):
         written = written.args[0]
-        names.append(written)
-    return any(user > node for name in names for user in name.users)
+        aliases.append(written)
+    # nodes compare by their place in the graph
+    return any(user > node for alias in aliases for user in alias.users)
 
 
 def _is_elementwise(node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
     func = node.target
     if not isinstance(func, OpOverload):
         return False
-    twin = _out_of_place(func)
-    given = bind_arguments(func, node.args, dict(node.kwargs))
-    training = given.get("training", given.get("train", False))
+    twin = _find_out_of_place(func)
+    arguments = bind_arguments(func, node.args, dict(node.kwargs))
+    training = arguments.get("training", arguments.get("train", False))
     if values[training] if isinstance(training, fx.Node) else training:
         return False
     return torch.Tag.pointwise in twin.tags or twin.overloadpacket in _ELEMENTWISE
 
 
-def _out_of_place(func: OpOverload) -> OpOverload:
+def _find_out_of_place(func: OpOverload) -> OpOverload:
     return (functional_twin(func) or func) if is_in_place(func) else func
 
 
-def _divides(packet: Any, value: Tensor, result: Tensor) -> bool:
+def _has_disjoint_windows(packet: Any, value: Tensor, result: Tensor) -> bool:
     """Say whether no two windows of an operator that takes means overlap."""
+    # from 8 entries to 4 the windows are 2 wide; from 8 to 3 they overlap
     return packet is aten.mean or all(
         size % count == 0 for size, count in zip(value.shape, result.shape, strict=True)
     )
@@ -307,94 +315,103 @@ def _function(
 ) -> Callable[[Tensor], Tensor]:
     """Return a call as a function of one of its operands, wherever that stands among them."""
 
-    def function(free: Tensor) -> Tensor:
+    def function(operand_value: Tensor) -> Tensor:
         args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda other: free if other is operand else values[other]
+            (node.args, node.kwargs),
+            lambda other: operand_value if other is operand else values[other],
         )
-        result: Tensor = _out_of_place(node.target)(*args, **kwargs)  # type: ignore[arg-type]
+        result: Tensor = _find_out_of_place(node.target)(*args, **kwargs)  # type: ignore[arg-type]
         return result
 
     return function
 
 
-def _pulled(function: Callable[[Tensor], Tensor], value: Tensor, cotangent: Tensor) -> Tensor:
+def _vjp(function: Callable[[Tensor], Tensor], value: Tensor, cotangent: Tensor) -> Tensor:
     """Return the transposed Jacobian of a function at a value, times a cotangent."""
     with torch.enable_grad():
-        free = value.detach().clone().requires_grad_()
-        (pulled,) = torch.autograd.grad(function(free), free, cotangent)
-    return pulled
+        leaf = value.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, cotangent)
+    return gradient
 
 
-def _back_through_layer(
+def _propagate_through_layer(
     graph_module: fx.GraphModule,
     layer: Layer,
     values: Mapping[fx.Node, Any],
-    after: Derivatives,
+    by_result: Derivatives,
 ) -> Derivatives:
     """Return W' g and (W * W)' h."""
     weight, arguments = held_by(graph_module, layer.weight), layer.arguments(values)
-    first, second = (
-        _pulled(lambda data, w=w: layer.value(data, w, None, arguments), values[layer.data], one)  # type: ignore[misc]
-        for w, one in zip((weight, weight.square()), after, strict=True)
+    g, h = (
+        _vjp(lambda data, w=w: layer.value(data, w, None, arguments), values[layer.data], cotangent)  # type: ignore[misc]
+        for w, cotangent in zip((weight, weight.square()), by_result, strict=True)
     )
-    return first, second
+    return g, h
 
 
-def _back_through_function(
-    function: Callable[[Tensor], Tensor], value: Tensor, after: Derivatives
+def _propagate_through_function(
+    function: Callable[[Tensor], Tensor], value: Tensor, by_result: Derivatives
 ) -> Derivatives:
     """Return g f' and h f'^2 + g f'', summed over the places to which a value was broadcast."""
-    first, second = after
+    g, h = by_result
     with torch.enable_grad():
-        free = value.detach().expand(first.shape).clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(free).sum(), free, create_graph=True)
+        # a value `[channels]` that meets `[rows, channels]` becomes as large as that: each entry of the
+        # result depends on one entry of the leaf then, and the gradient of the sum is f', entry by entry
+        leaf = value.detach().expand(g.shape).clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
         curve = torch.zeros_like(slope)
         if slope.requires_grad:
-            (curve,) = torch.autograd.grad(slope.sum(), free, materialize_grads=True)
+            (curve,) = torch.autograd.grad(slope.sum(), leaf, materialize_grads=True)
     slope = slope.detach()
-    before = first * slope, second * slope.square() + first * curve
-    return before[0].sum_to_size(value.shape), before[1].sum_to_size(value.shape)
+    by_entry = g * slope, h * slope.square() + g * curve
+    return by_entry[0].sum_to_size(value.shape), by_entry[1].sum_to_size(value.shape)
 
 
-def _diagonal(first: Tensor, output: Tensor) -> Tensor:
-    """Return the second derivatives by each entry of an output, given the first as a function of it.
+def _hessian_diagonal(gradient: Tensor, output: Tensor) -> Tensor:
+    """Return the second derivatives by each entry of an output, given the gradient as a function of it.
 
     The Hessian is multiplied by vectors that are not zero at several entries at once. If the others of
     these have a part in a product, it depends on how the entries are weighted; then fewer are taken.
     """
-    if not first.requires_grad:
+    if not gradient.requires_grad:
         return torch.zeros_like(output)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.rand(output.shape, generator=generator).to(output) + 0.5
+    # from 0.5 to 1.5, since they are divided by
+    random_weights = torch.rand(output.shape, generator=generator).to(output) + 0.5
     tolerance = torch.finfo(output.dtype).eps ** 0.5
 
-    def found(sets: Iterator[Tensor], weights: Tensor) -> Tensor:
+    # with the Hessian H, a mask m and weights w: H (m w) / w is H's diagonal at m where H has nothing off
+    # the diagonal between entries of m, whatever w is; else it changes with w
+    def probe_diagonal(masks: Iterator[Tensor], entry_weights: Tensor) -> Tensor:
         diagonal = torch.zeros_like(output)
-        for mask in sets:
+        for mask in masks:
             (product,) = torch.autograd.grad(
-                first, output, mask * weights, retain_graph=True, materialize_grads=True
+                gradient, output, mask * entry_weights, retain_graph=True, materialize_grads=True
             )
-            diagonal += mask * product / weights
+            diagonal += mask * product / entry_weights
         return diagonal
 
-    for sets in (_everything, _one_a_sample):
-        plain, weighted = found(sets(output), torch.ones_like(output)), found(sets(output), weights)
+    for masks_of in (_mask_everything, _mask_one_per_sample):
+        plain, weighted = (
+            probe_diagonal(masks_of(output), torch.ones_like(output)),
+            probe_diagonal(masks_of(output), random_weights),
+        )
         if (plain - weighted).abs().max() <= tolerance * plain.abs().max():
             return plain
-    return found(_each(output), torch.ones_like(output))
+    return probe_diagonal(_mask_one_entry(output), torch.ones_like(output))
 
 
-def _everything(output: Tensor) -> Iterator[Tensor]:
+def _mask_everything(output: Tensor) -> Iterator[Tensor]:
     yield torch.ones_like(output)
 
 
-def _one_a_sample(output: Tensor) -> Iterator[Tensor]:
+def _mask_one_per_sample(output: Tensor) -> Iterator[Tensor]:
     """Yield masks of one entry of every sample, the same in each."""
-    for mask in _each(output[:1]):
+    for mask in _mask_one_entry(output[:1]):
         yield mask.expand_as(output)
 
 
-def _each(output: Tensor) -> Iterator[Tensor]:
+def _mask_one_entry(output: Tensor) -> Iterator[Tensor]:
     """Yield masks of one entry."""
     for entry in range(output.numel()):
         mask = torch.zeros_like(output)

@@ -47,19 +47,22 @@ class GatedLoss:
         self.differentiated = differentiated
         self.model = without_backward_hooks(working_copy(subject.model)).eval()
         self.graph = graph = subject.graph
-        named = parameter_names(self.model)
-        self.parameters = {name: values_of(name, parameter) for name, parameter in named.items()}
+        parameters = parameter_names(self.model)
+        self.parameters = {
+            name: values_of(name, parameter) for name, parameter in parameters.items()
+        }
         operators = (step.func.overloadpacket for step in graph.inference.steps)
         self.is_recurrent = any(packet in GATES for packet in operators)
         self.sizes = {group.name: group.size for group in graph.groups}
-        numbers = (p for p in self.parameters.values() if p.is_floating_point() or p.is_complex())
-        self.like = next((p.real for p in numbers), torch.zeros(()))
+        floats = (p for p in self.parameters.values() if p.is_floating_point() or p.is_complex())
+        # gates take its type and device; a complex parameter is multiplied by real ones
+        self.like = next((p.real for p in floats), torch.zeros(()))
         self.slots: list[tuple[str, str, Tensor]] = []
         for name, readers in readers_of(graph).items():
             for reader in readers:
-                held = self.parameters[reader.parameter]
-                for slots in reader.slots(graph.by_name[name], held):
-                    self.slots.append((name, reader.parameter, slots.reshape(held.shape)))
+                weight = self.parameters[reader.parameter]
+                for slots in reader.slots(graph.by_name[name], weight):
+                    self.slots.append((name, reader.parameter, slots.reshape(weight.shape)))
         self.subject = subject
         if subject.batches is not None:
             self.check(subject.batches[0])
@@ -73,9 +76,8 @@ class GatedLoss:
         gated = dict(self.parameters)
         for group, parameter, slots in self.slots:
             factors = gates[group].to(gated[parameter].dtype)
-            factors = torch.cat(
-                [factors, factors.new_ones(1)]
-            )  # the last for slot -1, which is none
+            # `[channels + 1]`: entries of no channel have slot -1, which reads this last 1
+            factors = torch.cat([factors, factors.new_ones(1)])
             gated[parameter] = gated[parameter] * factors[slots]
         with StepByStep() if self.is_recurrent else nullcontext():
             output = functional_call(self.model, gated, inputs.args, inputs.kwargs)
@@ -96,23 +98,23 @@ class GatedLoss:
 
     def _output(self, batch: Batch) -> Any:
         """Return what the model gives for a batch, with all channels."""
-        free = {
+        leaves = {
             name: value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
             for name, value in self.parameters.items()
         }
 
         def run() -> Any:
-            return functional_call(self.model, free, batch.inputs.args, batch.inputs.kwargs)
+            return functional_call(self.model, leaves, batch.inputs.args, batch.inputs.kwargs)
 
         return output_of(run, batch, self.graph)
 
     @contextmanager
-    def naming(self, batch: Batch, way: str = "") -> Iterator[None]:
+    def naming(self, batch: Batch, requirement: str = "") -> Iterator[None]:
         """Within it, what goes wrong with a batch is said in words of the batch.
 
         Args:
             batch: what is looked at.
-            way: what is asked of a batch besides that model and loss run on it; "" for nothing.
+            requirement: what is asked of a batch besides that model and loss run on it; "" for nothing.
 
         """
         try:
@@ -121,9 +123,9 @@ class GatedLoss:
             raise
         except Exception as failure:
             self.check(batch)
-            if way:
+            if requirement:
                 raise InvalidRequestError(
-                    f"{batch}, {batch.inputs}: {way}: {in_a_line(failure)}"
+                    f"{batch}, {batch.inputs}: {requirement}: {in_a_line(failure)}"
                 ) from failure
             raise
 
@@ -137,5 +139,6 @@ class GatedLoss:
         if not data.are_alike:
             with torch.no_grad():
                 is_mean = not is_a_sum(self.loss, self._output(data[0]), data[0])
+            # each process judged by its own batch: the verdict of rank 0 holds for all
             by_samples = data.ranks.gathered(is_mean)[0]
         yield from data.weighted(by_samples=by_samples)

@@ -25,25 +25,27 @@ def without_backward_hooks(model: nn.Module) -> nn.Module:
 @contextmanager
 def no_hooks_of_gradients() -> Iterator[None]:
     """Within it, hooks on saved tensors and those that see gradients in all modules are not called."""
-    everywhere: list[Any] = [
+    global_hooks: list[Any] = [
         of_all_modules._global_backward_hooks,
         of_all_modules._global_backward_pre_hooks,
     ]
-    kept = [dict(hooks) for hooks in everywhere]
-    saved = list(_taken_off())
-    for hooks in everywhere:
+    entries_before = [dict(hooks) for hooks in global_hooks]
+    saved_tensor_hooks = list(_pop_saved_tensor_hooks())
+    for hooks in global_hooks:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, entries in zip(everywhere, kept, strict=True):
+        for hooks, entries in zip(global_hooks, entries_before, strict=True):
             hooks.update(entries)
-        for pack, unpack in reversed(saved):
+        # they are a stack: what was popped last is pushed first
+        for pack, unpack in reversed(saved_tensor_hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def _taken_off() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
+def _pop_saved_tensor_hooks() -> Iterator[tuple[Callable[..., Any], Callable[..., Any]]]:
     """Take the hooks on saved tensors off, the last first, and yield them."""
+    # True: also while torch traces, when it would otherwise say that there are none
     while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()
         yield hooks

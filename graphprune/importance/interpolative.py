@@ -25,27 +25,33 @@ def interpolative(subject: Subject) -> Scores:
 
     Source: Chee et al., Model preserving compression for neural networks, section 3 (arXiv 2108.00065).
     """
-    found = surroundings(subject)
-    return {**found.unread, **dict(shared_out(found.places, _pivoted, subject.data.ranks))}
+    statistics = surroundings(subject)
+    return {
+        **statistics.unread,
+        **dict(shared_out(statistics.places, _score_by_pivoting, subject.data.ranks)),
+    }
 
 
-def _pivoted(places: Sequence[Place]) -> npt.NDArray[np.float64]:
+def _score_by_pivoting(readers: Sequence[Place]) -> npt.NDArray[np.float64]:
     """Return what of each channel's square was left when it was the largest left."""
-    count = len(places[0].features)
+    count = len(readers[0].features)
     gram = torch.zeros(count, count, dtype=torch.float64)
-    for place in places:
-        own = torch.stack([place.squares[f][:, f] for f in place.features.unbind(1)]).sum(0)
-        gram += (own / own.trace().clamp_min(torch.finfo(own.dtype).tiny)).cpu()
+    for reader in readers:
+        # for the feature f of every channel, `[features + 1, features + 1]` -> `[channels, channels]`
+        products = torch.stack([reader.squares[f][:, f] for f in reader.features.unbind(1)]).sum(0)
+        # over its trace: every layer counts alike, however large its inputs are
+        gram += (products / products.trace().clamp_min(torch.finfo(products.dtype).tiny)).cpu()
     scores = np.zeros(count)
-    left = torch.ones(count, dtype=torch.bool)
-    own, explained = gram.diagonal().clone(), torch.zeros_like(gram)
+    remaining = torch.ones(count, dtype=torch.bool)
+    # Cholesky with pivoting of R'R, which the gram matrix is: its rows are those of that R
+    squares_left, rows = gram.diagonal().clone(), torch.zeros_like(gram)
     for step in range(count):
-        rest = torch.where(left, own, -torch.inf)
-        first = int(rest.argmax())
-        scores[first] = max(float(rest[first]), 0.0) / len(places)
-        left[first] = False
-        if rest[first] > 0:
-            known = explained[:step]
-            explained[step] = (gram[first] - known[:, first] @ known) / rest[first].sqrt()
-            own -= explained[step].square()
+        candidates = torch.where(remaining, squares_left, -torch.inf)
+        pivot = int(candidates.argmax())
+        scores[pivot] = max(float(candidates[pivot]), 0.0) / len(readers)
+        remaining[pivot] = False
+        if candidates[pivot] > 0:
+            earlier = rows[:step]
+            rows[step] = (gram[pivot] - earlier[:, pivot] @ earlier) / candidates[pivot].sqrt()
+            squares_left -= rows[step].square()
     return scores

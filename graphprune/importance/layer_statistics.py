@@ -56,10 +56,16 @@ class Reading:
         """Yield the groups of the layer in which the axis is read."""
         groups, _, count = self.matrix.shape
         for slots in slots_of(self.channels, axis):
-            window = groups * count // len(slots)
-            of_feature = torch.from_numpy(slots).repeat_interleave(window).reshape(groups, count)
-            for number, its_slots in enumerate(of_feature):
-                order = torch.argsort(its_slots, stable=True)[(its_slots < 0).sum() :]
+            per_position = groups * count // len(slots)
+            # the features of a position, the entries of its window, lie side by side: `[positions]` ->
+            # `[groups, features]`
+            slot_of_feature = (
+                torch.from_numpy(slots).repeat_interleave(per_position).reshape(groups, count)
+            )
+            for number, group_slots in enumerate(slot_of_feature):
+                # sorted by slot, without those of slot -1, which come first: of slots -1 1 0 1 0 the order
+                # is 2 4 1 3, channel 0 having the features 2 and 4
+                order = torch.argsort(group_slots, stable=True)[(group_slots < 0).sum() :]
                 if len(order) and len(order) % axis.size == 0:
                     yield Place(self, number, order.reshape(axis.size, -1))
 
@@ -99,15 +105,17 @@ class Place:
         (arXiv 0907.4698).
         """
         squares = self.squares
-        own = squares.diagonal()
-        scale = own.clamp_min(torch.finfo(own.dtype).tiny).rsqrt()
+        diagonal = squares.diagonal()
+        scale = diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt()
         correlations = squares * scale * scale.unsqueeze(1)
-        count, power = len(own), float(correlations.square().sum())
-        spread = (self.reading.samples + 1 - 2 / count) * (power - count)
-        needed = (1 - 2 / count) * power + count**2
-        share = min(needed / spread, 1.0) if spread > 0 else 1.0
-        least = torch.diag(1e-9 * own.mean().expand(count))
-        return torch.lerp(squares, torch.diag(own), max(share, _RIDGE)) + least
+        count, power = len(diagonal), float(correlations.square().sum())
+        # with a diagonal of ones tr(S) is the count and tr(S S) the power
+        denominator = (self.reading.samples + 1 - 2 / count) * (power - count)
+        numerator = (1 - 2 / count) * power + count**2
+        shrinkage = min(numerator / denominator, 1.0) if denominator > 0 else 1.0
+        # a feature that is zero in all samples would leave no inverse
+        jitter = torch.diag(1e-9 * diagonal.mean().expand(count))
+        return torch.lerp(squares, torch.diag(diagonal), max(shrinkage, _RIDGE)) + jitter
 
 
 @dataclass(frozen=True)
@@ -134,15 +142,19 @@ def surroundings(subject: Subject) -> Surroundings:
     traced = Dependencies(infer(graph_module, inputs))
     with evaluating(graph_module):
         readings = _readings(graph_module, traced, subject.data)
-    by_weight = l2(subject)
+    weight_norms = l2(subject)
     places, unread = {}, {}
     for group in subject.graph.groups:
-        own = traced.by_name.get(group.name)
-        found = [] if own is None else [p for one in readings for p in one.places(own.axis)]
-        if found:
-            places[group.name] = found
+        traced_group = traced.by_name.get(group.name)
+        readers = (
+            []
+            if traced_group is None
+            else [reader for reading in readings for reader in reading.places(traced_group.axis)]
+        )
+        if readers:
+            places[group.name] = readers
         else:
-            squares = np.square(by_weight[group.name])
+            squares = np.square(weight_norms[group.name])
             unread[group.name] = squares / max(float(squares.sum()), np.finfo(float).tiny)
     return Surroundings(graph_module, places, unread)
 
@@ -153,10 +165,11 @@ def shared_out(
     """Yield what a function makes of each group's places, every process doing its share of the groups."""
     names = list(places)
     rounds = [names[start : start + ranks.size] for start in range(0, len(names), ranks.size)]
-    for each in track(rounds, "scoring channels"):
-        own = each[ranks.rank] if ranks.rank < len(each) else None
-        results = ranks.gathered(None if own is None else function(places[own]))
-        yield from zip(each, results, strict=False)
+    for round_names in track(rounds, "scoring channels"):
+        local_name = round_names[ranks.rank] if ranks.rank < len(round_names) else None
+        # it waits for all: a process without a group in the last round comes with nothing
+        results = ranks.gathered(None if local_name is None else function(places[local_name]))
+        yield from zip(round_names, results, strict=False)
 
 
 def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share) -> list[Reading]:
@@ -164,7 +177,7 @@ def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share)
     layers = {layer.node: layer for layer in layers_of(graph_module).values()}
     order = list(graph_module.graph.nodes)
     runs = [Run(graph_module, b.inputs, order, what=str(b)) for b in batches]
-    found = []
+    readings = []
     for node in track(order, "running the model on the data"):
         layer = layers.get(node)
         channels = _channels(graph, layer) if layer else None
@@ -174,17 +187,19 @@ def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share)
         matrix = layer.matrix(weight, {"groups": layer.groups}).double()
         squares, samples = torch.zeros((), dtype=torch.float64), 0
         for batch, run in zip(batches, runs, strict=True):
+            # all batches stop before this layer, as long as its input is still there
             run.until(node)
             refuse_unless_finite(batch, run.env[layer.data], f"where {layer.weight.target} is read")
             data, arguments = run.env[layer.data], layer.arguments(run.env)
             for rows in layer.pieces(data, weight):
                 features = layer.features(data[rows], weight, arguments)
+                # `[groups, samples, features + 1]`; the one stands for the bias and counts samples
                 features = F.pad(features, (0, 1), value=1.0).double()
                 squares = squares + features.mT @ features
                 samples += features.shape[1]
         squares, count = batches.total((squares, samples))
-        found.append(Reading(layer, channels, matrix, squares, int(count)))
-    return found
+        readings.append(Reading(layer, channels, matrix, squares, int(count)))
+    return readings
 
 
 def _channels(graph: Dependencies, layer: Layer) -> Layout | None:

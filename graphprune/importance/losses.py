@@ -49,18 +49,18 @@ def value_of(loss: Loss, output: Any, batch: Batch, *, differentiated: bool) -> 
     except GraphPruneError:
         raise
     except Exception as failure:
-        lacks = (
+        hint = (
             "; the batch has no target: pass pairs (inputs, target)" if batch.target is None else ""
         )
         raise InvalidRequestError(
-            f"the loss fails on {batch}: {in_a_line(failure)}{lacks}"
+            f"the loss fails on {batch}: {in_a_line(failure)}{hint}"
         ) from failure
     if not isinstance(value, Tensor) or value.numel() != 1:
-        what = (
+        description = (
             f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         )
         raise InvalidRequestError(
-            f"the loss gives {what} for {batch}, where one number is needed, in a tensor; "
+            f"the loss gives {description} for {batch}, where one number is needed, in a tensor; "
             "take its mean over the samples (reduction='mean' of torch's losses)"
         )
     if differentiated and not value.requires_grad:
@@ -76,12 +76,13 @@ def is_a_sum(loss: Loss, output: Any, batch: Batch) -> bool:
     """Say whether the loss of two batches is the sum of theirs: whether it doubles once all come twice."""
 
     def twice(tensor: Tensor) -> Tensor:
+        # a tensor of other length, as one of weights by class, is the same for all samples
         has_samples = tensor.dim() > 0 and len(tensor) == batch.size
         return tensor.repeat(2, *[1] * (tensor.dim() - 1)) if has_samples else tensor
 
-    both = pytree.tree_map_only(Tensor, twice, (output, batch.target))
+    doubled = pytree.tree_map_only(Tensor, twice, (output, batch.target))
     try:
-        once, double = (float(loss(*these)) for these in ((output, batch.target), both))
+        once, double = (float(loss(*arguments)) for arguments in ((output, batch.target), doubled))
     except Exception:  # not every loss takes other numbers of samples than the batch has
         return False
     return abs(double - 2 * once) < 0.1 * abs(once)

@@ -67,43 +67,46 @@ def bn_scale(subject: Subject) -> Scores:
     Source: Liu et al., Learning efficient convolutional networks through network slimming, section
     3 (arXiv 1708.06519).
     """
-    scales = _batch_norm_weights(subject.graph)
-    result: Scores = {}
+    weight_names = _batch_norm_weights(subject.graph)
+    scores: Scores = {}
     for group in subject.graph.groups:
-        found = [
+        norm_weights = [
             np.abs(torch.cat(list(subject.blocks(m.parameter))).double().numpy())
             for m in group.members
-            if m.parameter in scales and m.layout is group.axis
+            if m.parameter in weight_names and m.layout is group.axis
         ]
-        result[group.name] = np.max(found, axis=0) if found else np.full(group.size, np.inf)
-    return result
+        scores[group.name] = (
+            np.max(norm_weights, axis=0) if norm_weights else np.full(group.size, np.inf)
+        )
+    return scores
 
 
 def _batch_norm_weights(graph: Dependencies) -> set[str]:
     packets = (aten.native_batch_norm, aten.cudnn_batch_norm, aten._native_batch_norm_legit)
-    values = (
+    weights = (
         step.arguments.get("weight")
         for step in graph.inference.steps
         if step.func.overloadpacket in packets
     )
-    return {v.source for v in values if v is not None and isinstance(v.source, str)}
+    return {v.source for v in weights if v is not None and isinstance(v.source, str)}
 
 
 def _share_of_larger(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     order = np.argsort(squares, kind="stable")
     ascending = squares[order]
-    of_larger = np.cumsum(ascending[::-1])[::-1]
+    # of 1 4 5 the sums 10 9 5: each with all that are no smaller
+    tail_sums = np.cumsum(ascending[::-1])[::-1]
     shares = np.empty_like(squares)
-    shares[order] = ascending / np.maximum(of_larger, np.finfo(float).tiny)
+    shares[order] = ascending / np.maximum(tail_sums, np.finfo(float).tiny)
     return shares
 
 
 def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
     """Sum |w|**order of every parameter entry over the slots that the entry belongs to."""
     sums: dict[str, list[npt.NDArray[np.float64]]] = {}
-    result: Scores = {}
+    scores: Scores = {}
     for group in track(subject.graph.groups, "reading weights"):
-        result[group.name] = np.zeros(group.size)
+        scores[group.name] = np.zeros(group.size)
         for member in group.members:
             name = member.parameter
             if name not in subject.graph.inference.trainable:
@@ -111,29 +114,32 @@ def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
             if name not in sums:
                 sums[name] = _sums_along(subject, name, order)
             for slots in slots_of(member.layout, group.axis):
-                inside = slots >= 0
-                result[group.name] += np.bincount(
-                    slots[inside], weights=sums[name][member.dim][inside], minlength=group.size
+                # sums of `[positions]` -> `[slots]`; positions of other groups have slot -1
+                in_group = slots >= 0
+                scores[group.name] += np.bincount(
+                    slots[in_group],
+                    weights=sums[name][member.dim][in_group],
+                    minlength=group.size,
                 )
-    return result
+    return scores
 
 
 def _sums_along(subject: Subject, name: str, order: Literal[1, 2]) -> list[npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
     sums = [np.zeros(size) for size in subject.tensors[name].shape]
-    done = 0
+    first_row = 0
     for block in subject.blocks(name):
         entries = (block.abs() if block.is_complex() else block).double()
         powers = entries.square() if order == 2 else entries.abs()
-        # once for channels in and out
-        windows = powers.flatten(2).sum(2) if powers.dim() > 2 else powers
+        # `[out, in, *window]` -> `[out, in]`, once for both of its channel dimensions
+        window_sums = powers.flatten(2).sum(2) if powers.dim() > 2 else powers
         for dim in range(1, powers.dim()):
-            sums[dim] += _sums(windows if dim < 2 else powers, dim).numpy()
-        sums[0][done : done + len(block)] = _sums(windows, 0).numpy()
-        done += len(block)
+            sums[dim] += _sum_all_but(window_sums if dim < 2 else powers, dim).numpy()
+        sums[0][first_row : first_row + len(block)] = _sum_all_but(window_sums, 0).numpy()
+        first_row += len(block)
     return sums
 
 
-def _sums(powers: Tensor, dim: int) -> Tensor:
-    others = [i for i in range(powers.dim()) if i != dim]
-    return powers.sum(others) if others else powers
+def _sum_all_but(powers: Tensor, dim: int) -> Tensor:
+    other_dims = [i for i in range(powers.dim()) if i != dim]
+    return powers.sum(other_dims) if other_dims else powers

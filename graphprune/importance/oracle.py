@@ -69,18 +69,21 @@ def _changes(
     readers: Mapping[str, list[tuple[Layer, Tensor]]],
 ) -> dict[str, Tensor]:
     """Return, by group, how the loss of a batch changes without each channel."""
-    known = None if graph_module is None else _Known.of(graph_module, batch, gated.loss)
-    now = known.as_it_is() if known else gated(gated.ones(), batch.inputs, batch.target)
-    refuse_infinite_loss(now, batch)
-    found = {}
+    graph_values = None if graph_module is None else _Known.of(graph_module, batch, gated.loss)
+    intact_loss = (
+        graph_values.as_it_is() if graph_values else gated(gated.ones(), batch.inputs, batch.target)
+    )
+    refuse_infinite_loss(intact_loss, batch)
+    changes = {}
     for name, open_gates in gated.ones().items():
-        if known is not None and name in readers:
-            losses = known.without_each(readers[name])
+        if graph_values is not None and name in readers:
+            losses = graph_values.without_each(readers[name])
         else:
-            one = partial(_loss_of_one, gated, batch, name)
-            losses = for_each(one, 1 - torch.diag(open_gates))
-        found[name] = losses - now
-    return found
+            loss_of_gates = partial(_loss_of_one, gated, batch, name)
+            # a row a channel: every gate is open but its own
+            losses = for_each(loss_of_gates, 1 - torch.diag(open_gates))
+        changes[name] = losses - intact_loss
+    return changes
 
 
 def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) -> Tensor:
@@ -109,30 +112,32 @@ def _readers(
     """
     graph = Dependencies(infer(graph_module, subject.data[0].inputs))
     layers, weights = layers_of(graph_module), named_tensors(graph_module)
-    found = {}
+    readers_by_group = {}
     for name, readers in readers_of(graph).items():
         group = graph.by_name[name]
-        seen = [
-            _seen(reader, group, layers.get(reader.parameter), weights[reader.parameter])
+        candidates = [
+            _locate_channels(reader, group, layers.get(reader.parameter), weights[reader.parameter])
             for reader in readers
         ]
-        known = [(layer, positions) for layer, positions in filter(None, seen)]
-        if known and len(known) == len(readers) and name in subject.graph.by_name:
-            found[name] = known
-    return found
+        located = [(layer, positions) for layer, positions in filter(None, candidates)]
+        if located and len(located) == len(readers) and name in subject.graph.by_name:
+            readers_by_group[name] = located
+    return readers_by_group
 
 
-def _seen(
+def _locate_channels(
     reader: Reader, group: Group, layer: Layer | None, weight: Tensor
 ) -> tuple[Layer, Tensor] | None:
     """Return the layer and the positions of each channel, or None where it is read in other ways."""
     if layer is None or layer.groups != 1:
         return None
     occurrences = reader.slots(group, weight)
-    by_input = occurrences[0].reshape(weight.shape).movedim(_summed_dim(layer), 0).flatten(1)
-    if len(occurrences) != 1 or not bool((by_input == by_input[:, :1]).all()):
+    # `[inputs, rest of the weight]`: all entries of an input have to be of one slot
+    slots_by_input = occurrences[0].reshape(weight.shape).movedim(_summed_dim(layer), 0).flatten(1)
+    if len(occurrences) != 1 or not bool((slots_by_input == slots_by_input[:, :1]).all()):
         return None
-    slots = by_input[:, 0]
+    slots = slots_by_input[:, 0]
+    # inputs sorted by slot, without those of slot -1, which come first: of -1 1 0 1 0 the rows 2 4 and 1 3
     order = torch.argsort(slots, stable=True)[int((slots < 0).sum()) :]
     if len(order) == 0 or len(order) % group.size:
         return None
@@ -167,43 +172,54 @@ class _Known:
         return self._loss(self.values)
 
     def _loss(self, values: Mapping[fx.Node, Any]) -> Tensor:
-        given = fx.map_arg(self.graph_module.graph.output_node().args[0], values.__getitem__)
-        output = self.graph_module.graph.process_outputs(given)
+        flat_outputs = fx.map_arg(self.graph_module.graph.output_node().args[0], values.__getitem__)
+        output = self.graph_module.graph.process_outputs(flat_outputs)
         return self.loss(output, self.batch.target).reshape(())
 
     def without_each(self, readers: Sequence[tuple[Layer, Tensor]]) -> Tensor:
         """Return the loss without each channel, `[channels]`."""
-        reading = {layer.node for layer, _ in readers}
+        reader_nodes = {layer.node for layer, _ in readers}
         reached: set[fx.Node] = set()
         for node in self.graph_module.graph.nodes:
-            if node in reading or reached.intersection(node.all_input_nodes):
+            if node in reader_nodes or reached.intersection(node.all_input_nodes):
                 reached.add(node)
-        behind = [n for n in self.graph_module.graph.nodes if n in reached and n.op != "output"]
-        one = partial(self._without, [layer for layer, _ in readers], behind)
-        positions = [its for _, its in readers]
-        losses: Tensor = for_each(one, *positions)
+        nodes_behind = [
+            n for n in self.graph_module.graph.nodes if n in reached and n.op != "output"
+        ]
+        loss_without = partial(self._loss_without, [layer for layer, _ in readers], nodes_behind)
+        positions_by_layer = [positions for _, positions in readers]
+        losses: Tensor = for_each(loss_without, *positions_by_layer)
         return losses
 
-    def _without(
-        self, layers: Sequence[Layer], behind: Sequence[fx.Node], *positions: Tensor
+    def _loss_without(
+        self, layers: Sequence[Layer], nodes_behind: Sequence[fx.Node], *positions_by_layer: Tensor
     ) -> Tensor:
         """Return the loss without the channel at these positions of what the layers read."""
-        reading = {layer.node: (layer, its) for layer, its in zip(layers, positions, strict=True)}
+        layer_of_node = {
+            layer.node: (layer, positions)
+            for layer, positions in zip(layers, positions_by_layer, strict=True)
+        }
         interpreter = fx.Interpreter(self.graph_module, garbage_collect_values=False)
         interpreter.extra_traceback = False
         values = interpreter.env = dict(self.values)
         changed: set[fx.Node] = set()
-        for node in behind:
-            if node not in reading or changed.intersection(node.all_input_nodes):
+        for node in nodes_behind:
+            # a layer whose input is as before keeps its value, less what the channel gave to it
+            if node not in layer_of_node or changed.intersection(node.all_input_nodes):
                 values[node] = interpreter.run_node(node)
-            if node in reading:
-                values[node] = values[node] - self._alone(*reading[node], values)
+            if node in layer_of_node:
+                values[node] = values[node] - self._compute_contribution(
+                    *layer_of_node[node], values
+                )
             changed.add(node)
         return self._loss(values)
 
-    def _alone(self, layer: Layer, positions: Tensor, values: Mapping[fx.Node, Any]) -> Tensor:
+    def _compute_contribution(
+        self, layer: Layer, positions: Tensor, values: Mapping[fx.Node, Any]
+    ) -> Tensor:
         """Return what the channel at these positions gives."""
         weight = held_by(self.graph_module, layer.weight)
         data = values[layer.data].index_select(layer.summed, positions)
-        own = weight.index_select(_summed_dim(layer), positions)
-        return layer.value(data, own, None, layer.arguments(values))
+        channel_weight = weight.index_select(_summed_dim(layer), positions)
+        # without the bias, which stays when the channel goes
+        return layer.value(data, channel_weight, None, layer.arguments(values))

@@ -62,32 +62,37 @@ class Part:
     scale: Tensor
 
     @classmethod
-    def of(cls, place: Place) -> Part:
+    def of(cls, reader: Place) -> Part:
         """Return a place with all of its channels."""
-        squares, weights = place.squares, F.pad(place.matrix, (0, 1))
+        squares, weights = reader.squares, F.pad(reader.matrix, (0, 1))
+        # the last feature is a one: its column of squares sums the features, its square counts the samples;
+        # the weight for it is 0 here, a bias changing no variance
         mean = weights @ squares[:, -1] / squares[-1, -1]
-        power = ((weights @ squares) * weights).sum(1)
-        scale = (power - squares[-1, -1] * mean.square()).sum()
-        least = torch.finfo(scale.dtype).tiny
-        return cls(place, weights, torch.linalg.inv(place.regular), scale.clamp_min(least))
+        output_squares = ((weights @ squares) * weights).sum(1)
+        scale = (output_squares - squares[-1, -1] * mean.square()).sum()
+        tiny = torch.finfo(scale.dtype).tiny
+        return cls(reader, weights, torch.linalg.inv(reader.regular), scale.clamp_min(tiny))
 
     def costs(self) -> Tensor:
         """Return what each channel's going would cost now, over the variance of the outputs."""
         features = self.place.features
+        # of k features a channel: `[channels, k, k]`, and weights `[channels, outputs, k]`
         blocks = self.inverse[features[:, :, None], features[:, None, :]]
         weights = self.weights[:, features].movedim(1, 0)
-        explained: Tensor = torch.linalg.solve(blocks, weights.mT).mT
-        return (explained * weights).sum((1, 2)) / self.scale
+        solved: Tensor = torch.linalg.solve(blocks, weights.mT).mT
+        return (solved * weights).sum((1, 2)) / self.scale
 
     def eliminate(self, channel: int) -> None:
         """Take a channel out and refit the other weights."""
-        gone = self.place.features[channel]
-        block = self.inverse[gone][:, gone]
-        others = torch.linalg.solve(block, self.inverse[gone])
-        self.weights -= self.weights[:, gone] @ others
-        self.inverse -= self.inverse[:, gone] @ others
-        self.inverse[gone, gone] = 1.0  # so that its block stays one that can be solved
-        self.weights[:, gone] = 0.0
+        removed = self.place.features[channel]
+        # the inverse becomes that of the sum without these features, and the weights the best without them:
+        # `[k, k]`, `[k, features + 1]`, and `[outputs, k] @ [k, features + 1]`
+        block = self.inverse[removed][:, removed]
+        solved_rows = torch.linalg.solve(block, self.inverse[removed])
+        self.weights -= self.weights[:, removed] @ solved_rows
+        self.inverse -= self.inverse[:, removed] @ solved_rows
+        self.inverse[removed, removed] = 1.0  # so that its block stays one that can be solved
+        self.weights[:, removed] = 0.0
 
 
 @torch.no_grad()
@@ -97,13 +102,13 @@ def reconstruction(subject: Subject) -> Scores:
     Units: squared error over the square of the output. Groups that no convolution or linear layer
     reads are scored by their share of the group's squared weights.
     """
-    aside, rest = _set_aside(subject.data)
-    found = surroundings(replace(subject, batches=rest))
-    scores = dict(found.unread)
-    with evaluating(found.graph_module):
-        measure = _Measure.of(found.graph_module, aside)
-        for name, way in shared_out(found.places, _eliminated, aside.ranks):
-            scores[name] = way.costs * measure.unit(found.places[name], way)
+    held_out, fitting = _set_aside(subject.data)
+    statistics = surroundings(replace(subject, batches=fitting))
+    scores = dict(statistics.unread)
+    with evaluating(statistics.graph_module):
+        measure = _Measure.of(statistics.graph_module, held_out)
+        for name, elimination in shared_out(statistics.places, _eliminate_channels, held_out.ranks):
+            scores[name] = elimination.costs * measure.unit(statistics.places[name], elimination)
     return scores
 
 
@@ -122,27 +127,27 @@ class _Way(NamedTuple):
     weights: list[Tensor]
 
 
-def _eliminated(places: Sequence[Place]) -> _Way:
+def _eliminate_channels(readers: Sequence[Place]) -> _Way:
     """Take out channel after channel, the cheapest first.
 
     A channel that costs less than one before it is scored just above that one: it goes later.
     """
-    parts = [Part.of(place) for place in places]
-    count = len(places[0].features)
-    scores, most, total, halfway = np.zeros(count), 0.0, 0.0, 0.0
+    parts = [Part.of(reader) for reader in readers]
+    count = len(readers[0].features)
+    scores, highest_cost, total_cost, halfway = np.zeros(count), 0.0, 0.0, 0.0
     weights: list[Tensor] = []
-    left = np.ones(count, dtype=bool)
+    remaining = np.ones(count, dtype=bool)
     for step in range(1, count + 1):
         costs = torch.stack([part.costs() for part in parts]).sum(0).cpu().numpy()
-        channel = int(np.where(left, costs, np.inf).argmin())
-        total += max(float(costs[channel]), 0.0)
-        most = max(float(costs[channel]), np.nextafter(most, np.inf))
-        scores[channel] = most
-        left[channel] = False
+        channel = int(np.where(remaining, costs, np.inf).argmin())
+        total_cost += max(float(costs[channel]), 0.0)
+        highest_cost = max(float(costs[channel]), np.nextafter(highest_cost, np.inf))
+        scores[channel] = highest_cost
+        remaining[channel] = False
         for part in parts:
             part.eliminate(channel)
         if step == (count + 1) // 2:
-            halfway, weights = total, [part.weights.to("cpu", copy=True) for part in parts]
+            halfway, weights = total_cost, [part.weights.to("cpu", copy=True) for part in parts]
     return _Way(scores, halfway, weights)
 
 
@@ -161,29 +166,32 @@ class _Measure:
         outputs = [_outputs(run) for run in runs]
         return cls(graph_module, batches, outputs)
 
-    def unit(self, places: Sequence[Place], way: _Way) -> float:
+    def unit(self, readers: Sequence[Place], elimination: _Way) -> float:
         """Return what scores are scaled by: the error that is seen halfway over what was expected."""
-        if way.halfway == 0 or not any(self.outputs):
+        if elimination.halfway == 0 or not any(self.outputs):
             return 1.0
-        return max(self.error(places, way.weights) / way.halfway, _LEAST)
+        return max(self.error(readers, elimination.weights) / elimination.halfway, _LEAST)
 
-    def error(self, places: Sequence[Place], weights: Sequence[Tensor]) -> float:
+    def error(self, readers: Sequence[Place], weights: Sequence[Tensor]) -> float:
         """Return the squared error of the output with such weights, over the output's square."""
-        changes: dict[fx.Node, tuple[Layer, Tensor]] = {}
-        for place, own in zip(places, weights, strict=True):
-            layer, matrix = place.reading.layer, F.pad(place.reading.matrix, (0, 1))
-            changed = changes.get(layer.node, (layer, matrix))[1].clone()
-            changed[place.number] += own.to(changed) - F.pad(place.matrix, (0, 1))
-            changes[layer.node] = layer, changed
-        missed = whole = 0.0
-        for batch, wanted in zip(self.batches, self.outputs, strict=True):
-            given = _outputs(_Refitted(self.graph_module, batch, changes))
-            for mine, its in zip(given, wanted, strict=True):
-                finite = its.isfinite() & mine.isfinite()
-                missed += float((mine - its)[finite].double().square().sum())
-                whole += float(its[finite].double().square().sum())
-        missed, whole = map(float, self.batches.total((missed, whole)))
-        return missed / max(whole, torch.finfo(torch.float64).tiny)
+        changed_layers: dict[fx.Node, tuple[Layer, Tensor]] = {}
+        for reader, refitted in zip(readers, weights, strict=True):
+            layer, matrix = reader.reading.layer, F.pad(reader.reading.matrix, (0, 1))
+            # several readers of one layer: each changes its part of what the ones before it have changed
+            new_matrix = changed_layers.get(layer.node, (layer, matrix))[1].clone()
+            new_matrix[reader.number] += refitted.to(new_matrix) - F.pad(reader.matrix, (0, 1))
+            changed_layers[layer.node] = layer, new_matrix
+        squared_error = squared_output = 0.0
+        for batch, expected_outputs in zip(self.batches, self.outputs, strict=True):
+            outputs = _outputs(_Refitted(self.graph_module, batch, changed_layers))
+            for output, expected in zip(outputs, expected_outputs, strict=True):
+                finite = expected.isfinite() & output.isfinite()
+                squared_error += float((output - expected)[finite].double().square().sum())
+                squared_output += float(expected[finite].double().square().sum())
+        squared_error, squared_output = map(
+            float, self.batches.total((squared_error, squared_output))
+        )
+        return squared_error / max(squared_output, torch.finfo(torch.float64).tiny)
 
 
 class _Refitted(Run):
@@ -206,21 +214,24 @@ class _Refitted(Run):
             return super().run_node(n)
         layer, matrix = self.weights[n]
         data, arguments = self.env[layer.data], layer.arguments(self.env)
-        held = held_by(self.of, layer.weight)
+        original_weight = held_by(self.of, layer.weight)
         bias = held_by(self.of, layer.bias) if layer.bias else 0.0
-        weight = layer.weight_like(held, matrix[..., :-1].to(held), arguments)
-        return layer.value(data, weight, matrix[..., -1].flatten().to(held) + bias, arguments)
+        # of `[groups, outputs, features + 1]` the last column is what refitting adds to the bias
+        weight = layer.weight_like(original_weight, matrix[..., :-1].to(original_weight), arguments)
+        return layer.value(
+            data, weight, matrix[..., -1].flatten().to(original_weight) + bias, arguments
+        )
 
 
 def _set_aside(batches: Share) -> tuple[Share, Share]:
     """Return the batches to measure on and the others; a single batch serves for both."""
-    places = sorted(batches.sizes)
-    sizes = [batches.sizes[place] for place in places]
-    enough = min(_MEASURED, _SHARE * sum(sizes))
-    count = next(i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= enough)
-    if count == len(places):
+    numbers = sorted(batches.sizes)
+    sizes = [batches.sizes[number] for number in numbers]
+    enough_samples = min(_MEASURED, _SHARE * sum(sizes))
+    count = next(i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= enough_samples)
+    if count == len(numbers):
         return batches, batches
-    return batches.part(places[:count]), batches.part(places[count:])
+    return batches.part(numbers[:count]), batches.part(numbers[count:])
 
 
 def _outputs(run: Run) -> list[Tensor]:

@@ -66,7 +66,7 @@ class Sensitivity:
             InvalidRequestError: the graph has other groups than the model that was scanned.
 
         """
-        found: Scores = {}
+        group_scores: Scores = {}
         for group in graph.groups:
             order = self.order.get(group.name)
             if order is None or len(order) != group.size:
@@ -74,15 +74,19 @@ class Sensitivity:
                     f"the sensitivity scan knows no group {group.name!r} of {group.size} channels; scan "
                     "the model that is to be cut"
                 )
-            gone = (1 + np.arange(group.size)) / group.size
-            grown = np.maximum.accumulate(np.asarray(self.losses[group.name]) - self.intact)
-            known = np.concatenate([[0.0], self.ratios])
-            values = np.interp(gone, known, np.concatenate([[0.0], np.maximum(grown, 0.0)]))
-            beyond = gone > self.ratios[-1]  # on from the last ratio as steeply as up to it
-            values[beyond] *= gone[beyond] / self.ratios[-1]
-            found[group.name] = np.empty(group.size)
-            found[group.name][order] = values
-        return found
+            removed = (1 + np.arange(group.size)) / group.size
+            # a loss that falls again must not rank a channel below one that goes before it
+            growth = np.maximum.accumulate(np.asarray(self.losses[group.name]) - self.intact)
+            scanned = np.concatenate([[0.0], self.ratios])
+            channel_scores = np.interp(
+                removed, scanned, np.concatenate([[0.0], np.maximum(growth, 0.0)])
+            )
+            # on from the last ratio as steeply as up to it
+            beyond = removed > self.ratios[-1]
+            channel_scores[beyond] *= removed[beyond] / self.ratios[-1]
+            group_scores[group.name] = np.empty(group.size)
+            group_scores[group.name][order] = channel_scores
+        return group_scores
 
     def __str__(self) -> str:
         head = "".join(f"{ratio:>9.0%}" for ratio in self.ratios)
@@ -159,51 +163,62 @@ def sensitivity(
     subject = Subject(module, graph, batches, loss, seed)
     gated = GatedLoss(subject, differentiated=False)
     weighted = list(gated.weighted())
-    ranked = scores(subject, importance)
-    order = {name: np.argsort(own, kind="stable").tolist() for name, own in ranked.items()}
-    asked = (getattr(loss, "__qualname__", str(loss)), importance, shares, seed)
-    key = "" if cache is None else _digest(subject, asked)
-    kept = _Kept(cache if batches.ranks.rank == 0 else None, key)
-    kept.losses.update(batches.ranks.gathered(kept.losses)[0])
+    scores_by_group = scores(subject, importance)
+    order = {
+        name: np.argsort(group_scores, kind="stable").tolist()
+        for name, group_scores in scores_by_group.items()
+    }
+    scan_arguments = (getattr(loss, "__qualname__", str(loss)), importance, shares, seed)
+    # the digest is of all processes: they compute it together, or none does
+    key = "" if cache is None else _digest(subject, scan_arguments)
+    loss_cache = _Kept(cache if batches.ranks.rank == 0 else None, key)
+    # all know what rank 0 has read, so that they measure the same groups
+    loss_cache.losses.update(batches.ranks.gathered(loss_cache.losses)[0])
 
-    def measured(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
+    def measure_losses(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
         total = torch.zeros(len(masks), dtype=torch.float64)
         for batch, weight in weighted:
-            one = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
+            loss_of_mask = partial(_loss_with, gated, gates, group, batch.inputs, batch.target)
             with gated.naming(batch):
-                total += weight * for_each(one, masks).double().cpu()
+                total += weight * for_each(loss_of_mask, masks).double().cpu()
         losses: list[float] = batches.total(total).tolist()
         return losses
 
-    ones = gated.ones()
-    found: dict[str, list[float]] = {}
+    open_gates = gated.ones()
+    losses_by_group: dict[str, list[float]] = {}
     with torch.no_grad():
-        intact = sum(w * float(gated(ones, b.inputs, b.target)) for b, w in weighted)
+        intact = sum(w * float(gated(open_gates, b.inputs, b.target)) for b, w in weighted)
         for name in track(list(order), "scanning groups"):
-            if len(kept.losses.get(name, ())) != len(shares):
-                masks = ones[name].repeat(len(shares), 1)
+            if len(loss_cache.losses.get(name, ())) != len(shares):
+                # `[ratios, channels]`, in each row the first channels of the order closed
+                masks = open_gates[name].repeat(len(shares), 1)
                 for row, share in zip(masks, shares, strict=True):
                     row[order[name][: round(share * len(row))]] = 0.0
-                kept.add(name, measured(ones, name, masks))
-            found[name] = kept.losses[name]
-        return Sensitivity(shares, float(batches.total(intact)), found, order)
+                loss_cache.add(name, measure_losses(open_gates, name, masks))
+            losses_by_group[name] = loss_cache.losses[name]
+        return Sensitivity(shares, float(batches.total(intact)), losses_by_group, order)
 
 
 def _loss_with(
-    gated: GatedLoss, ones: Mapping[str, Tensor], group: str, inputs: Any, target: Any, mask: Tensor
+    gated: GatedLoss,
+    open_gates: Mapping[str, Tensor],
+    group: str,
+    inputs: Any,
+    target: Any,
+    mask: Tensor,
 ) -> Tensor:
-    return gated({**ones, group: mask}, inputs, target)
+    return gated({**open_gates, group: mask}, inputs, target)
 
 
-def _digest(subject: Subject, asked: Any) -> str:
+def _digest(subject: Subject, scan_arguments: Any) -> str:
     """Return a hash of all that the losses of a scan depend on, in all processes; of the loss, its name."""
-    seen = hashlib.sha256(repr(asked).encode())
+    scan_hash = hashlib.sha256(repr(scan_arguments).encode())
     for name, tensor in named_tensors(subject.model).items():
-        digest(seen, name, tensor)
+        digest(scan_hash, name, tensor)
     for number, batch in enumerate(subject.data):
         for tensor in batch.tensors():
-            digest(seen, f"{number}", tensor)
-    return "".join(subject.data.ranks.gathered(seen.hexdigest()))
+            digest(scan_hash, f"{number}", tensor)
+    return "".join(subject.data.ranks.gathered(scan_hash.hexdigest()))
 
 
 class _Kept:
@@ -224,8 +239,8 @@ class _Kept:
             return
         with alone(self.path.with_name(self.path.name + ".lock"), wait=_WAIT):
             if self.path.exists():
-                for scan, found in _scans(self.path).items():
-                    self.scans[scan] = found | self.scans.get(scan, {})
+                for scan, losses_by_group in _scans(self.path).items():
+                    self.scans[scan] = losses_by_group | self.scans.get(scan, {})
             self.losses = self.scans[self.key]
             write_text(self.path, json.dumps({"sensitivity": self.scans}))
 
@@ -235,8 +250,8 @@ def _scans(path: Path) -> dict[str, dict[str, list[float]]]:
     try:
         content = json_files.mapping(json_files.read(path, finite=False), "it")
         scans = json_files.mapping(content.get("sensitivity"), "what it says of sensitivity")
-        for scan, found in scans.items():
-            for group, losses in json_files.mapping(found, f"scan {scan!r}").items():
+        for scan, losses_by_group in scans.items():
+            for group, losses in json_files.mapping(losses_by_group, f"scan {scan!r}").items():
                 if not _are_numbers(losses):
                     raise ValueError(f"what it says of {group!r} is no list of losses")
     except (OSError, ValueError) as error:

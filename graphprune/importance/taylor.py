@@ -40,12 +40,14 @@ _ONE_BY_ONE = (
 
 def taylor(subject: Subject) -> Scores:
     """Score by the first-order term, -o dE/do."""
-    return _as_scores({name: -first for name, first in _mean(_first, subject).items()})
+    return _as_scores(
+        {name: -gradient for name, gradient in _average_over_data(_gradient, subject).items()}
+    )
 
 
 def taylor2(subject: Subject) -> Scores:
     """Score by first- and second-order terms, -o dE/do + o2/2 d2E/do2, with the exact second derivative."""
-    return _as_scores(_mean(_two_terms, subject))
+    return _as_scores(_average_over_data(_second_order_change, subject))
 
 
 def fisher(subject: Subject) -> Scores:
@@ -57,7 +59,8 @@ def fisher(subject: Subject) -> Scores:
     Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, section 2.1
     (arXiv 1801.05787).
     """
-    squares, count = _summed_over_samples(subject, lambda each: each.square().sum(0))
+    # `[samples, channels]` -> `[channels]`
+    squares, count = _sum_over_samples(subject, lambda gradients: gradients.square().sum(0))
     return _as_scores({name: total / count / 2 for name, total in squares.items()})
 
 
@@ -70,30 +73,33 @@ def obs(subject: Subject) -> Scores:
     Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
     section 3, with the Fisher matrix in place of the Hessian.
     """
-    products, count = _summed_over_samples(subject, lambda each: each.mT @ each)
-    return _as_scores({name: _obs(total / count) for name, total in products.items()})
+    # `[samples, channels]` -> `[channels, channels]`
+    products, count = _sum_over_samples(subject, lambda gradients: gradients.mT @ gradients)
+    return _as_scores({name: _invert_fisher(total / count) for name, total in products.items()})
 
 
-def _first(gated: GatedLoss, batch: Batch) -> Gates:
-    first: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
-    return first
+def _gradient(gated: GatedLoss, batch: Batch) -> Gates:
+    gradient: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
+    return gradient
 
 
-def _two_terms(gated: GatedLoss, batch: Batch) -> Gates:
-    first, second = _first(gated, batch), _second(gated, batch)
-    return {name: second[name] / 2 - first[name] for name in first}
+def _second_order_change(gated: GatedLoss, batch: Batch) -> Gates:
+    gradient, curvature = _gradient(gated, batch), _hessian_diagonal(gated, batch)
+    # E(0) - E(1) with the gates at 1 is -E' + E''/2 and terms of higher order
+    return {name: curvature[name] / 2 - gradient[name] for name in gradient}
 
 
-def _second(gated: GatedLoss, batch: Batch) -> Gates:
+def _hessian_diagonal(gated: GatedLoss, batch: Batch) -> Gates:
     """Return d2E/da2, a gate after the other (many at once): the diagonal of the exact Hessian."""
 
-    def own(group: str, open_gates: Tensor, direction: Tensor) -> Tensor:
-        first = grad(partial(_loss_of_one, gated, batch, group))
-        change: Tensor = jvp(first, (open_gates,), (direction,))[1]
-        return change.dot(direction)
+    def second_derivative(group: str, open_gates: Tensor, direction: Tensor) -> Tensor:
+        gradient_of = grad(partial(_loss_of_one, gated, batch, group))
+        # the direction is a row of the identity, gates being 1: of row k of the Hessian it picks entry k
+        hessian_row: Tensor = jvp(gradient_of, (open_gates,), (direction,))[1]
+        return hessian_row.dot(direction)
 
     return {
-        group: for_each(partial(own, group, gates), torch.diag(gates))
+        group: for_each(partial(second_derivative, group, gates), torch.diag(gates))
         for group, gates in gated.ones().items()
     }
 
@@ -103,9 +109,7 @@ def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) ->
     return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
 
 
-def _summed_over_samples(
-    subject: Subject, function: Callable[[Tensor], Tensor]
-) -> tuple[Gates, int]:
+def _sum_over_samples(subject: Subject, function: Callable[[Tensor], Tensor]) -> tuple[Gates, int]:
     """Return the sum of what the function makes of o dE/do, and how many samples there are.
 
     It is given `[samples, channels]` of a batch, in float64, a group at a time.
@@ -113,37 +117,39 @@ def _summed_over_samples(
     gated, count = GatedLoss(subject), 0
     total: Gates = {}
 
-    def first(inputs: Inputs, target: object) -> Gates:
-        one = inputs.map(lambda tensor: tensor.unsqueeze(0))
-        its_target = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
-        found: Gates = grad(gated)(gated.ones(), one, its_target)
-        return found
+    def sample_gradients(inputs: Inputs, target: object) -> Gates:
+        # a sample without its first dimension, which vmap took; the model wants a batch of one
+        single_inputs = inputs.map(lambda tensor: tensor.unsqueeze(0))
+        single_target = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
+        gradients: Gates = grad(gated)(gated.ones(), single_inputs, single_target)
+        return gradients
 
     for batch in track(subject.data, "scoring channels"):
         with gated.naming(batch, _ONE_BY_ONE):
-            each = for_each(
-                lambda args, kwargs, target: first(Inputs(*args, **kwargs), target),
+            by_group = for_each(
+                lambda args, kwargs, target: sample_gradients(Inputs(*args, **kwargs), target),
                 batch.inputs.args,
                 batch.inputs.kwargs,
                 batch.target,
             )
-        count += len(next(iter(each.values()), ()))
-        for name, its in each.items():
-            refuse_unless_finite(batch, its, _DERIVATIVES)
-            own = function(its.double())
-            total[name] = total[name] + own if name in total else own
+        count += len(next(iter(by_group.values()), ()))
+        for name, gradients in by_group.items():
+            refuse_unless_finite(batch, gradients, _DERIVATIVES)
+            batch_total = function(gradients.double())
+            total[name] = total[name] + batch_total if name in total else batch_total
     sums, samples = subject.data.total((total, count))
     return sums, int(samples)
 
 
-def _obs(matrix: Tensor) -> Tensor:
+def _invert_fisher(matrix: Tensor) -> Tensor:
     """Return half of one over the inverse's diagonal, for the mean of g g'."""
+    # channels that change the loss alike in all samples would leave no inverse
     ridge = 1e-3 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny
     inverse: Tensor = torch.linalg.inv(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
     return 0.5 / inverse.diagonal()
 
 
-def _mean(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
+def _average_over_data(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
     """Return the mean over the data of what the function gives for a batch."""
     gated = GatedLoss(subject)
     total = {name: torch.zeros_like(gates).double() for name, gates in gated.ones().items()}

@@ -23,15 +23,16 @@ def for_each(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return vmap(function, chunk_size=CHUNK)(*arguments)
     except RuntimeError as error:
+        # the words of vmap's own refusals; any other error is the function's
         if not any(word in str(error) for word in ("vmap", "Batching rule")):
             raise
-    tensors, _ = pytree.tree_flatten(arguments)
-    rows = len(next(leaf for leaf in tensors if isinstance(leaf, torch.Tensor)))
-    found = []
+    leaves, _ = pytree.tree_flatten(arguments)
+    rows = len(next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)))
+    row_results = []
     for row in range(rows):
-        one = pytree.tree_map_only(torch.Tensor, partial(_row, row=row), arguments)
-        found.append(function(*one))
-    return pytree.tree_map(lambda *parts: torch.stack(parts), *found)
+        row_arguments = pytree.tree_map_only(torch.Tensor, partial(_row, row=row), arguments)
+        row_results.append(function(*row_arguments))
+    return pytree.tree_map(lambda *parts: torch.stack(parts), *row_results)
 
 
 def _row(tensor: torch.Tensor, row: int) -> torch.Tensor:

@@ -27,26 +27,28 @@ def fix_ranks(
         names: all names of each tensor by the first.
 
     """
-    holders = tuple(_holders(model))
+    holders = tuple(_find_holders(model))
     if not holders:
         return
-    of_adapters = {
-        first for first in parameters if any(_is_under(name, holders) for name in names[first])
+    adapter_names = {
+        first_name
+        for first_name in parameters
+        if any(_is_under(name, holders) for name in names[first_name])
     }
-    shared = {
+    outside_axes = {
         axis
-        for first in parameters.keys() - of_adapters
-        for layout in parameters[first]
+        for first_name in parameters.keys() - adapter_names
+        for layout in parameters[first_name]
         for axis in leaves(layout)
     }
-    for first in sorted(of_adapters):
-        for layout in parameters[first]:
+    for first_name in sorted(adapter_names):
+        for layout in parameters[first_name]:
             for axis in leaves(layout):
-                if axis not in shared:
-                    fix(axis, Reason(WHY, first))
+                if axis not in outside_axes:
+                    fix(axis, Reason(WHY, first_name))
 
 
-def _holders(model: nn.Module) -> Iterator[str]:
+def _find_holders(model: nn.Module) -> Iterator[str]:
     """Yield the dotted names of the attributes that hold adapters' tensors."""
     for path, module in model.named_modules():
         for name in getattr(type(module), "adapter_layer_names", ()):

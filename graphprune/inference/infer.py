@@ -100,37 +100,43 @@ class LayoutInference(Interpretation):
         arguments = bind_arguments(func, args, kwargs)
         operands = list(tensors_in(arguments.values()))
         inputs = [self.read(tensor) for tensor in operands]
+        # Before the run: what changes a view in place (`transpose_`) changes these.
         strides = operands[0].stride() if operands else ()
         result = self.run(func, args, kwargs)
         outputs = list(tensors_in(result if isinstance(result, (tuple, list)) else [result]))
         if not outputs:
             return result
-        place = self.place(func)
-        call = Call(func, arguments, self.layouts_of, outputs, place, strides, self.numbers_of)
+        call_site = self.place(func)
+        call = Call(func, arguments, self.layouts_of, outputs, call_site, strides, self.numbers_of)
         layouts = self._apply(rule, call)
-        values = self._results(call, layouts, inputs)
+        values = self._declare_results(call, layouts, inputs)
+        # A copy of `[3, 0, 2, 1]` (`.to(device)`, `.clone()`) may be used as an order in its stead.
         if passes_numbers_on(func, outputs[0]):
             values[0].numbers = self.numbers_of(operands[0])
+        # What the same buffer puts in order loses the same
+        # slots: its numbers can be rewritten only once.
         for name, layout in call.addressed.items():
             if name:
                 call.unify(self.found.addressed.setdefault(name, layout), layout)
-        recorded = pytree.tree_map_only(Tensor, self.value_of, arguments)
+        argument_values = pytree.tree_map_only(Tensor, self.value_of, arguments)
         node = "" if self.node is None else self.node.name
         self.found.steps.append(
             Step(
-                func, place, inputs, values, recorded,
+                func, call_site, inputs, values, argument_values,
                 renormalises=call.renormalises, node=node, addresses=bool(call.addressed),
             )
         )  # fmt: skip
         return result
 
-    def _results(self, call: Call, layouts: list[Layouts], before: Sequence[Value]) -> list[Value]:
+    def _declare_results(
+        self, call: Call, layouts: list[Layouts], input_values: Sequence[Value]
+    ) -> list[Value]:
         """Return what is known of the tensors that a call made, or of the one that it wrote over."""
-        number = len(self.found.steps)
+        step_number = len(self.found.steps)
         changes_view = torch.Tag.inplace_view in call.func.tags
         if not (changes_view or is_in_place(call.func)):
             values = [
-                self.declare(tensor, list(map(flattened, dims)), number)
+                self.declare(tensor, list(map(flattened, dims)), step_number)
                 for tensor, dims in zip(call.outputs, layouts, strict=True)
             ]
             for index, asks in call.asks.items():
@@ -139,52 +145,60 @@ class LayoutInference(Interpretation):
         for asks in call.asks.values():
             for ask in asks:  # what is written over may be the model's own, which is read elsewhere
                 ask()
+        # `t_()` gives the tensor other dimensions; what
+        # is only written over keeps those that it had.
         if changes_view:
-            return [self.declare(call.tensors[0], layouts[0], number)]
+            return [self.declare(call.tensors[0], layouts[0], step_number)]
         self._write_back(call, call.tensors[0], layouts)
-        return [self._written(call.tensors[0], before[0])]
+        return [self._redeclare_written(call.tensors[0], input_values[0])]
 
     def higher_order(
         self, func: HigherOrderOperator, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
         """Call an operator that takes functions, and fix everything that goes in and comes out."""
         result = super().higher_order(func, args, kwargs)
-        place = self.place(func)
-        self.found.unknown.append(place)
+        call_site = self.place(func)
+        self.found.unknown.append(call_site)
         for leaf in pytree.tree_leaves((args, kwargs, result)):
             if isinstance(leaf, Tensor):
                 for layout in self.read(leaf).layouts:
-                    fix(layout, Reason(UNKNOWN, place.operator, place.module, place.source))
+                    fix(
+                        layout,
+                        Reason(UNKNOWN, call_site.operator, call_site.module, call_site.source),
+                    )
         return result
 
     def _apply(self, rule: Rule | None, call: Call) -> list[Layouts]:
-        by_chance = torch.Tag.nondeterministic_seeded in call.func.tags
-        if self.in_training and by_chance and call.tensors:
+        is_random = torch.Tag.nondeterministic_seeded in call.func.tags
+        if self.in_training and is_random and call.tensors:
             rule = pointwise.pointwise  # dropout: nothing is compared, so chance does no harm
         if rule is None:
             self.found.unknown.append(call.reason)
-            return _opaque(call, UNKNOWN)
-        given = list(rule(call))
+            return _fix_everything(call, UNKNOWN)
+        output_layouts = list(rule(call))
         shapes = [list(output.shape) for output in call.outputs]
         why = "a result that the rule does not describe"
-        given += [[call.fixed(n, why) for n in shape] for shape in shapes[len(given) :]]
+        # A rule may leave out its last results (saved statistics, say): their dimensions are fixed.
+        output_layouts += [
+            [call.fixed(size, why) for size in shape] for shape in shapes[len(output_layouts) :]
+        ]
         for index, shape in enumerate(shapes):
-            if [size_of(layout) for layout in given[index]] != shape:
+            if [size_of(layout) for layout in output_layouts[index]] != shape:
                 if index == 0:
-                    return _opaque(call, "a rule that does not fit this call")
-                given[index] = [call.fixed(n, why) for n in shape]
-        return given[: len(shapes)]
+                    return _fix_everything(call, "a rule that does not fit this call")
+                output_layouts[index] = [call.fixed(size, why) for size in shape]
+        return output_layouts[: len(shapes)]
 
     def _write_back(self, call: Call, target: Tensor, layouts: list[Layouts]) -> None:
-        for mine, written in zip(self.layouts_of(target), layouts[0], strict=True):
-            if size_of(mine) > 1:
-                call.unify(mine, written)
+        for target_layout, written_layout in zip(self.layouts_of(target), layouts[0], strict=True):
+            if size_of(target_layout) > 1:
+                call.unify(target_layout, written_layout)
 
-    def _written(self, tensor: Tensor, before: Value) -> Value:
+    def _redeclare_written(self, tensor: Tensor, old_value: Value) -> Value:
         """Return a tensor that was written over: it comes from there now, unless it is the model's own."""
-        if isinstance(before.source, str):
-            return before
-        return self.declare(tensor, before.layouts, len(self.found.steps))
+        if isinstance(old_value.source, str):
+            return old_value
+        return self.declare(tensor, old_value.layouts, len(self.found.steps))
 
     def read_by_code(self, tensor: Tensor) -> None:
         """Take into account that the model's code looks at the values of a tensor."""
@@ -195,7 +209,7 @@ class LayoutInference(Interpretation):
         self.found.nodes[node.name] = pytree.tree_map_only(Tensor, self.layouts_of, result)
 
 
-def _opaque(call: Call, why: str) -> list[Layouts]:
+def _fix_everything(call: Call, why: str) -> list[Layouts]:
     """Fix everything that a call touches."""
     for tensor in call.tensors:
         for layout in call.layouts_of(tensor):
@@ -223,20 +237,21 @@ def infer(
         CaptureError: the model does not run on the inputs.
 
     """
-    found = _infer_once(model, inputs, with_data)
-    if at_other_sizes or reads_in_part(found):
-        found.others = _other_runs(model, inputs, found)
-    return found
+    inference = _infer_once(model, inputs, with_data)
+    if at_other_sizes or reads_in_part(inference):
+        inference.others = _run_at_other_sizes(model, inputs, inference)
+    return inference
 
 
 def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
     """Infer in float64, else in the model's own types; without data where that is allowed and works."""
     only_shapes = any(tensor.is_meta for tensor in named_tensors(model).values())
-    ways = [True] if with_data else [False] if only_shapes else [False, True]
+    data_choices = [True] if with_data else [False] if only_shapes else [False, True]
+    # The last failure is the one that is shown: it happened in the model's own types.
     for precision in (Precision(), Precision(double=False)):
-        for on_data in ways:
+        for run_with_data in data_choices:
             try:
-                return _infer_in(precision, model, inputs, on_data)
+                return _infer_in(precision, model, inputs, run_with_data)
             except CaptureError:
                 raise
             except Exception as error:
@@ -247,13 +262,14 @@ def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
 def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
     """Infer in one precision, on the model's real tensors or on tensors without data."""
     tensors = named_tensors(model).items()
-    held = {name: numbers_in(name, tensor) for name, tensor in tensors}
+    # Read here, since what stands in for the tensors holds no numbers.
+    numbers_by_name = {name: numbers_in(name, tensor) for name, tensor in tensors}
     if not with_data:
-        with without_data(model, inputs, precision) as (stand_in, its_inputs):
-            return _infer(stand_in, its_inputs, LayoutInference(precision), held)
+        with without_data(model, inputs, precision) as (stand_in, stand_in_inputs):
+            return _infer(stand_in, stand_in_inputs, LayoutInference(precision), numbers_by_name)
     real_model = copy_with(model, lambda _, tensor: precision.copy(tensor)).requires_grad_(False)
     mode = LayoutInference(precision, with_data=True)
-    return _infer(real_model, inputs.map(precision.copy), mode, held)
+    return _infer(real_model, inputs.map(precision.copy), mode, numbers_by_name)
 
 
 @contextmanager
@@ -261,14 +277,15 @@ def without_data(
     model: nn.Module, inputs: Inputs, precision: Precision
 ) -> Iterator[tuple[nn.Module, Inputs]]:
     """Give a copy of the model and of its inputs, of the same shapes, that hold no data."""
+    # The code may compute with real tensors that are no part of the model.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = copy_with(model, lambda _, tensor: _stand_in(tensor, fake, precision))
-    its_inputs = inputs.map(lambda tensor: _stand_in(tensor, fake, precision))
+    stand_in = copy_with(model, lambda _, tensor: _make_stand_in(tensor, fake, precision))
+    stand_in_inputs = inputs.map(lambda tensor: _make_stand_in(tensor, fake, precision))
     with fake, hushed():
-        yield stand_in, its_inputs
+        yield stand_in, stand_in_inputs
 
 
-def _stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -> Tensor:
+def _make_stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -> Tensor:
     """Return a tensor of the same shape on the CPU that holds no data, a parameter for a parameter."""
     dtype = precision.type_of(tensor.dtype)
     strides = tensor.stride() if tensor.layout is torch.strided else None
@@ -278,6 +295,7 @@ def _stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -> Ten
         empty = torch.empty_strided(tensor.shape, strides, dtype=dtype, device="meta")
     stand_in = FakeTensor(fake, empty, torch.device("cpu"))
     if isinstance(tensor, nn.Parameter):
+        # What `isinstance(stand_in, nn.Parameter)` looks at in tensors of other classes.
         stand_in._is_param = True
     return stand_in
 
@@ -291,37 +309,43 @@ def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> Captur
 
 
 def _infer(
-    model: nn.Module, inputs: Inputs, mode: LayoutInference, held: Mapping[str, Numbers | None]
+    model: nn.Module,
+    inputs: Inputs,
+    mode: LayoutInference,
+    numbers_by_name: Mapping[str, Numbers | None],
 ) -> Inference:
-    found = mode.found
-    holders: dict[int, str] = {}
+    inference = mode.found
+    first_names: dict[int, str] = {}
     for name, tensor in named_tensors(model).items():
-        first = holders.setdefault(id(tensor), name)
-        if first == name:
-            value = mode.declare(tensor, [Axis(n) for n in tensor.shape], name)
-            value.numbers, found.parameters[name] = held[name], value.layouts
-            found.trainable.update([name] if isinstance(tensor, nn.Parameter) else [])
-        found.names.setdefault(first, []).append(name)
+        # Tied weights are one tensor under several names: the first stands for all.
+        first_name = first_names.setdefault(id(tensor), name)
+        if first_name == name:
+            value = mode.declare(tensor, [Axis(size) for size in tensor.shape], name)
+            value.numbers, inference.parameters[name] = numbers_by_name[name], value.layouts
+            inference.trainable.update([name] if isinstance(tensor, nn.Parameter) else [])
+        inference.names.setdefault(first_name, []).append(name)
     for position, tensor in enumerate(inputs.tensors()):
         name = f"input[{position}]"
         why = Reason("a dimension of the model's input", name)
-        found.inputs[name] = mode.declare(
-            tensor, [Axis(n, why) for n in tensor.shape], name
+        inference.inputs[name] = mode.declare(
+            tensor, [Axis(size, why) for size in tensor.shape], name
         ).layouts
     _run(model.eval(), inputs, mode)
-    steps = list(found.steps)
-    read = names_read(steps)
-    read |= _follow_replaced(model, mode, read)
-    if found.trainable - read and not isinstance(model, fx.GraphModule):
-        in_training, trains = _steps_in_training(model, inputs, mode)
-        found.half_read = set() if trains else names_read(in_training) - read
-        steps += in_training
-        read |= names_read(in_training)
-    fix_unused(found, read)
-    fix_misread_orders(found, steps)
-    fix_ranks(model, found.parameters, found.names)
-    fix_unread(found, steps)
-    return found
+    steps = list(inference.steps)
+    read_names = names_read(steps)
+    read_names |= _follow_replaced(model, mode, read_names)
+    # A graph module runs the same operators in training, so it would show nothing more.
+    if inference.trainable - read_names and not isinstance(model, fx.GraphModule):
+        training_steps, completed = _collect_training_steps(model, inputs, mode)
+        inference.half_read = set() if completed else names_read(training_steps) - read_names
+        steps += training_steps
+        read_names |= names_read(training_steps)
+    # An axis that is fixed keeps its reason, so the most telling come first.
+    fix_unused(inference, read_names)
+    fix_misread_orders(inference, steps)
+    fix_ranks(model, inference.parameters, inference.names)
+    fix_unread(inference, steps)
+    return inference
 
 
 def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
@@ -335,28 +359,33 @@ def _run(model: nn.Module, inputs: Inputs, mode: LayoutInference) -> None:
         value = mode.read(tensor)
         mode.found.outputs[name] = value.layouts
         mode.found.output_sources[name] = value.source
-        maker = (
+        producer = (
             mode.found.steps[value.source].place if isinstance(value.source, int) else Reason("")
         )
-        why = Reason("a dimension of the model's output", name, maker.module, maker.source)
+        why = Reason("a dimension of the model's output", name, producer.module, producer.source)
         for layout in value.layouts:
             fix(layout, why)
 
 
-def _follow_replaced(model: nn.Module, mode: LayoutInference, read: set[str]) -> set[str]:
+def _follow_replaced(model: nn.Module, mode: LayoutInference, read_names: set[str]) -> set[str]:
     """Describe attributes that the run replaced (masked weights, say) by what stands there now."""
     parameters, followed = mode.found.parameters, set()
     for name, tensor in named_tensors(model).items():
-        now = mode.values.get(tensor)
-        if now is None or name in read or now.source == name or name not in parameters:
+        current_value = mode.values.get(tensor)
+        if (
+            current_value is None
+            or name in read_names
+            or current_value.source == name
+            or name not in parameters
+        ):
             continue
-        if list(map(size_of, now.layouts)) == list(map(size_of, parameters[name])):
+        if list(map(size_of, current_value.layouts)) == list(map(size_of, parameters[name])):
             parameters[name] = mode.read(tensor).layouts
             followed.add(name)
     return followed
 
 
-def _steps_in_training(
+def _collect_training_steps(
     model: nn.Module, inputs: Inputs, mode: LayoutInference
 ) -> tuple[list[Step], bool]:
     """Tie what only training reads (an auxiliary head, say) to its surroundings.
@@ -366,9 +395,13 @@ def _steps_in_training(
         evaluation. And whether the model trains on these inputs: these are all of them.
 
     """
-    found = mode.found
-    steps, unknown, outputs = len(found.steps), len(found.unknown), dict(found.outputs)
-    sources = dict(found.output_sources)
+    inference = mode.found
+    step_count, unknown_count, outputs = (
+        len(inference.steps),
+        len(inference.unknown),
+        dict(inference.outputs),
+    )
+    sources = dict(inference.output_sources)
     mode.in_training = True
     model.train()
     for module in model.modules():
@@ -376,39 +409,49 @@ def _steps_in_training(
             module.training = False
     try:
         _run(model, inputs, mode)
-        return found.steps[steps:], True
+        return inference.steps[step_count:], True
     except Exception:
-        return found.steps[steps:], False
+        return inference.steps[step_count:], False
     finally:
-        del found.steps[steps:], found.unknown[unknown:]
-        found.outputs, found.output_sources = outputs, sources
+        # What stays of the run are the ties between layouts.
+        del inference.steps[step_count:], inference.unknown[unknown_count:]
+        inference.outputs, inference.output_sources = outputs, sources
 
 
 # Sizes of the inputs that are tried in each direction at most, each by running the model without data.
 _SIZES_TRIED = 5
 
 
-def _other_runs(model: nn.Module, inputs: Inputs, found: Inference) -> list[OtherRun]:
+def _run_at_other_sizes(model: nn.Module, inputs: Inputs, inference: Inference) -> list[OtherRun]:
     """Analyse the model at other sizes, where it takes any, and fix what is not alike in all runs."""
-    tied = tied_to_parameters(found)
-    candidates = other_inputs(inputs, tied)
-    precision = Precision(found.in_double)
-    runs = [_first_that_runs(precision, model, some, found.with_data) for some in candidates]
-    others = [run for run in runs if run is not None]
-    read = [
-        {name: x for name, x in second.parameters.items() if name not in second.unknown_here}
-        for _, second in others
+    tied_dims = tied_to_parameters(inference)
+    candidates_by_direction = other_inputs(inputs, tied_dims)
+    precision = Precision(inference.in_double)
+    runs = [
+        _infer_on_first_accepted(precision, model, candidates, inference.with_data)
+        for candidates in candidates_by_direction
     ]
-    if not all_lengths_vary(inputs, [there for there, _ in others], tied):
-        fix_parts_of_tables(found)
-    partners = reconcile(found.parameters, read, partial(why_not_alike, found))
+    accepted_runs = [run for run in runs if run is not None]
+    layouts_by_run = [
+        {
+            name: layouts
+            for name, layouts in other_inference.parameters.items()
+            if name not in other_inference.unknown_here
+        }
+        for _, other_inference in accepted_runs
+    ]
+    if not all_lengths_vary(
+        inputs, [resized_inputs for resized_inputs, _ in accepted_runs], tied_dims
+    ):
+        fix_parts_of_tables(inference)
+    axes_by_run = reconcile(inference.parameters, layouts_by_run, partial(why_not_alike, inference))
     return [
-        OtherRun(there, second, axes)
-        for (there, second), axes in zip(others, partners, strict=True)
+        OtherRun(resized_inputs, other_inference, axes)
+        for (resized_inputs, other_inference), axes in zip(accepted_runs, axes_by_run, strict=True)
     ]
 
 
-def _first_that_runs(
+def _infer_on_first_accepted(
     precision: Precision, model: nn.Module, candidates: Sequence[Inputs], with_data: bool
 ) -> tuple[Inputs, Inference] | None:
     for candidate in candidates[:_SIZES_TRIED]:

@@ -32,11 +32,11 @@ from graphprune.utils.lru_caches import without_caches
 from graphprune.utils.torch_context import plain_kernels, same_chance
 
 # Folders of code that is not the user's; a folder beside one may begin with its name (torchvision).
-_LIBRARIES = tuple(
+_LIBRARY_FOLDERS = tuple(
     os.path.join(folder, "")
     for folder in (Path(torch.__file__).parent, Path(__file__).absolute().parents[1])
 )
-_GENERATED = (
+_GENERATED_SOURCES = (
     "<eval_with_key>",
     "<frozen ",
 )  # a notebook's cells may be called "<ipython-input-...>"
@@ -67,11 +67,13 @@ class Interpretation(TorchDispatchMode):
     ) -> Any:
         if isinstance(func, HigherOrderOperator):
             return self.higher_order(func, args, kwargs or {})
-        kwargs = self._with_held_type(func, args, kwargs or {})
+        kwargs = self._convert_dtype_argument(func, args, kwargs or {})
         rule = rule_for(func)
         if rule is None:
+            # A dispatch mode is off while it dispatches;
+            # entered again, it sees the simpler operators.
             with self:
-                result = _decomposed(func, args, kwargs)
+                result = _decompose(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         return self.step(func, rule, args, kwargs)
@@ -82,12 +84,14 @@ class Interpretation(TorchDispatchMode):
         Were they to lie as the kernel pleases, two runs could differ in where a reshape has to copy.
         """
         result = self._run_as_it_can(func, args, kwargs)
+        # These return the memory of an operand; a copy in another type would no longer be it.
         if is_in_place(func) or func.is_view:
             return result
+        # `arange` makes float32 from no float64 operand: it rounded nothing, so nothing is noted.
         if not self.precision.double or kernels.takes_doubles(args, kwargs):
             for tensor in tensors_in(result if isinstance(result, (tuple, list)) else [result]):
                 self.precision.note(func, tensor.dtype)
-        return pytree.tree_map_only(Tensor, self._normal, result)
+        return pytree.tree_map_only(Tensor, self._normalize, result)
 
     def _run_as_it_can(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call the operator; where it does not take float64, on copies in a type that it takes.
@@ -112,18 +116,19 @@ class Interpretation(TorchDispatchMode):
             return result
         raise failures[0]
 
-    def _normal(self, tensor: Tensor) -> Tensor:
-        held = self.precision.held(tensor)
-        if held.layout is not torch.strided or held.is_contiguous():
-            return held
-        return held.contiguous()
+    def _normalize(self, tensor: Tensor) -> Tensor:
+        retyped = self.precision.held(tensor)
+        if retyped.layout is not torch.strided or retyped.is_contiguous():
+            return retyped
+        return retyped.contiguous()
 
-    def _with_held_type(
+    def _convert_dtype_argument(
         self, func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the arguments by name, with the type asked for or needed by a number as it is held."""
         dtype = kwargs.get("dtype")
         if dtype is None and func is torch.ops.aten.full.default and self.precision.double:
+            # `full(size, 0.5)` without a type would make float32.
             number = args[1] if len(args) > 1 else kwargs["fill_value"]
             dtype = torch.float64 if isinstance(number, float) else None
         return kwargs if dtype is None else {**kwargs, "dtype": self.precision.type_of(dtype)}
@@ -149,7 +154,7 @@ class Interpretation(TorchDispatchMode):
 
 
 # Reads values without calling an operator.
-_READING = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
+_READERS_OF_VALUES = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
 
 
 class _BeforeDispatch(TorchFunctionMode):
@@ -171,19 +176,21 @@ class _BeforeDispatch(TorchFunctionMode):
         untyped = func is torch.tensor and kwargs.get("dtype") is None
         if untyped and isinstance(number, float) and self.mode.precision.double:
             return func(*args, **{**kwargs, "dtype": torch.float64})
-        if func in _READING:
+        if func in _READERS_OF_VALUES:
             self.mode.read_by_code(args[0])
-        whole = overload_of(func, args)
-        if whole is None:
+        recurrent_operator = overload_of(func, args)
+        if recurrent_operator is None:
             return func(*args, **kwargs)
+        # As for any operator: with the modes off, or what it is made of would be seen too.
         with _disable_current_modes():
-            return self.mode.step(whole, rule_for(whole), args, kwargs)
+            return self.mode.step(recurrent_operator, rule_for(recurrent_operator), args, kwargs)
 
 
-def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+def _decompose(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return the result by way of the operator's own definition, or NotImplemented."""
     if func.namespace == "prim" or torch.Tag.nondeterministic_seeded in func.tags:
         return NotImplemented
+    # `relu_` is `relu` written over its operand, so the definition of `relu` serves both.
     twin = functional_twin(func) if is_in_place(func) else None
     if twin in decomposition_table:
         return args[0].copy_(decomposition_table[twin](*args, **kwargs))
@@ -194,11 +201,12 @@ def _decomposed(func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _source_line() -> str:
     """Return file and line of the innermost frame that belongs to neither torch nor graphprune."""
+    # Two frames up: this function and the method that asks are no user's code.
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES + _GENERATED):
-            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        path = frame.f_code.co_filename
+        if not path.startswith(_LIBRARY_FOLDERS + _GENERATED_SOURCES):
+            return f"{os.path.basename(path)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
 
@@ -208,9 +216,10 @@ def _source_of(node: fx.Node) -> str:
     lines = [
         line for line in (node.stack_trace or "").splitlines() if line.lstrip().startswith("File")
     ]
+    # A stack trace ends with the innermost call.
     for line in reversed(lines):
         path, number = line.split('"')[1], line.split("line ")[1].split(",")[0]
-        if not path.startswith(_LIBRARIES):
+        if not path.startswith(_LIBRARY_FOLDERS):
             return f"{os.path.basename(path)}:{number}"
     return ""
 
@@ -234,12 +243,13 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
     ):
         if isinstance(model, fx.GraphModule):
             return _NodeByNode(model, mode).run_with(inputs)
-        with _paths_recorded(model, mode.module_path):
+        with _record_module_paths(model, mode.module_path):
             return model(*inputs.args, **inputs.kwargs)
 
 
 @contextmanager
-def _paths_recorded(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _record_module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    # A call that fails leaves no path behind: its second hook is called in any case.
     handles = []
     for path, module in model.named_modules():
         handles.append(
@@ -274,24 +284,29 @@ class _NodeByNode(fx.Interpreter):
         self.mode.node = node
         result = super().run_node(node)
         self.mode.node = None
-        after = getattr(self.mode, "after_node", None)
-        if after is not None:
-            after(node, result)
+        after_node = getattr(self.mode, "after_node", None)
+        if after_node is not None:
+            after_node(node, result)
         return result
 
 
-def _second(spec: Any) -> Any:
+def _get_second_child(spec: Any) -> Any:
     """Return the second child of a tree spec, whose fields became methods after torch 2.9."""
     return spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
 
 
 def flat_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """Return the values of the graph's placeholders for the given arguments."""
-    info = getattr(graph_module.graph._codegen, "pytree_info", None)
-    if info is not None and info.in_spec.type is tuple and info.in_spec.num_children == 2:
-        order = _second(info.in_spec).context or []
-        kwargs = {name: inputs.kwargs[name] for name in order if name in inputs.kwargs}
+    pytree_info = getattr(graph_module.graph._codegen, "pytree_info", None)
+    if (
+        pytree_info is not None
+        and pytree_info.in_spec.type is tuple
+        and pytree_info.in_spec.num_children == 2
+    ):
+        keyword_order = _get_second_child(pytree_info.in_spec).context or []
+        kwargs = {name: inputs.kwargs[name] for name in keyword_order if name in inputs.kwargs}
         return pytree.tree_leaves((tuple(inputs.args), kwargs), is_leaf=lambda leaf: leaf is None)
+    # A placeholder has its default, if there is one, as its only argument.
     values = list(inputs.args)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for node in placeholders[len(values) :]:

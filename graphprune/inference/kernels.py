@@ -44,7 +44,7 @@ def takes_doubles(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 # How torch's own operators say that they do not take a type.
-_OF_A_TYPE = re.compile("double|float64|scalar type|dtype", re.IGNORECASE)
+_TYPE_COMPLAINT = re.compile("double|float64|scalar type|dtype", re.IGNORECASE)
 
 
 def may_lack_doubles(func: OpOverload, failure: Exception) -> bool:
@@ -55,8 +55,8 @@ def may_lack_doubles(func: OpOverload, failure: Exception) -> bool:
     """
     if func.is_view:
         return False
-    of_a_type = isinstance(failure, NotImplementedError) or _OF_A_TYPE.search(str(failure))
-    return func.namespace != "aten" or bool(of_a_type)
+    is_about_type = isinstance(failure, NotImplementedError) or _TYPE_COMPLAINT.search(str(failure))
+    return func.namespace != "aten" or bool(is_about_type)
 
 
 def run_rounded(
@@ -66,69 +66,76 @@ def run_rounded(
 
     What it writes to its arguments is written back to them.
     """
+    # By id, so that an operand that is given twice stays
+    # one tensor; the original is kept alive with it.
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def rounded(tensor: Tensor) -> Tensor:
+    def round_tensor(tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float64:
             return tensor
         return copies.setdefault(id(tensor), (tensor, tensor.to(dtype)))[1]
 
-    copied_args, copied_kwargs = pytree.tree_map_only(Tensor, rounded, (args, kwargs))
+    copied_args, copied_kwargs = pytree.tree_map_only(Tensor, round_tensor, (args, kwargs))
     result = run(func, copied_args, copied_kwargs)
-    bound = bind_arguments(func, args, kwargs)
+    arguments = bind_arguments(func, args, kwargs)
     written = (
-        bound[a.name] for a in func._schema.arguments if a.alias_info and a.alias_info.is_write
+        arguments[argument.name]
+        for argument in func._schema.arguments
+        if argument.alias_info and argument.alias_info.is_write
     )
     for tensor in tensors_in(written):
         if id(tensor) in copies:
             tensor.copy_(copies[id(tensor)][1])
+    # An operator that writes returns the tensor that it wrote: the caller's, not the copy of it.
     originals = {id(copy): tensor for tensor, copy in copies.values()}
     return pytree.tree_map_only(Tensor, lambda tensor: originals.get(id(tensor), tensor), result)
 
 
-def _recurrent(func: OpOverload, given: dict[str, Any]) -> Any:
+def _run_recurrent(func: OpOverload, arguments: dict[str, Any]) -> Any:
     """Without data, torch takes a recurrent operator apart into every step; one step has its shapes."""
-    values = list(given.values())
+    values = list(arguments.values())
     if not isinstance(values[0], FakeTensor):
         return func(*values)
-    if "batch_sizes" in given:
+    if "batch_sizes" in arguments:
         raise NotImplementedError(f"{func} on tensors without data: lengths of sequences are data")
-    time = 1 if given["batch_first"] else 0
+    time_dim = 1 if arguments["batch_first"] else 0
     with values[0].fake_mode:
-        output, *states = func(values[0].narrow(time, 0, 1), *values[1:])
+        output, *states = func(values[0].narrow(time_dim, 0, 1), *values[1:])
     sizes = list(output.shape)
-    sizes[time] = values[0].shape[time]
+    sizes[time_dim] = values[0].shape[time_dim]
     return output.new_empty(sizes), *states
 
 
-def _grouped_mm(func: OpOverload, given: dict[str, Any]) -> Tensor:
+def _multiply_groups(func: OpOverload, arguments: dict[str, Any]) -> Tensor:
     """Multiply each group of rows by a matrix of its own; torch's kernel does so up to float32."""
-    a, b, offsets = given["self"], given["mat2"], given["offs"]
+    left, right, offsets = arguments["self"], arguments["mat2"], arguments["offs"]
     if offsets is None:
-        result = torch.bmm(a, b)
-    elif isinstance(a, FakeTensor):
-        groups = [offsets.shape[0]] if a.dim() == b.dim() == 2 else []
-        result = a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+        result = torch.bmm(left, right)
+    elif isinstance(left, FakeTensor):
+        group_dims = [offsets.shape[0]] if left.dim() == right.dim() == 2 else []
+        result = left.new_empty([*group_dims, left.shape[-2], right.shape[-1]])
     else:
-        result = _by_group(a, b, offsets.tolist())
-    return result if given["bias"] is None else result + given["bias"]
+        result = _multiply_spans(left, right, offsets.tolist())
+    return result if arguments["bias"] is None else result + arguments["bias"]
 
 
-def _by_group(a: Tensor, b: Tensor, ends: list[int]) -> Tensor:
-    """Return the product of ragged groups: of rows of `a`, of columns of `b`, or of what is summed."""
+def _multiply_spans(left: Tensor, right: Tensor, ends: list[int]) -> Tensor:
+    """Return the product of ragged groups: rows of `left`, columns of `right`, or what is summed."""
     spans = list(zip([0, *ends], ends, strict=False))
-    if a.dim() == 2 and b.dim() == 2:
-        return torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
-    if a.dim() == 2:
-        parts = [a[start:end] @ b[group] for group, (start, end) in enumerate(spans)]
-        rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
-        return torch.cat([*parts, rest])
-    parts = [a[group] @ b[:, start:end] for group, (start, end) in enumerate(spans)]
-    rest = a.new_zeros(a.shape[-2], b.shape[-1] - ends[-1])
-    return torch.cat([*parts, rest], dim=-1)
+    # `ends` are where the groups end along the ragged dimension: `[2, 5]` is rows 0-1 and rows 2-4.
+    if left.dim() == 2 and right.dim() == 2:
+        return torch.stack([left[:, start:end] @ right[start:end] for start, end in spans])
+    if left.dim() == 2:
+        products = [left[start:end] @ right[group] for group, (start, end) in enumerate(spans)]
+        # Rows behind the last group belong to none and come out as zeros.
+        zeros = left.new_zeros(left.shape[0] - ends[-1], right.shape[-1])
+        return torch.cat([*products, zeros])
+    products = [left[group] @ right[:, start:end] for group, (start, end) in enumerate(spans)]
+    zeros = left.new_zeros(left.shape[-2], right.shape[-1] - ends[-1])
+    return torch.cat([*products, zeros], dim=-1)
 
 
 _KERNELS: dict[Any, Callable[[OpOverload, dict[str, Any]], Any]] = {
-    **dict.fromkeys(GATES, _recurrent),
-    aten._grouped_mm: _grouped_mm,
+    **dict.fromkeys(GATES, _run_recurrent),
+    aten._grouped_mm: _multiply_groups,
 }

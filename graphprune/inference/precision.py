@@ -22,7 +22,7 @@ from graphprune.utils.tensors import as_double, double_copy, double_of
 # for each operator in a row, by 1e-7 (float32), 1e-3 (float16) or 8e-3 (bfloat16); a wrong slot
 # differs by far more than these parts of the largest value.
 _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 5e-3}
-_COARSE = 3e-2  # bfloat16, and what is coarser
+_COARSE_TOLERANCE = 3e-2  # bfloat16, and what is coarser
 
 
 @dataclass
@@ -56,15 +56,15 @@ class Precision:
             dtype = dtype.to_real()
         if dtype.is_floating_point and dtype != torch.float64:
             name = func._schema.name.replace("::", ".")
-            self.operators[name] = _coarser(dtype, self.operators.get(name, dtype))
+            self.operators[name] = _choose_coarser(dtype, self.operators.get(name, dtype))
 
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest type that something was computed in."""
-        coarsest = torch.float64
+        coarsest_dtype = torch.float64
         for dtype in self.operators.values():
-            coarsest = _coarser(dtype, coarsest)
-        return coarsest
+            coarsest_dtype = _choose_coarser(dtype, coarsest_dtype)
+        return coarsest_dtype
 
     @property
     def tolerance(self) -> float:
@@ -74,7 +74,7 @@ class Precision:
 
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return by which part of the largest value two computations in a type may differ."""
-    return _TOLERANCES.get(dtype, _COARSE)
+    return _TOLERANCES.get(dtype, _COARSE_TOLERANCE)
 
 
 def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -82,22 +82,24 @@ def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
 
     Wider ones do not count: what a tracer or a runtime makes of a model computes in float32 at places.
     """
-    worst = torch.float32
+    coarsest_dtype = torch.float32
     for tensor in tensors:
         if tensor.is_floating_point():
-            worst = _coarser(tensor.dtype, worst)
-    return worst
+            coarsest_dtype = _choose_coarser(tensor.dtype, coarsest_dtype)
+    return coarsest_dtype
 
 
-def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+def _choose_coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Return max|a - b| / max|a|; equal infinities agree, and so do NaNs at the same places."""
     x, y = a.astype(np.float64), b.astype(np.float64)
+    # `inf - inf` is NaN, so what is equal is left out before anything is subtracted.
     differs = ~((x == y) | (np.isnan(x) & np.isnan(y)))
     if not differs.any():
         return 0.0
+    # `initial` keeps the quotient finite where `a` is all zeros.
     largest = np.abs(x[np.isfinite(x)]).max(initial=1e-12)
     return float((np.abs(x[differs] - y[differs]) / largest).max())

@@ -23,11 +23,11 @@ def names_read(steps: Sequence[Step]) -> set[str]:
     return {source for source in sources if isinstance(source, str)}
 
 
-def fix_unused(found: Inference, read: set[str]) -> None:
+def fix_unused(inference: Inference, read_names: set[str]) -> None:
     """Fix what no operator read: nothing is known of what it would have to fit."""
-    for name, layouts in found.parameters.items():
-        if name not in read:
-            found.unused.append(name)
+    for name, layouts in inference.parameters.items():
+        if name not in read_names:
+            inference.unused.append(name)
             for layout in layouts:
                 fix(layout, Reason("not used in this run of the model", name))
 
@@ -41,28 +41,30 @@ _TAKES_SIZES = {
 }  # fmt: skip
 
 
-def fix_unread(found: Inference, steps: Sequence[Step]) -> None:
+def fix_unread(inference: Inference, steps: Sequence[Step]) -> None:
     """Fix slots that no operator reads: on other inputs it may, as longer ones the rest of a table.
 
     A slot is read where its way ends because it is summed over or compared: the operator's operand has
     it and its results do not. A slot that is only carried along, until a slice leaves it out, is not.
     """
-    read: set[Axis] = set()
+    read_axes: set[Axis] = set()
     for step in steps:
         if step.func.overloadpacket not in _TAKES_A_PART:
-            read |= _axes_of(step.inputs) - _axes_of(step.outputs)
-    for name, layouts in found.parameters.items():
+            # `[tokens, channels] @ [channels, classes]` reads
+            # the channels, which its result does not have.
+            read_axes |= _axes_of(step.inputs) - _axes_of(step.outputs)
+    for name, layouts in inference.parameters.items():
         for axis in (axis for layout in layouts for axis in free_axes(layout)):
-            if axis not in read and axis.fixed is None:
+            if axis not in read_axes and axis.fixed is None:
                 why = "not used in this run of the model"
-                fix(axis, _reason_at(_first_taking_apart(steps, axis), why, name))
+                fix(axis, _reason_at(_find_first_taking_apart(steps, axis), why, name))
 
 
 def _axes_of(values: Sequence[Value]) -> set[Axis]:
     return {axis for value in values for layout in value.layouts for axis in leaves(layout)}
 
 
-def _first_taking_apart(steps: Sequence[Step], axis: Axis) -> Step | None:
+def _find_first_taking_apart(steps: Sequence[Step], axis: Axis) -> Step | None:
     """Return the first operator that gives a part, or other sizes, of what has the axis."""
     partial_or_resized = _TAKES_A_PART | _TAKES_SIZES
     return next(
@@ -79,59 +81,69 @@ def _reason_at(step: Step | None, why: str, name: str) -> Reason:
     return Reason(why, name) if step is None else replace(step.place, why=why)
 
 
-def tied_to_parameters(found: Inference) -> set[tuple[int, int]]:
+def tied_to_parameters(inference: Inference) -> set[tuple[int, int]]:
     """Return the dimensions of the inputs that were made the same as a whole one of a parameter."""
-    of_parameters = {
+    parameter_axes = {
         axis
-        for layouts in found.parameters.values()
+        for layouts in inference.parameters.values()
         for layout in layouts
         for axis in given_axes(layout)
     }
     return {
         (number, dim)
-        for number, layouts in enumerate(found.inputs.values())
+        for number, layouts in enumerate(inference.inputs.values())
         for dim, axis in enumerate(layouts)
         if isinstance(axis, Axis)
-        and any(not of_parameters.isdisjoint(given_axes(other)) for other, _ in axis.ties)
+        and any(
+            not parameter_axes.isdisjoint(given_axes(tied_layout)) for tied_layout, _ in axis.ties
+        )
     }
 
 
-def why_not_alike(found: Inference, name: str, dim: int) -> Reason:
+def why_not_alike(inference: Inference, name: str, dim: int) -> Reason:
     """Return why a dimension stays that runs at other sizes of the inputs see in another way."""
     why = "what is read of it depends on the size of an input"
-    axes = free_axes(found.parameters[name][dim])
-    steps = (_first_taking_apart(found.steps, axis) for axis in axes)
+    axes = free_axes(inference.parameters[name][dim])
+    steps = (_find_first_taking_apart(inference.steps, axis) for axis in axes)
     return _reason_at(next(filter(None, steps), None), why, name)
 
 
-def reads_in_part(found: Inference) -> bool:
+def reads_in_part(inference: Inference) -> bool:
     """Say whether an operator takes a dimension apart that could be cut, perhaps by an input's size."""
-    if any(not is_fixed(layout) for _, layout in _dimensions_sliced(found.steps)):
+    if any(not is_fixed(layout) for _, layout in _find_sliced_dimensions(inference.steps)):
         return True
-    resized = (step for step in _steps_on_tables(found) if step.func.overloadpacket in _TAKES_SIZES)
-    return any(not is_fixed(layout) for step in resized for layout in step.inputs[0].layouts)
+    resizing_steps = (
+        step
+        for step in _find_steps_on_tables(inference)
+        if step.func.overloadpacket in _TAKES_SIZES
+    )
+    return any(not is_fixed(layout) for step in resizing_steps for layout in step.inputs[0].layouts)
 
 
-def fix_parts_of_tables(found: Inference) -> None:
+def fix_parts_of_tables(inference: Inference) -> None:
     """Fix what is read of tables in part, for a model that takes no other sizes which would tell why."""
-    for step, layout in _dimensions_sliced(_steps_on_tables(found)):
+    for step, layout in _find_sliced_dimensions(_find_steps_on_tables(inference)):
         fix(layout, replace(step.place, why="read in part, perhaps by the size of an input"))
 
 
-def _dimensions_sliced(steps: Iterable[Step]) -> Iterator[tuple[Step, Layout]]:
+def _find_sliced_dimensions(steps: Iterable[Step]) -> Iterator[tuple[Step, Layout]]:
     for step in steps:
         if step.func.overloadpacket in (aten.slice, aten.select):
             layouts = step.inputs[0].layouts
             yield step, layouts[step.arguments["dim"] % len(layouts)]
 
 
-def _steps_on_tables(found: Inference) -> Iterator[Step]:
+def _find_steps_on_tables(inference: Inference) -> Iterator[Step]:
     """Yield the operators that no input of the model flows into."""
-    from_inputs: list[bool] = []
-    for step in found.steps:
+    # By number of the step: a value's source is a step's number, or a name.
+    fed_by_inputs: list[bool] = []
+    for step in inference.steps:
         sources = [value.source for value in step.inputs]
-        from_inputs.append(
-            any(from_inputs[s] if isinstance(s, int) else s in found.inputs for s in sources)
+        fed_by_inputs.append(
+            any(
+                fed_by_inputs[source] if isinstance(source, int) else source in inference.inputs
+                for source in sources
+            )
         )
-        if not from_inputs[-1]:
+        if not fed_by_inputs[-1]:
             yield step

@@ -25,6 +25,9 @@ class StepByStep(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the function, or the steps that it stands for."""
-        operator = overload_of(func, args) if len(args) > 3 else None
-        by_steps = func if operator is None else decomposition_table[operator]
-        return by_steps(*args, **(kwargs or {}))
+        # `overload_of` looks at the fourth argument, which every recurrent operator has.
+        recurrent_operator = overload_of(func, args) if len(args) > 3 else None
+        stepwise_func = (
+            func if recurrent_operator is None else decomposition_table[recurrent_operator]
+        )
+        return stepwise_func(*args, **(kwargs or {}))

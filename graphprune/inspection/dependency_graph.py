@@ -44,18 +44,21 @@ class DependencyGraph(Dependencies):
 
         """
         inference = self.inference
-        firsts = (first for first, names in inference.names.items() if parameter in names)
-        first = next(firsts, parameter)
-        if first not in inference.parameters:
-            alike = difflib.get_close_matches(parameter, inference.parameters, cutoff=0)
+        # A tied tensor has several names, and its layouts stand under the first.
+        first_names = (
+            first_name for first_name, names in inference.names.items() if parameter in names
+        )
+        first_name = next(first_names, parameter)
+        if first_name not in inference.parameters:
+            similar_names = difflib.get_close_matches(parameter, inference.parameters, cutoff=0)
             raise InvalidRequestError(
                 f"the model has no parameter or buffer {parameter!r}; the nearest names are "
-                f"{', '.join(alike)}"
+                f"{', '.join(similar_names)}"
             )
         explainer = Explainer(inference)
         return [
-            explainer.explained(first, dim, self.names)
-            for dim in range(len(inference.parameters[first]))
+            explainer.explained(first_name, dim, self.names)
+            for dim in range(len(inference.parameters[first_name]))
         ]
 
     def to_networkx(self) -> nx.MultiDiGraph:

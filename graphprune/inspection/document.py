@@ -72,15 +72,15 @@ def document(
             group["scores"] = [float(score) for score in scores[name]]
         if plan is not None and name in plan.keep:
             group["kept"] = list(plan.keep[name])
-    found = {"schema": SCHEMA, "graphprune": version("graphprune"), "title": title}
+    contents = {"schema": SCHEMA, "graphprune": version("graphprune"), "title": title}
     macs = {
         operator_id(number): [
             [_size(dim, graph.names) for dim in product] for product in mac_terms(step)
         ]
         for number, step in enumerate(graph.inference.steps)
     }
-    found |= nx.node_link_data(to_networkx(graph), edges="edges")
-    return found | {
+    contents |= nx.node_link_data(to_networkx(graph), edges="edges")
+    return contents | {
         "groups": groups,
         "tensors": [
             _tensor(graph, name, layouts, graph.names)
@@ -88,7 +88,7 @@ def document(
         ],
         "macs": {operator: products for operator, products in macs.items() if products},
         "seconds": {module: list(pair) for module, pair in (seconds or {}).items()},
-        "unknown": [str(place) for place in graph.unknown],
+        "unknown": [str(unknown_operator) for unknown_operator in graph.unknown],
     }
 
 
@@ -130,6 +130,7 @@ def _tensor(
 
 def _size(layout: Layout, names: Mapping[Axis, str]) -> Size:
     """Return how many slots a dimension has, as a function of what groups keep."""
+    # `(heads dim)`, of which only the 12 heads can go, is {"times": ["q_proj.weight:0", 64]}.
     layout = resolve(layout)
     if not any(axis in names for axis in free_axes(layout)):
         return size_of(layout)

@@ -25,40 +25,46 @@ def modules(graph: Dependencies, most: int = MOST) -> nx.DiGraph:
 
     Nodes carry `label` and `groups`, the names of the groups whose channels run through them, in order.
     """
-    whole = to_networkx(graph)
-    paths = (data.get("module", "") for _, data in whole.nodes(data=True))
-    best = _at_depth(whole, 1)
+    network = to_networkx(graph)
+    paths = (data.get("module", "") for _, data in network.nodes(data=True))
+    best = _collapse_to_depth(network, 1)
     for depth in range(2, 2 + max(path.count(".") for path in paths)):
-        found = _at_depth(whole, depth)
-        if len(found) > most:
+        boxes = _collapse_to_depth(network, depth)
+        if len(boxes) > most:
             break
-        best = found
+        best = boxes
     return best
 
 
-def _at_depth(whole: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
-    place: dict[str, str] = {}
+def _collapse_to_depth(network: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
+    box_by_node: dict[str, str] = {}
     boxes = nx.DiGraph()
     paths = {
-        data.get("module", "") for _, data in whole.nodes(data=True) if data["kind"] == "operator"
+        data.get("module", "") for _, data in network.nodes(data=True) if data["kind"] == "operator"
     }
-    with_parts = {path.rpartition(".")[0] for path in paths if path}
-    for node, data in whole.nodes(data=True):
+    parent_paths = {path.rpartition(".")[0] for path in paths if path}
+    for node, data in network.nodes(data=True):
         if data["kind"] in ("parameter", "buffer", "constant"):
             continue
+        # At depth 2 an operator of `encoder.layer.0` is in the box `encoder.layer`; one of `encoder`, which
+        # is opened, stands by itself.
         path = data.get("module", "")
-        shown = ".".join(path.split(".")[:depth])
-        if path and (shown != path or path.count(".") + 1 == depth or path not in with_parts):
-            name, key = shown, f"module {shown}"
+        box_path = ".".join(path.split(".")[:depth])
+        if path and (box_path != path or path.count(".") + 1 == depth or path not in parent_paths):
+            name, key = box_path, f"module {box_path}"
         else:  # an operator of a module that is opened
             name, key = data["label"].removeprefix("aten."), node
-        place[node] = key
+        box_by_node[node] = key
         if key not in boxes:
             boxes.add_node(key, label=name, groups={})
         boxes.nodes[key]["groups"] |= dict.fromkeys(filter(None, data["groups"].split(", ")))
-    for source, target in whole.edges():
-        if source in place and target in place and place[source] != place[target]:
-            boxes.add_edge(place[source], place[target])
+    for source, target in network.edges():
+        if (
+            source in box_by_node
+            and target in box_by_node
+            and box_by_node[source] != box_by_node[target]
+        ):
+            boxes.add_edge(box_by_node[source], box_by_node[target])
     return boxes
 
 
@@ -71,19 +77,19 @@ def draw(graph: Dependencies, path: Path, title: str) -> None:
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(_literal(title))
-    places = {
-        node: ((at + 0.5) / len(row), -level)
-        for level, row in enumerate(rows)
-        for at, node in enumerate(row)
+    positions = {
+        node: ((column + 0.5) / len(row), -row_number)
+        for row_number, row in enumerate(rows)
+        for column, node in enumerate(row)
     }
     numbers = {group.name: number for number, group in enumerate(graph.groups)}
     for source, target in boxes.edges():
         axes.annotate(
-            "", places[target], places[source],
+            "", positions[target], positions[source],
             arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 12, "shrinkB": 14},
         )  # fmt: skip
-    for node, (x, y) in places.items():
-        _box(axes, x, y, boxes.nodes[node], numbers)
+    for node, (x, y) in positions.items():
+        _draw_box(axes, x, y, boxes.nodes[node], numbers)
     axes.set_xlim(0, 1)
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     save_figure(figure, path)
@@ -103,18 +109,18 @@ def _rows(boxes: nx.DiGraph) -> list[list[str]]:
     ]
 
 
-def _box(
-    axes: Any, x: float, y: float, data: Mapping[str, Any], numbers: Mapping[str, int]
+def _draw_box(
+    axes: Any, x: float, y: float, box: Mapping[str, Any], numbers: Mapping[str, int]
 ) -> None:
     axes.text(
-        x, y, _literal(data["label"]), ha="center", va="center", fontsize=8, zorder=3,
+        x, y, _literal(box["label"]), ha="center", va="center", fontsize=8, zorder=3,
         bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#444444"},
     )  # fmt: skip
-    shown = [numbers[name] for name in data["groups"]][:6]
-    for at, number in enumerate(shown):
+    group_numbers = [numbers[name] for name in box["groups"]][:6]
+    for position, number in enumerate(group_numbers):
         colour = PALETTE[number % len(PALETTE)]
         axes.annotate(
-            str(number), (x, y), xytext=(14 * (at - (len(shown) - 1) / 2), -16),
+            str(number), (x, y), xytext=(14 * (position - (len(group_numbers) - 1) / 2), -16),
             textcoords="offset points", ha="center", va="center", fontsize=6, zorder=4,
             color="white" if colour in DARK else "black",
             bbox={"boxstyle": "circle,pad=0.2", "facecolor": colour, "lw": 0},

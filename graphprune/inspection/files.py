@@ -34,8 +34,8 @@ def save(
     checked_target(path, *SUFFIXES)
     title = title or path.stem
 
-    def write(of: Callable[[dict[str, Any]], str]) -> None:
-        write_text(path, of(document(graph, title, scores, plan)))
+    def write(serialize: Callable[[dict[str, Any]], str]) -> None:
+        write_text(path, serialize(document(graph, title, scores, plan)))
 
     writers: dict[str, Callable[[], object]] = {
         ".html": lambda: write(page),
@@ -50,45 +50,46 @@ def save(
 def graphml(graph: Dependencies) -> str:
     """Return a dependency graph as GraphML; letters that XML has not are spelt as Python does."""
     network = to_networkx(graph)
-    named = nx.relabel_nodes(network, {node: printable(node) for node in network})
+    printable_network = nx.relabel_nodes(network, {node: printable(node) for node in network})
+    # These are the graph's own dicts of attributes, so that what is put in them is put in the graph.
     for attributes in (
-        *dict(named.nodes(data=True)).values(),
-        *(d for *_, d in named.edges(data=True)),
+        *dict(printable_network.nodes(data=True)).values(),
+        *(d for *_, d in printable_network.edges(data=True)),
     ):
         for name, value in attributes.items():
             attributes[name] = printable(value) if isinstance(value, str) else value
-    return "\n".join(nx.generate_graphml(named)) + "\n"
+    return "\n".join(nx.generate_graphml(printable_network)) + "\n"
 
 
-def page(found: dict[str, Any]) -> str:
+def page(contents: dict[str, Any]) -> str:
     """Return a document as a page of its own."""
-    found = _printable(found)
+    contents = _make_printable(contents)
     return rendered(
         "graph.html",
         scripts(),
-        document=found,
-        title=found["title"],
-        planned=any("kept" in group for group in found["groups"]),
-        style=_static("view.css"),
+        document=contents,
+        title=contents["title"],
+        planned=any("kept" in group for group in contents["groups"]),
+        style=_read_static("view.css"),
     )
 
 
 def scripts() -> list[str]:
     """Return what runs on the page: @dagrejs/dagre 3.1.3, which lays graphs out, and the package's own."""
-    dagre = f"/*\n{_static('dagre.LICENSE.txt')}*/\n{_static('dagre.min.js')}"
-    return [dagre, _static("view.js")]
+    dagre = f"/*\n{_read_static('dagre.LICENSE.txt')}*/\n{_read_static('dagre.min.js')}"
+    return [dagre, _read_static("view.js")]
 
 
-def _static(name: str) -> str:
+def _read_static(name: str) -> str:
     return (resources.files("graphprune.inspection") / "static" / name).read_text(encoding="utf-8")
 
 
-def _printable(value: Any) -> Any:
+def _make_printable(value: Any) -> Any:
     """Return a document whose texts are the same in a page's data and in its elements."""
     if isinstance(value, dict):
-        return {printable(str(name)): _printable(part) for name, part in value.items()}
+        return {printable(str(name)): _make_printable(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_printable(part) for part in value]
+        return [_make_printable(part) for part in value]
     return printable(value) if isinstance(value, str) else value
 
 

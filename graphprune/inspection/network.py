@@ -35,6 +35,7 @@ def to_networkx(dependencies: Dependencies) -> nx.MultiDiGraph:
         }
 
     def add_edge(value: Value, target: str) -> None:
+        # A step is known by its number, an input, parameter or constant by its name.
         source = value.source
         if isinstance(source, int):
             source = operator_id(source)

@@ -28,8 +28,8 @@ def tree(graph: Dependencies, why: bool = False) -> Together:
     for name, layouts in graph.inference.parameters.items():
         owner, _, leaf = name.rpartition(".")
         line = Text(f"{leaf}  ")
-        for at, layout in enumerate(layouts):
-            line.append(" x " if at else "")
+        for position, layout in enumerate(layouts):
+            line.append(" x " if position else "")
             line.append(_dimension(graph, layout, numbers))
         node = _branch(branches, owner).add(line)
         for dim, layout in enumerate(layouts):
@@ -38,12 +38,13 @@ def tree(graph: Dependencies, why: bool = False) -> Together:
                 node.add(Text(f"dimension {dim} stays: {reason}", style="dim"))
     lines = [_line(group, numbers[group.name]) for group in graph.groups]
     lines += [
-        Text(f"no rule, so its channels stay: {place}", style="bold") for place in graph.unknown
+        Text(f"no rule, so its channels stay: {unknown_operator}", style="bold")
+        for unknown_operator in graph.unknown
     ]
     return Together(root, *lines)
 
 
-def group_lines(graph: Dependencies, wanted: str) -> Together:
+def group_lines(graph: Dependencies, name_or_number: str) -> Together:
     """Return all that there is to say of a group, called by its name or its number.
 
     Raises:
@@ -51,11 +52,11 @@ def group_lines(graph: Dependencies, wanted: str) -> Together:
 
     """
     by_number = {str(number): group for number, group in enumerate(graph.groups)}
-    group = by_number.get(wanted) or graph.by_name.get(wanted)
+    group = by_number.get(name_or_number) or graph.by_name.get(name_or_number)
     if group is None:
         raise InvalidRequestError(
-            f"there is no group {wanted!r}; they are {', '.join(graph.by_name)}, or their numbers from 0 "
-            f"to {len(graph.groups) - 1}"
+            f"there is no group {name_or_number!r}; they are {', '.join(graph.by_name)}, or their numbers "
+            f"from 0 to {len(graph.groups) - 1}"
         )
     lines = [_line(group, graph.groups.index(group))]
     lines += [
@@ -68,17 +69,18 @@ def group_lines(graph: Dependencies, wanted: str) -> Together:
 
 def _branch(branches: dict[str, Tree], path: str) -> Tree:
     if path not in branches:
-        above, _, name = path.rpartition(".")
-        branches[path] = _branch(branches, above).add(Text(name, style="bold"))
+        parent, _, name = path.rpartition(".")
+        branches[path] = _branch(branches, parent).add(Text(name, style="bold"))
     return branches[path]
 
 
 def _dimension(graph: Dependencies, layout: Layout, numbers: dict[str, int]) -> Text:
     """Return a dimension in words, groups as `#` and their number."""
+    # `(heads dim)` with both cut by groups 0 and 1 is `(#0[12] #1[64])`, in the first group's colour.
     axes = [axis for axis in free_axes(layout) if axis in graph.names]
-    short = {axis: f"#{numbers[graph.names[axis]]}[{axis.size}]" for axis in axes}
+    labels = {axis: f"#{numbers[graph.names[axis]]}[{axis.size}]" for axis in axes}
     style = _COLOURS[numbers[graph.names[axes[0]]] % len(_COLOURS)] if axes else "dim"
-    return Text(describe(layout, short), style=style)
+    return Text(describe(layout, labels), style=style)
 
 
 def _line(group: Group, number: int) -> Text:

@@ -149,20 +149,22 @@ def export(
     target = checked_target(path, ".onnx")
     inputs = Inputs.of(example_inputs)
     options = _Options(opset, tolerance, sparse_weights)
-    return _traced(model, inputs, target, free or {}, options).exported
+    return _export_exclusively(model, inputs, target, free or {}, options).exported
 
 
 def traced_export(model: Model, inputs: Inputs, path: Path) -> Traced:
     """Return what `export` returns where nothing more is asked, with the graph that was translated."""
-    return _traced(model, inputs, path, {}, _Options())
+    return _export_exclusively(model, inputs, path, {}, _Options())
 
 
-def _traced(model: Model, inputs: Inputs, path: Path, free: Free, options: _Options) -> Traced:
+def _export_exclusively(
+    model: Model, inputs: Inputs, path: Path, free: Free, options: _Options
+) -> Traced:
     with alone():
-        return _traced_alone(as_module(model), inputs, path, free, options)
+        return _export_module(as_module(model), inputs, path, free, options)
 
 
-def _traced_alone(
+def _export_module(
     module: nn.Module, inputs: Inputs, path: Path, free: Free, options: _Options
 ) -> Traced:
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
@@ -196,8 +198,8 @@ class _Flat(nn.Module):
         """The batch size of the example inputs: of what is called so, or of the first."""
         pairs = zip(self.inputs.tensors(), self.dims, strict=True)
         sizes = {name: t.shape[d] for t, dims in pairs for d, name in dims.items()}
-        first = next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
-        return sizes.get(self.batch_name, first)
+        first_size = next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
+        return sizes.get(self.batch_name, first_size)
 
     def repeated(self, times: int) -> list[Tensor]:
         """Return the example tensors repeated `times` times along what is free."""
@@ -208,8 +210,9 @@ class _Flat(nn.Module):
 
     def outputs(self, tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
         """Return the output tensors with a name for each."""
-        given = iter(tensors)
-        inputs = self.inputs.map(lambda _: next(given))
+        # `Inputs.map` meets the tensors in the order of `Inputs.tensors`.
+        replacements = iter(tensors)
+        inputs = self.inputs.map(lambda _: next(replacements))
         return list(output_tensors(self.model(*inputs.args, **inputs.kwargs)))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -275,33 +278,36 @@ class _Request:
     @property
     def tolerance(self) -> float:
         """The largest difference accepted, relative to the largest value of an output."""
-        given = self.options.tolerance
-        return tolerance_of(self.flat.dtype) if given is None else given
+        requested = self.options.tolerance
+        return tolerance_of(self.flat.dtype) if requested is None else requested
 
 
-def _export_free(request: _Request, first: _Case) -> Traced:
+def _export_free(request: _Request, example_case: _Case) -> Traced:
     """Write a checked file, free in all that was asked and the batch, or with a warning in less."""
     flat = request.flat
-    guessed = next(with_batch(flat.asked, flat.inputs.tensors()))
-    wanted, obstacle = _that_runs(flat, guessed)
-    for dims in filter(any, [wanted, *with_fewer_names(wanted, flat.batch_name)]):
+    guessed_dims = next(with_batch(flat.asked, flat.inputs.tensors()))
+    runnable_dims, obstacle = _find_runnable_dims(flat, guessed_dims)
+    for dims in filter(any, [runnable_dims, *with_fewer_names(runnable_dims, flat.batch_name)]):
         flat.dims = dims
         try:
-            traced = _export_cases(request, [first, _Case.of(flat, 2)])
+            traced = _export_cases(request, [example_case, _Case.of(flat, 2)])
             break
         except Exception as error:
             obstacle = obstacle or in_a_line(error)
-    else:
+    else:  # no choice of free sizes could be exported
         flat.dims = [{} for _ in flat.asked]
-        traced = _export_fixed(request, first)
-    missing = set(names_of(guessed)) - set(names_of(flat.dims))
-    if missing:
-        asked = wanted if set(names_of(wanted)) >= missing else guessed
-        warn(_fixed(flat, asked, request.path.name, obstacle))
+        traced = _export_fixed(request, example_case)
+    missing_names = set(names_of(guessed_dims)) - set(names_of(flat.dims))
+    # Where the model ran with the missing names they stood there, otherwise where they were guessed.
+    if missing_names:
+        intended_dims = (
+            runnable_dims if set(names_of(runnable_dims)) >= missing_names else guessed_dims
+        )
+        warn(_describe_fixed_dims(flat, intended_dims, request.path.name, obstacle))
     return traced
 
 
-def _that_runs(flat: _Flat, guessed: Dims) -> tuple[Dims, str]:
+def _find_runnable_dims(flat: _Flat, guessed_dims: Dims) -> tuple[Dims, str]:
     """Return what to leave free: what was asked, and the batch where the model runs with twice of it.
 
     And where it runs nowhere so, what was asked alone, and what the model said to the first guess.
@@ -314,29 +320,31 @@ def _that_runs(flat: _Flat, guessed: Dims) -> tuple[Dims, str]:
         except Exception as error:
             obstacle = obstacle or in_a_line(error)
         else:
-            return dims, "" if set(names_of(dims)) >= set(names_of(guessed)) else obstacle
-    return guessed, obstacle
+            return dims, "" if set(names_of(dims)) >= set(names_of(guessed_dims)) else obstacle
+    return guessed_dims, obstacle
 
 
-def _fixed(flat: _Flat, asked: Sequence[Mapping[int, str]], file: str, obstacle: str) -> str:
+def _describe_fixed_dims(
+    flat: _Flat, intended_dims: Sequence[Mapping[int, str]], file: str, obstacle: str
+) -> str:
     """Say which dimensions are fixed."""
-    places: dict[tuple[int, int], list[str]] = {}
-    for name, tensor, wanted, free in zip(
-        flat.names, flat.inputs.tensors(), asked, flat.dims, strict=True
+    inputs_by_dim: dict[tuple[int, int], list[str]] = {}
+    for name, tensor, intended, free in zip(
+        flat.names, flat.inputs.tensors(), intended_dims, flat.dims, strict=True
     ):
-        for d in wanted.keys() - free.keys():
-            places.setdefault((d, tensor.shape[d]), []).append(name)
+        for d in intended.keys() - free.keys():
+            inputs_by_dim.setdefault((d, tensor.shape[d]), []).append(name)
     parts = [
         f"dimension {d} of {', '.join(names)} is fixed to {size}"
-        for (d, size), names in sorted(places.items())
+        for (d, size), names in sorted(inputs_by_dim.items())
     ]
     return f"{' and '.join(parts)} in {file}, because exporting it free did not work: {obstacle}"
 
 
-def _export_fixed(request: _Request, first: _Case) -> Traced:
+def _export_fixed(request: _Request, example_case: _Case) -> Traced:
     """Write a checked file for the example's batch size alone."""
     try:
-        return _export_cases(request, [first])
+        return _export_cases(request, [example_case])
     except ExportError:
         raise
     except Exception as error:
@@ -345,81 +353,94 @@ def _export_fixed(request: _Request, first: _Case) -> Traced:
 
 def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
     """Write a file that agrees with PyTorch on the cases; what is to be free is, if there are two."""
-    flat, free = request.flat, len(cases) > 1
-    traced, program = _translated(flat, cases[-1].tensors, request.options.opset, free)
-    if free:
-        free_lengths(program.model)
-        _name_free(flat, program.model)
-    origins = _origins(program)
-    tidy(program.model, flat.names, [name for name, _ in cases[0].expected], PREFIX)
-    size, difference = _save(program, request, cases)
-    graph = program.model.graph
+    flat, is_free = request.flat, len(cases) > 1
+    # At the doubled sizes, if there are two cases: a size of 1 would be taken for a constant.
+    traced_program, onnx_program = _translate(
+        flat, cases[-1].tensors, request.options.opset, is_free
+    )
+    if is_free:
+        free_lengths(onnx_program.model)
+        _name_free(flat, onnx_program.model)
+    # Before `tidy`, which drops the metadata that origins are read from; the file's names come after it.
+    origins = _origins(onnx_program)
+    tidy(onnx_program.model, flat.names, [name for name, _ in cases[0].expected], PREFIX)
+    size, difference = _save(onnx_program, request, cases)
+    graph = onnx_program.model.graph
     exported = Exported(
         path=request.path,
         bytes=size,
-        opset=program.model.opset_imports[""],
-        free=names_of(flat.dims) if free else (),
+        opset=onnx_program.model.opset_imports[""],
+        free=names_of(flat.dims) if is_free else (),
         checked=tuple(case.batch for case in cases),
         difference=difference,
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
         batch=flat.batch_name,
     )
-    names = {str(node.name): origin for node, origin in origins}
-    names |= {str(value.name): origin for node, origin in origins for value in node.outputs}
-    return Traced(exported, traced, names)
+    origin_by_name = {str(node.name): origin for node, origin in origins}
+    origin_by_name |= {
+        str(value.name): origin for node, origin in origins for value in node.outputs
+    }
+    return Traced(exported, traced_program, origin_by_name)
 
 
-def _save(program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
+def _save(onnx_program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
     """Check the file elsewhere and put it in its place; return its bytes and its difference."""
-    with drafted_folder(request.path.parent, last=request.path.name) as elsewhere:
-        draft = elsewhere / request.path.name
-        program.save(draft)
+    with drafted_folder(request.path.parent, last=request.path.name) as draft_folder:
+        draft = draft_folder / request.path.name
+        onnx_program.save(draft)
         if request.options.sparse_weights:
             hold_sparsely(draft)
         difference = _difference(draft, cases, request)
         # Above 2 GB the weights have a file of their own.
-        size = sum(file.stat().st_size for file in elsewhere.iterdir())
+        size = sum(file.stat().st_size for file in draft_folder.iterdir())
     return size, difference
 
 
-def _translated(
-    flat: _Flat, tensors: list[Tensor], opset: int | None, free: bool
+def _translate(
+    flat: _Flat, tensors: list[Tensor], opset: int | None, is_free: bool
 ) -> tuple[torch.export.ExportedProgram, ONNXProgram]:
     """Return the traced model and what PyTorch's exporter makes of it, without its chatter."""
     # AUTO, since a named dynamic dimension raises once a recurrent net was exported before.
-    auto = [dict.fromkeys(dims, torch.export.Dim.AUTO) if free else {} for dims in flat.dims]
-    shapes = {"tensors": tuple(dims or None for dims in auto)}
-    with _quiet(), plain_transformers(), torch.no_grad():
-        program = torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        remove_assertions(program)
-        for node in program.graph.nodes:
+    auto_dims = [
+        dict.fromkeys(dims, torch.export.Dim.AUTO) if is_free else {} for dims in flat.dims
+    ]
+    dynamic_shapes = {"tensors": tuple(dims or None for dims in auto_dims)}
+    with _silence_output(), plain_transformers(), torch.no_grad():
+        traced_program = torch.export.export(
+            flat, tuple(tensors), dynamic_shapes=dynamic_shapes, strict=False
+        )
+        remove_assertions(traced_program)
+        for node in traced_program.graph.nodes:
             node.meta["custom"] = {
                 _ORIGIN: node.name
             }  # which later stages of the exporter carry along
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, verbose=False,
+        translation = torch.onnx.export(
+            traced_program, dynamo=True, opset_version=opset, verbose=False,
             custom_translation_table=TRANSLATIONS,
         )  # fmt: skip
-    given = cast(ONNXProgram, exported)
-    version = given.model.opset_imports[""]
+    onnx_program = cast(ONNXProgram, translation)
+    version = onnx_program.model.opset_imports[""]
     if opset not in (None, version):
         raise ExportError(f"opset {opset} was asked for, but PyTorch could only write {version}")
-    return program, given
+    return traced_program, onnx_program
 
 
-def _origins(program: ONNXProgram) -> list[tuple[ir.Node, str]]:
+def _origins(onnx_program: ONNXProgram) -> list[tuple[ir.Node, str]]:
     """Return the nodes of a translated model with the node of the traced one that each came from."""
-    translated = cast(torch.export.ExportedProgram, program.exported_program).graph.nodes
-    traced = {node.name: node.meta.get("custom", {}).get(_ORIGIN) for node in translated}
-    found = []
-    for node in program.model.graph.all_nodes():
+    traced_nodes = cast(torch.export.ExportedProgram, onnx_program.exported_program).graph.nodes
+    origin_by_node = {node.name: node.meta.get("custom", {}).get(_ORIGIN) for node in traced_nodes}
+    origins = []
+    # An output has the name of the traced node that it came from; else the scopes say it, innermost last.
+    for node in onnx_program.model.graph.all_nodes():
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-        names = [*(value.name for value in node.outputs), *reversed(ast.literal_eval(scopes))]
-        origin = next((traced[name] for name in names if traced.get(name)), None)
+        candidates = [*(value.name for value in node.outputs), *reversed(ast.literal_eval(scopes))]
+        origin = next(
+            (origin_by_node[name] for name in candidates if origin_by_node.get(name)), None
+        )
         if origin is not None:
-            found.append((node, origin))
-    return found
+            origins.append((node, origin))
+    return origins
 
 
 def _name_free(flat: _Flat, model: ir.Model) -> None:
@@ -428,25 +449,27 @@ def _name_free(flat: _Flat, model: ir.Model) -> None:
     Tracing makes numbers of lengths that recurrent operators, in PyTorch and in ONNX alike, take as they
     come. What says so behind them is forgotten then; that the file runs at two lengths is seen later.
     """
-    names: dict[str, str] = {}
+    name_by_symbol: dict[str, str] = {}
     inputs = model.graph.inputs
-    is_number = False
+    has_number = False
     for dims, value in zip(flat.dims, inputs, strict=True):
         sizes: list[int | ir.SymbolicDim | str] = list(value.shape or ())
         for d, name in dims.items():
-            number = str(sizes[d]).isdigit()
-            if number and name == BATCH:
+            is_number = str(sizes[d]).isdigit()
+            if is_number and name == BATCH:
                 raise _FixedSizeError("the traced graph holds at one batch size only")
-            is_number |= number
-            if number:
+            has_number |= is_number
+            if is_number:
                 sizes[d] = name
             else:
-                names.setdefault(str(sizes[d]), name)
+                name_by_symbol.setdefault(str(sizes[d]), name)
         value.shape = ir.Shape(sizes)
     for value in values_of(model.graph):
         if value.shape is not None and not value.is_initializer():
-            unknown = is_number and value not in inputs
-            value.shape = ir.Shape([None if unknown else renamed(d, names) for d in value.shape])
+            is_unknown = has_number and value not in inputs
+            value.shape = ir.Shape(
+                [None if is_unknown else renamed(d, name_by_symbol) for d in value.shape]
+            )
 
 
 def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -454,29 +477,41 @@ def _input_names(model: nn.Module, inputs: Inputs) -> list[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     positional = [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
     positional += [f"input_{position}" for position in range(len(positional), len(inputs.args))]
-    located, _ = pytree.tree_flatten_with_path((inputs.args, inputs.kwargs))
-    words = [
-        re.findall(r"\w+", pytree.keystr(p)) for p, leaf in located if isinstance(leaf, Tensor)
+    # In ((x, [y]), {"mask": m}) the words of the three are 0 0, 0 1 0 and 1 mask: the second is the
+    # argument's number or name, and those after it lead to the tensor inside.
+    located_leaves, _ = pytree.tree_flatten_with_path((inputs.args, inputs.kwargs))
+    words_by_tensor = [
+        re.findall(r"\w+", pytree.keystr(path))
+        for path, leaf in located_leaves
+        if isinstance(leaf, Tensor)
     ]
-    return ["_".join([positional[int(w[1])] if w[0] == "0" else w[1], *w[2:]]) for w in words]
+    return [
+        "_".join([positional[int(words[1])] if words[0] == "0" else words[1], *words[2:]])
+        for words in words_by_tensor
+    ]
 
 
 def _difference(path: Path, cases: list[_Case], request: _Request) -> float:
     """Return the largest difference between PyTorch and ONNX Runtime, within the tolerance."""
     session = _session(path, request.flat)
     names = [value.name for value in session.get_inputs()]
-    largest = beside = 0.0
+    largest_difference = fused_difference = 0.0
     for case in cases:
-        found = session.run(None, dict(zip(names, map(_array, case.tensors), strict=True)))
-        both = zip(case.as_traced, case.expected, found, strict=True)
-        for (name, tensor), (_, usual), array in both:
+        onnx_arrays = session.run(None, dict(zip(names, map(_array, case.tensors), strict=True)))
+        outputs = zip(case.as_traced, case.expected, onnx_arrays, strict=True)
+        for (name, tensor), (_, fused_tensor), onnx_array in outputs:
             where = f"{name} at batch {case.batch}"
-            largest = max(largest, _require_equal(where, _array(tensor), array, request))
-            if usual is not tensor:
-                beside = max(beside, relative_difference(_array(usual), array))
-    if beside > request.tolerance:
-        warn_of_fused(request.flat.model, path.name, beside)
-    return largest
+            largest_difference = max(
+                largest_difference, _require_equal(where, _array(tensor), onnx_array, request)
+            )
+            # One object where the model has no fused modules, so that there is nothing else to compare.
+            if fused_tensor is not tensor:
+                fused_difference = max(
+                    fused_difference, relative_difference(_array(fused_tensor), onnx_array)
+                )
+    if fused_difference > request.tolerance:
+        warn_of_fused(request.flat.model, path.name, fused_difference)
+    return largest_difference
 
 
 def _session(path: Path, flat: _Flat) -> Any:
@@ -501,16 +536,20 @@ def _casts_to_bfloat16(path: Path) -> bool:
     )
 
 
-def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], request: _Request) -> float:
+def _require_equal(
+    where: str, torch_array: NDArray[Any], onnx_array: NDArray[Any], request: _Request
+) -> float:
     """Return the relative difference between PyTorch's array and ONNX Runtime's."""
-    if a.shape != b.shape:
+    if torch_array.shape != onnx_array.shape:
         raise ExportError(
-            f"{where} has shape {list(a.shape)} in PyTorch and {list(b.shape)} in ONNX Runtime"
+            f"{where} has shape {list(torch_array.shape)} in PyTorch and "
+            f"{list(onnx_array.shape)} in ONNX Runtime"
         )
-    difference = relative_difference(a, b)
+    difference = relative_difference(torch_array, onnx_array)
+    # Not `>`, which would let a difference of NaN pass.
     if not difference <= request.tolerance:
         raise ExportError(
-            f"{where}, shape {list(a.shape)}, differs between PyTorch and ONNX Runtime by "
+            f"{where}, shape {list(torch_array.shape)}, differs between PyTorch and ONNX Runtime by "
             f"{difference:.3g} of its largest value; the tolerance is {request.tolerance:g} for "
             f"{str(request.flat.dtype).removeprefix('torch.')}, and tolerance= sets another"
         )
@@ -518,14 +557,15 @@ def _require_equal(where: str, a: NDArray[Any], b: NDArray[Any], request: _Reque
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    there = tensor.detach().cpu()
-    return (there.float() if there.dtype is torch.bfloat16 else there).numpy()
+    # NumPy has no bfloat16.
+    on_cpu = tensor.detach().cpu()
+    return (on_cpu.float() if on_cpu.dtype is torch.bfloat16 else on_cpu).numpy()
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_output() -> Iterator[None]:
     """Let nothing be printed, logged or warned about."""
-    before = logging.root.manager.disable
+    previous_level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     sink = io.StringIO()
     try:
@@ -537,4 +577,4 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous_level)

@@ -33,71 +33,82 @@ def dims_asked(names: Sequence[str], tensors: Sequence[Tensor], free: Free) -> D
         if name not in names:
             raise InvalidRequestError(f"free= names {name!r}; the inputs are {', '.join(names)}")
         shape = tuple(tensors[names.index(name)].shape)
-        strange = [d for d in dims if not 0 <= d < len(shape)]
-        if strange:
+        absent = [d for d in dims if not 0 <= d < len(shape)]
+        if absent:
             raise InvalidRequestError(
-                f"free= names dimension {strange[0]} of {name!r}, which has shape {shape}"
+                f"free= names dimension {absent[0]} of {name!r}, which has shape {shape}"
             )
+    # Dimensions of one name are one dimension: all must have the same size.
     sizes: dict[str, int] = {}
-    asked = [dict(free.get(name, {})) for name in names]
-    for name, tensor, dims in zip(names, tensors, asked, strict=True):
-        for d, what in dims.items():
-            if sizes.setdefault(what, tensor.shape[d]) != tensor.shape[d]:
+    requested = [dict(free.get(name, {})) for name in names]
+    for name, tensor, dims in zip(names, tensors, requested, strict=True):
+        for d, dim_name in dims.items():
+            if sizes.setdefault(dim_name, tensor.shape[d]) != tensor.shape[d]:
                 raise InvalidRequestError(
-                    f"free= calls dimension {d} of {name!r} {what!r}, which is {tensor.shape[d]} there and "
-                    f"{sizes[what]} elsewhere"
+                    f"free= calls dimension {d} of {name!r} {dim_name!r}, which is {tensor.shape[d]} "
+                    f"there and {sizes[dim_name]} elsewhere"
                 )
-    return asked
+    return requested
 
 
-def batch_name(asked: Dims) -> str:
+def batch_name(requested: Dims) -> str:
     """Return what the batch is called: the name asked for dimension 0 of the first that has one."""
-    if any(BATCH in dims.values() for dims in asked):
+    if any(BATCH in dims.values() for dims in requested):
         return BATCH
-    return next((dims[0] for dims in asked if 0 in dims), BATCH)
+    return next((dims[0] for dims in requested if 0 in dims), BATCH)
 
 
-def with_batch(asked: Dims, tensors: Sequence[Tensor]) -> Iterator[Dims]:
+def with_batch(requested: Dims, tensors: Sequence[Tensor]) -> Iterator[Dims]:
     """Yield what was asked for with the batch where it may be besides, the likeliest first.
 
     That is dimension 0 of every tensor that has the batch's size there. A state has it elsewhere, which
     an equal size does not tell: the number of layers may be the same, above all at batch 1.
     """
-    batch = batch_name(asked)
-    size = _size_of(batch, asked, tensors)
-    places: list[list[int | None]] = []
-    for number, (tensor, dims) in enumerate(zip(tensors, asked, strict=True)):
-        equal = [d for d, n in enumerate(tensor.shape) if n == size and d not in dims]
-        others: list[int | None] = [d for d in equal if d and number]
+    batch = batch_name(requested)
+    size = _size_of(batch, requested, tensors)
+    candidates: list[list[int | None]] = []
+    for position, (tensor, dims) in enumerate(zip(tensors, requested, strict=True)):
+        equal_dims = [
+            d for d, length in enumerate(tensor.shape) if length == size and d not in dims
+        ]
+        later_dims: list[int | None] = [d for d in equal_dims if d and position]
+        # By input, where its batch may be, the likeliest first; None leaves the input without one.
+        # With batch 2, a state behind the first input, [layers, batch, units], is [2, 2, 8] and gives
+        # [0, 1, None].
         if batch in dims.values() or 0 in dims:
-            places.append([None])
+            candidates.append([None])
         else:
-            places.append([0, *others, None] if 0 in equal else [None, *others])
-    for picks in itertools.islice(itertools.product(*places), _GUESSES):
+            candidates.append([0, *later_dims, None] if 0 in equal_dims else [None, *later_dims])
+    for chosen in itertools.islice(itertools.product(*candidates), _GUESSES):
         yield [
-            dims if d is None else {**dims, d: batch} for dims, d in zip(asked, picks, strict=True)
+            dims if d is None else {**dims, d: batch}
+            for dims, d in zip(requested, chosen, strict=True)
         ]
 
 
-def _size_of(name: str, asked: Dims, tensors: Sequence[Tensor]) -> int | None:
+def _size_of(name: str, requested: Dims, tensors: Sequence[Tensor]) -> int | None:
     """Return the size that has a name, or the first tensor's dimension 0."""
-    for tensor, dims in zip(tensors, asked, strict=True):
-        for d, what in dims.items():
-            if what == name:
+    for tensor, dims in zip(tensors, requested, strict=True):
+        for d, dim_name in dims.items():
+            if dim_name == name:
                 return tensor.shape[d]
     return next((tensor.shape[0] for tensor in tensors if tensor.dim()), None)
 
 
 def names_of(dims: Dims) -> tuple[str, ...]:
     """Return the names, each once."""
-    return tuple(dict.fromkeys(name for each in dims for name in each.values()))
+    return tuple(dict.fromkeys(name for names_by_dim in dims for name in names_by_dim.values()))
 
 
 def with_fewer_names(dims: Dims, batch: str) -> Iterator[Dims]:
     """Yield choices of fewer and fewer of the names, those with the batch first."""
+    # The batch comes first, and so do the combinations that have it: (batch, a), (batch, b), (a, b), ...
     names = sorted(names_of(dims), key=lambda name: name != batch)
-    fewer = itertools.chain.from_iterable(
+    choices = itertools.chain.from_iterable(
         itertools.combinations(names, count) for count in range(len(names) - 1, 0, -1)
     )
-    for kept in itertools.islice(fewer, _FEWER):
-        yield [{d: name for d, name in each.items() if name in kept} for each in dims]
+    for kept_names in itertools.islice(choices, _FEWER):
+        yield [
+            {d: name for d, name in names_by_dim.items() if name in kept_names}
+            for names_by_dim in dims
+        ]

@@ -59,23 +59,23 @@ class Runtime:
 
         """
         short, _, precision = name.partition("-")
-        providers = {_short(provider): provider for provider in ort.get_available_providers()}
-        provider = providers.get(_short(short))
+        providers = {_shorten(provider): provider for provider in ort.get_available_providers()}
+        provider = providers.get(_shorten(short))
         if provider is None:
             raise InvalidRequestError(
                 f"ONNX Runtime has no provider {short!r} here; it has {', '.join(sorted(providers))}"
             )
-        known = _TIMED.get(provider, ("float32",))
-        if precision and precision not in known:
+        precisions = _TIMED.get(provider, ("float32",))
+        if precision and precision not in precisions:
             raise InvalidRequestError(
-                f"{name!r} asks for {precision}; {short} is timed in {', '.join(known)}"
+                f"{name!r} asks for {precision}; {short} is timed in {', '.join(precisions)}"
             )
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise InvalidRequestError(f"threads={threads!r} must be a whole number from 1")
         return cls(provider, precision or "float32", threads)
 
     def __str__(self) -> str:
-        short = _short(self.provider)
+        short = _shorten(self.provider)
         return short if self.precision == "float32" else f"{short}-{self.precision}"
 
     @property
@@ -92,7 +92,7 @@ class Runtime:
 DEFAULT = Runtime()
 
 
-def _short(provider: str) -> str:
+def _shorten(provider: str) -> str:
     return provider.removesuffix(_SUFFIX).lower()
 
 
@@ -124,14 +124,18 @@ def open_session(path: Path, runtime: Runtime = DEFAULT, **settings: Any) -> ort
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = runtime.threads
+    # Waiting threads would spin, and take cores from the models that are timed in turn with this.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # what goes wrong is raised, so it need not be printed
     for name, value in settings.items():
         setattr(options, name, value)
-    its_own = (
+    provider_options = (
         {"use_tf32": str(int(runtime.precision == "tf32"))} if runtime.provider == CUDA else {}
     )
-    session = ort.InferenceSession(str(path), options, providers=[(runtime.provider, its_own)])
+    session = ort.InferenceSession(
+        str(path), options, providers=[(runtime.provider, provider_options)]
+    )
+    # Where a provider does not start, ONNX Runtime runs on the CPU and raises nothing.
     if session.get_providers()[0] != runtime.provider:
         raise InvalidRequestError(f"ONNX Runtime cannot start {runtime.provider!r} here")
     return session
@@ -144,27 +148,31 @@ def in_precision(path: Path, precision: Precision) -> Path:
     """
     if precision != "float16":
         return path
-    searched = list(sys.path)
+    search_path = list(sys.path)
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    sys.path[:] = searched  # to which that import adds a folder of modules with common names
-    beside = path.with_name(f"{path.stem}-float16.onnx")
-    if not beside.exists() or beside.stat().st_mtime < path.stat().st_mtime:
-        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), beside)
-    return beside
+    sys.path[:] = search_path  # to which that import adds a folder of modules with common names
+    converted = path.with_name(f"{path.stem}-float16.onnx")
+    if not converted.exists() or converted.stat().st_mtime < path.stat().st_mtime:
+        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), converted)
+    return converted
 
 
 def machine(*runtimes: Runtime) -> dict[str, str]:
     """Return what was measured on; the GPU too where one was, if PyTorch knows its name."""
-    found = {"cpu": _cpu_name(), "cores": f"{os.cpu_count()} cores", "system": platform.system()}
+    description = {
+        "cpu": _cpu_name(),
+        "cores": f"{os.cpu_count()} cores",
+        "system": platform.system(),
+    }
     if torch.cuda.is_available() and any(runtime.device != "cpu" for runtime in runtimes):
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def _cpu_name() -> str:
     """Return the processor's name, from Linux's own list where there is one."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

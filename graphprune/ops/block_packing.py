@@ -41,14 +41,19 @@ class Packed:
     def of(cls, matrix: Tensor, gates: int, block: Block) -> Packed:
         """Pack a matrix, `[gates * height, width]`; a block of a width that does not fit is cut up."""
         rows, columns = block[0], gcd(block[1], matrix.shape[1])
+        # [gates, height, width], then with rows of zeros until the height is whole blocks
         by_gate = matrix.unflatten(0, (gates, -1))
         by_gate = F.pad(by_gate, (0, 0, 0, -by_gate.shape[1] % rows))
+        # [rows of blocks, rows, blocks across, columns]
         by_block = by_gate.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).flatten(0, 1)
-        on = (by_block != 0).any(3).any(1)  # [rows of blocks, blocks across]
-        most = max(1, int(on.sum(1).max()))
-        places = (~on).byte().argsort(dim=1, stable=True)[:, :most].sort(dim=1).values
-        kept = by_block.transpose(1, 2).take_along_dim(places[:, :, None, None], 1)
-        return cls(kept.transpose(1, 2).flatten(2).contiguous(), places.flatten())
+        is_on = (by_block != 0).any(3).any(1)  # [rows of blocks, blocks across]
+        # Sorted by whether they are zero, blocks that are not come first: of 0 1 0 1, places 1 3 0 2;
+        # the first two, in the order of the matrix again. A row with fewer keeps some that are zero.
+        count = max(1, int(is_on.sum(1).max()))
+        places = (~is_on).byte().argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+        # [rows of blocks, kept blocks, rows, columns] -> [rows of blocks, rows, kept blocks * columns]
+        kept_blocks = by_block.transpose(1, 2).take_along_dim(places[:, :, None, None], 1)
+        return cls(kept_blocks.transpose(1, 2).flatten(2).contiguous(), places.flatten())
 
 
 def block_of(matrix: Tensor, gates: int) -> Block:
@@ -56,12 +61,17 @@ def block_of(matrix: Tensor, gates: int) -> Block:
 
     Rows count within their gate. The block is one by one where zeros stand alone.
     """
-    on = (matrix != 0).unflatten(0, (gates, -1))
-    rows = (on[:, 1:] != on[:, :-1]).any(2).any(0)
-    columns = (on[:, :, 1:] != on[:, :, :-1]).any(1).any(0)
-    edges = (0, on.shape[1]) if not rows.any() else (rows.nonzero().flatten() + 1).tolist()
-    across = (columns.nonzero().flatten() + 1).tolist()
-    return gcd(*edges), gcd(*across, on.shape[2])
+    is_on = (matrix != 0).unflatten(0, (gates, -1))  # [gates, height, width]
+    row_changes = (is_on[:, 1:] != is_on[:, :-1]).any(2).any(0)
+    column_changes = (is_on[:, :, 1:] != is_on[:, :, :-1]).any(1).any(0)
+    # The height is no edge, since a gate's last block may be short; the width is, and is divided.
+    row_edges = (
+        (0, is_on.shape[1])
+        if not row_changes.any()
+        else (row_changes.nonzero().flatten() + 1).tolist()
+    )
+    column_edges = (column_changes.nonzero().flatten() + 1).tolist()
+    return gcd(*row_edges), gcd(*column_edges, is_on.shape[2])
 
 
 def product(blocks: Tensor, places: Tensor | None, data: Tensor) -> Tensor:
@@ -78,9 +88,10 @@ def product(blocks: Tensor, places: Tensor | None, data: Tensor) -> Tensor:
     """
     if places is None:
         return blocks @ data
+    # [runs, columns, count] -> [rows of blocks, kept blocks * columns, count]
     runs = data.unflatten(0, (-1, run_of(blocks, places)))
-    read = runs.index_select(0, places).reshape(len(blocks), -1, data.shape[1])
-    return torch.bmm(blocks, read).flatten(0, 1)
+    gathered = runs.index_select(0, places).reshape(len(blocks), -1, data.shape[1])
+    return torch.bmm(blocks, gathered).flatten(0, 1)
 
 
 def run_of(blocks: Tensor, places: Tensor) -> int:

@@ -19,10 +19,10 @@ State = tuple[Tensor, ...]
 
 def _gru(from_data: Tensor, from_state: Tensor, state: State) -> State:
     (hidden,) = state
-    (reset, update, new), (its_reset, its_update, its_new) = from_data, from_state
-    update = torch.sigmoid(update + its_update)
-    new = torch.tanh(new + torch.sigmoid(reset + its_reset) * its_new)
-    return (new + update * (hidden - new),)
+    (reset, update, new), (state_reset, state_update, state_new) = from_data, from_state
+    update = torch.sigmoid(update + state_update)
+    new = torch.tanh(new + torch.sigmoid(reset + state_reset) * state_new)
+    return (new + update * (hidden - new),)  # (1 - update) * new + update * hidden
 
 
 def _lstm(from_data: Tensor, from_state: Tensor, state: State) -> State:
@@ -72,21 +72,26 @@ def _run(
     """
     gates, (time, _, batch), height = GATES[kind], data.shape, states[0].shape[0]
 
-    def gated(blocks: Tensor, places: Tensor | None, value: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(
+        blocks: Tensor, places: Tensor | None, value: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """Return `[gates, hidden, count]`."""
+        # A gate's last block may reach beyond its height: those rows go.
         by_gate: Tensor = product(blocks, places, value).unflatten(0, (gates, -1))[:, :height]
         return by_gate if bias is None else by_gate + bias.view(gates, -1, 1)
 
-    from_data = gated(input_blocks, input_places, data.transpose(0, 1).flatten(1), input_bias)
-    by_step = from_data.unflatten(2, (time, batch)).movedim(2, 0)
+    # All steps at once: [features, time * batch] -> [gates, hidden, time * batch]
+    from_data = multiply(input_blocks, input_places, data.transpose(0, 1).flatten(1), input_bias)
+    by_step = from_data.unflatten(2, (time, batch)).movedim(2, 0)  # [time, gates, hidden, batch]
     state = tuple(states)
     outputs = []
     for step in reversed(range(time)) if reverse else range(time):
-        from_state = gated(hidden_blocks, hidden_places, state[0], hidden_bias)
+        from_state = multiply(hidden_blocks, hidden_places, state[0], hidden_bias)
         state = _STEPS[kind](by_step[step], from_state, state)
         outputs.append(state[0])
-    last = [each.clone(memory_format=torch.contiguous_format) for each in state]
-    return [torch.stack(outputs[::-1] if reverse else outputs), *last]
+    # Copies: an operator may not return an input, as without any step, nor one value twice.
+    last_states = [tensor.clone(memory_format=torch.contiguous_format) for tensor in state]
+    return [torch.stack(outputs[::-1] if reverse else outputs), *last_states]
 
 
 block_sparse_recurrent = library.custom_op(
@@ -106,20 +111,23 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     """Run the layer once more, this time with derivatives."""
-    data, states, *others = ctx.inputs
-    free: list[Any] = [
-        each.detach().requires_grad_(each.is_floating_point()) if isinstance(each, Tensor) else each
-        for each in (data, *states, *others)
+    # Flat for autograd: the states, which come as a list, stand between the data and all else.
+    data, states, *other_inputs = ctx.inputs
+    arguments: list[Any] = [
+        x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+        for x in (data, *states, *other_inputs)
     ]
     count = len(states)
     with torch.enable_grad():
-        outputs = _run(free[0], free[1 : 1 + count], *free[1 + count :])
-    leaves = [each for each in free if isinstance(each, Tensor) and each.requires_grad]
-    found = dict(
+        outputs = _run(arguments[0], arguments[1 : 1 + count], *arguments[1 + count :])
+    leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    gradients_by_leaf = dict(
         zip(leaves, torch.autograd.grad(outputs, leaves, gradients, allow_unused=True), strict=True)
     )
-    data_one, *rest = (found.get(each) if isinstance(each, Tensor) else None for each in free)
-    return data_one, list(rest[:count]), *rest[count:]
+    data_gradient, *other_gradients = (
+        gradients_by_leaf.get(x) if isinstance(x, Tensor) else None for x in arguments
+    )
+    return data_gradient, list(other_gradients[:count]), *other_gradients[count:]
 
 
 block_sparse_recurrent.register_autograd(_differentiate, setup_context=_keep)
@@ -133,8 +141,8 @@ def _recurrent(call: Call) -> Sequence[list[Any]]:
     why = "a recurrent layer whose blocks are packed"
     *fixed, batch = call.layouts("data")
     for tensor in call["states"]:
-        height, its_batch = call.layouts_of(tensor)
-        call.unify(its_batch, batch)
+        height, state_batch = call.layouts_of(tensor)
+        call.unify(state_batch, batch)
         fixed.append(height)
     fixed += [
         layout

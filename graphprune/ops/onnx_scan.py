@@ -41,8 +41,8 @@ class Writer:
     ) -> Sequence[ir.Value]:
         """Write a node of several outputs."""
         values = [
-            each if each is None or isinstance(each, ir.Value) else self._constant(each)
-            for each in inputs
+            operand if operand is None or isinstance(operand, ir.Value) else self._constant(operand)
+            for operand in inputs
         ]
         return self.tape.op_multi_out(kind, values, attributes, num_outputs=count)
 
@@ -56,15 +56,16 @@ class Writer:
 
 def _gru(op: Writer, data: ir.Value, state: ir.Value, old: Sequence[ir.Value]) -> list[ir.Value]:
     size = _height(old[0])
-    its_gates, its_new = op.parts(state, (2 * size, size))
+    state_gates, state_new = op.parts(state, (2 * size, size))
     gates, new = op.parts(data, (2 * size, size))
-    reset, update = op.parts(op("Sigmoid", op("Add", gates, its_gates)), (size, size))
-    new = op("Tanh", op("Add", new, op("Mul", reset, its_new)))
+    reset, update = op.parts(op("Sigmoid", op("Add", gates, state_gates)), (size, size))
+    new = op("Tanh", op("Add", new, op("Mul", reset, state_new)))
     return [op("Add", new, op("Mul", update, op("Sub", old[0], new)))]
 
 
 def _lstm(op: Writer, data: ir.Value, state: ir.Value, old: Sequence[ir.Value]) -> list[ir.Value]:
     size = _height(old[0])
+    # Gates stand as in torch.nn: i f g o.
     enter_forget, candidate, leave = op.parts(op("Add", data, state), (2 * size, size, size))
     enter, forget = op.parts(op("Sigmoid", enter_forget), (size, size))
     added = op("Mul", enter, op("Tanh", candidate))
@@ -94,15 +95,18 @@ def write_product(op: Writer, matrix: Matrix, data: ir.Value, gates: int, height
     blocks, places = matrix
     if places is None:
         return op("MatMul", blocks, data)
-    rows, size, across = _shape(blocks)
-    run = across * rows // prod(_shape(places))
+    block_rows, block_height, block_width = _shape(blocks)
+    # The columns of a block: blocks are [block rows, rows, blocks of a row * run], each with a place.
+    run = block_width * block_rows // prod(_shape(places))
+    # [width, count] -> [runs, run * count] -> [block rows, blocks of a row * run, count]
     by_run = op("Reshape", data, (_shape(data)[0] // run, -1))
-    read = op("Reshape", op("Gather", by_run, places, axis=0), (rows, across, -1))
-    made = op("MatMul", blocks, read)
-    if rows * size != gates * height:
-        by_gate = op("Reshape", made, (gates, rows * size // gates, -1))
-        made = op("Slice", by_gate, (0,), (height,), (1,))
-    return op("Reshape", made, (gates * height, -1))
+    gathered = op("Reshape", op("Gather", by_run, places, axis=0), (block_rows, block_width, -1))
+    product = op("MatMul", blocks, gathered)
+    # [block rows, rows, count]; a gate's last block may reach beyond its height: those rows go.
+    if block_rows * block_height != gates * height:
+        by_gate = op("Reshape", product, (gates, block_rows * block_height // gates, -1))
+        product = op("Slice", by_gate, (0,), (height,), (1,))
+    return op("Reshape", product, (gates * height, -1))
 
 
 def write(
@@ -120,11 +124,13 @@ def write(
     input_bias, hidden_bias = (
         None if bias is None else op("Unsqueeze", bias, (1,)) for bias in biases
     )
+    # [time, features, batch] -> [features, time, batch] -> [features, time * batch]
     flat = op("Reshape", op("Transpose", data, perm=[1, 0, 2]), (features, -1))
     flat.shape, flat.type = ir.Shape([features, None]), data.type
     from_data = write_product(op, matrices[0], flat, gates, height)
     if input_bias is not None:
         from_data = op("Add", from_data, input_bias)
+    # [rows, time * batch] -> [rows, time, batch] -> [time, rows, batch], with the batch of the data.
     sizes = op("Concat", (rows, -1), op("Shape", data, start=2), axis=0)
     by_step = op("Transpose", op("Reshape", from_data, sizes), perm=[1, 0, 2])
 
@@ -135,18 +141,19 @@ def write(
     if hidden_bias is not None:
         from_state = inner("Add", from_state, hidden_bias)
     new = _STEPS[kind](inner, step, from_state, old)
-    passed = [*new, inner("Identity", new[0])]
-    for value in passed:
+    # The new state goes to the next step and out of this one; one value cannot be both.
+    body_outputs = [*new, inner("Identity", new[0])]
+    for value in body_outputs:
         value.type, value.shape = data.type, ir.Shape([height, None])
-    made = [value for node in inner.tape.nodes for value in node.outputs]
-    for number, value in enumerate([*old, step, *made]):
+    inner_values = [value for node in inner.tape.nodes for value in node.outputs]
+    for number, value in enumerate([*old, step, *inner_values]):
         value.name = f"{_BODY}{number}"
-    body = ir.Graph([*old, step], passed, nodes=inner.tape.nodes, name="step")
-    way = {"scan_input_directions": [1], "scan_output_directions": [1]} if reverse else {}
-    *last, output = op.several(
-        "Scan", len(states) + 1, *states, by_step, body=body, num_scan_inputs=1, **way
+    body = ir.Graph([*old, step], body_outputs, nodes=inner.tape.nodes, name="step")
+    directions = {"scan_input_directions": [1], "scan_output_directions": [1]} if reverse else {}
+    *last_states, output = op.several(
+        "Scan", len(states) + 1, *states, by_step, body=body, num_scan_inputs=1, **directions
     )
-    return [output, *last]
+    return [output, *last_states]
 
 
 def _translate(

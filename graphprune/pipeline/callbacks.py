@@ -27,10 +27,10 @@ class Timed:
     seconds: list[tuple[str, float]] = field(default_factory=list)
     last: float = field(default_factory=time.perf_counter, repr=False)
 
-    def __call__(self, each: Pass, result: PassResult) -> None:
+    def __call__(self, graph_pass: Pass, result: PassResult) -> None:
         """Note one pass."""
         now = time.perf_counter()
-        self.seconds.append((each.name(), now - self.last))
+        self.seconds.append((graph_pass.name(), now - self.last))
         self.last = now
 
     def __str__(self) -> str:
@@ -49,22 +49,24 @@ class Dumped:
     folder: str | Path
     count: int = field(default=0, init=False)
 
-    def __call__(self, each: Pass, result: PassResult) -> None:
+    def __call__(self, graph_pass: Pass, result: PassResult) -> None:
         """Write one graph."""
         self.count += 1
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{self.count:02}-{each.name()}.py", result.graph_module.code)
+        write_text(folder / f"{self.count:02}-{graph_pass.name()}.py", result.graph_module.code)
 
 
 @dataclass(frozen=True)
 class Printed:
     """Prints a line for each pass: its name, and whether it changed anything."""
 
-    def __call__(self, each: Pass, result: PassResult) -> None:
+    def __call__(self, graph_pass: Pass, result: PassResult) -> None:
         """Print one line."""
         count = len(result.graph_module.graph.nodes)
-        print(f"{each.name()}: {'changed' if result.modified else 'left as it was'}, {count} nodes")
+        print(
+            f"{graph_pass.name()}: {'changed' if result.modified else 'left as it was'}, {count} nodes"
+        )
 
 
 class Compared:
@@ -83,25 +85,26 @@ class Compared:
         self.expected = _outputs(module, self.inputs)
         self.differences: list[float] = []
 
-    def __call__(self, each: Pass, result: PassResult) -> None:
+    def __call__(self, graph_pass: Pass, result: PassResult) -> None:
         """Compare one graph.
 
         Raises:
             VerificationError: it gives something else.
 
         """
-        found = _outputs(result.graph_module, self.inputs)
+        outputs = _outputs(result.graph_module, self.inputs)
         worst = 0.0
-        for (name, wanted), (_, given) in zip(self.expected, found, strict=True):
+        for (name, expected), (_, actual) in zip(self.expected, outputs, strict=True):
             difference = (
-                relative_difference(wanted.double().cpu().numpy(), given.double().cpu().numpy())
-                if wanted.shape == given.shape
+                relative_difference(expected.double().cpu().numpy(), actual.double().cpu().numpy())
+                if expected.shape == actual.shape
                 else math.inf
             )
+            # Not `>`, which would let a difference of NaN pass.
             if not difference <= self.tolerance:
                 raise VerificationError(
-                    f"after {each.name()}, {name} differs from the original's by {difference:.3g} of its "
-                    f"largest value; the tolerance is {self.tolerance:g}"
+                    f"after {graph_pass.name()}, {name} differs from the original's by {difference:.3g} of "
+                    f"its largest value; the tolerance is {self.tolerance:g}"
                 )
             worst = max(worst, difference)
         self.differences.append(worst)

@@ -135,11 +135,11 @@ class Pipeline:
             raise InvalidRequestError(
                 f"passes={self.passes!r} is a text; Pipeline.parse makes a pipeline of one"
             )
-        for each in self.passes:
-            if not isinstance(each, Pass):
+        for graph_pass in self.passes:
+            if not isinstance(graph_pass, Pass):
                 raise InvalidRequestError(
-                    f"{each!r} is no pass: a pipeline is of objects such as SlimChannels(ratio=0.5), and "
-                    "Pipeline.parse reads a text of their names"
+                    f"{graph_pass!r} is no pass: a pipeline is of objects such as SlimChannels(ratio=0.5), "
+                    "and Pipeline.parse reads a text of their names"
                 )
         if not self.passes:
             raise InvalidRequestError(
@@ -169,16 +169,16 @@ class Pipeline:
             InvalidRequestError: an option of a pass is not a number, a text or a tuple of these.
 
         """
-        return ", ".join(each.text for each in self.passes)
+        return ", ".join(graph_pass.text for graph_pass in self.passes)
 
     def __call__(self, model: Any, example_inputs: Any = None) -> Any:
         """Return the model after all passes: a graph, or an ExportedProgram where one was given."""
         inputs = prepared(model, example_inputs)[1]
         callbacks = [self.callback] if callable(self.callback) else self.callback
-        result = model
-        for each in self.passes:
-            found = each(result, inputs)
+        current = model
+        for graph_pass in self.passes:
+            pass_result = graph_pass(current, inputs)
             for callback in callbacks:
-                callback(each, found)
-            result = found.graph_module
-        return reexported(model, result, inputs) if isinstance(model, ExportedProgram) else result
+                callback(graph_pass, pass_result)
+            current = pass_result.graph_module
+        return reexported(model, current, inputs) if isinstance(model, ExportedProgram) else current

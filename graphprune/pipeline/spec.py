@@ -26,12 +26,12 @@ _VALUE = re.compile(
 _WORD = re.compile(r"(?!True$|False$|None$)[A-Za-z_][\w./*-]*")
 
 
-def read(text: str, known: Mapping[str, type[Made]]) -> Iterator[Made]:
+def read(text: str, classes_by_name: Mapping[str, type[Made]]) -> Iterator[Made]:
     """Yield what a text names, with its options.
 
     Args:
         text: names in order, with commas between them, each with options in braces or without.
-        known: dataclasses by name.
+        classes_by_name: dataclasses that a text may name.
 
     Raises:
         InvalidRequestError: the text is not of this form, or names what is not known.
@@ -41,11 +41,11 @@ def read(text: str, known: Mapping[str, type[Made]]) -> Iterator[Made]:
     while not reader.at_end():
         name = reader.take(_NAME, "the name of a pass")
         options = dict(reader.options()) if reader.skip("{") else {}
-        if name not in known:
+        if name not in classes_by_name:
             raise InvalidRequestError(
-                f"there is no pass {name!r}; there are {', '.join(sorted(known))}"
+                f"there is no pass {name!r}; there are {', '.join(sorted(classes_by_name))}"
             )
-        yield _made(name, known[name], options)
+        yield _instantiate(name, classes_by_name[name], options)
         if reader.skip(","):
             if reader.at_end():
                 raise reader.expected("the name of a pass")
@@ -60,12 +60,13 @@ class _Reader:
         self.text, self.place = text, 0
         self._skip_space()
 
-    def take(self, pattern: re.Pattern[str], what: str) -> str:
-        found = pattern.match(self.text, self.place)
-        if found is None:
-            raise self.expected(what)
-        self._move(found.end())
-        return found[found.lastindex or 0]
+    def take(self, pattern: re.Pattern[str], description: str) -> str:
+        match = pattern.match(self.text, self.place)
+        if match is None:
+            raise self.expected(description)
+        self._move(match.end())
+        # An option's pattern has its name as a group; the others have none, and are taken whole.
+        return match[match.lastindex or 0]
 
     def skip(self, sign: str) -> bool:
         if not self.text.startswith(sign, self.place):
@@ -83,22 +84,24 @@ class _Reader:
 
     def value(self) -> Any:
         start = self.place
-        found = self.take(_VALUE, "a value")
+        literal = self.take(_VALUE, "a value")
         try:
-            return ast.literal_eval(found)
+            return ast.literal_eval(literal)
         except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last, of many signs
-            if _WORD.fullmatch(found):
-                return found
+            if _WORD.fullmatch(literal):
+                return literal
         self.place = start
         raise self.expected("a number, a word, a text in quotes or a tuple of these")
 
-    def expected(self, what: str) -> InvalidRequestError:
-        rest = self.text[self.place :]
-        here = f"at {rest!r}" if rest else "at the end"
-        return InvalidRequestError(f"the pipeline {self.text!r} should have {what} {here}")
+    def expected(self, description: str) -> InvalidRequestError:
+        remaining_text = self.text[self.place :]
+        location = f"at {remaining_text!r}" if remaining_text else "at the end"
+        return InvalidRequestError(
+            f"the pipeline {self.text!r} should have {description} {location}"
+        )
 
-    def _move(self, place: int) -> None:
-        self.place = place
+    def _move(self, position: int) -> None:
+        self.place = position
         self._skip_space()
 
     def _skip_space(self) -> None:
@@ -106,20 +109,23 @@ class _Reader:
             self.place += 1
 
 
-def _made(name: str, kind: type[Made], options: Mapping[str, Any]) -> Made:
-    its = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    strange = sorted(options.keys() - its.keys())
-    if strange:
+def _instantiate(name: str, kind: type[Made], options: Mapping[str, Any]) -> Made:
+    fields_by_name = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    unknown_options = sorted(options.keys() - fields_by_name.keys())
+    if unknown_options:
         raise InvalidRequestError(
-            f"the pass {name!r} has no option {strange[0]!r}; it has {', '.join(its) or 'none'}"
+            f"the pass {name!r} has no option {unknown_options[0]!r}; it has "
+            f"{', '.join(fields_by_name) or 'none'}"
         )
-    missing = [n for n, field in its.items() if n not in options and not _has_default(field)]
+    missing = [
+        n for n, field in fields_by_name.items() if n not in options and not _has_default(field)
+    ]
     if missing:
         raise InvalidRequestError(f"the pass {name!r} needs {', '.join(missing)}")
     return kind(**options)
 
 
-def written(name: str, made: Any) -> str:
+def written(name: str, instance: Any) -> str:
     """Return a dataclass as `read` reads it; options that have their default are left out.
 
     Raises:
@@ -127,8 +133,9 @@ def written(name: str, made: Any) -> str:
 
     """
     options = []
-    for field in fields(made):
-        value = getattr(made, field.name)
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        # The default itself need not be plain, since it is not written.
         if _has_default(field) and value is field.default:
             continue
         if not _is_plain(value):
@@ -136,6 +143,7 @@ def written(name: str, made: Any) -> str:
                 f"the option {field.name} of the pass {name!r} is a {type(value).__name__}, which no text "
                 "can hold; numbers, texts and tuples of these can be written"
             )
+        # With types, since True == 1 == 1.0.
         if (type(value), value) != (type(field.default), field.default):
             options.append(f"{field.name}={_as_text(value)}")
     return f"{name}{{{' '.join(options)}}}" if options else name
@@ -147,7 +155,7 @@ def _has_default(field: Field[Any]) -> bool:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(not isinstance(one, tuple) and _is_plain(one) for one in value)
+        return all(not isinstance(entry, tuple) and _is_plain(entry) for entry in value)
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, (bool, int, str))

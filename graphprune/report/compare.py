@@ -69,18 +69,24 @@ def compare(
     )
     models = {"original": as_module(model), "slim": as_module(slimmer)}
     with _folder(path) as folder:
-        tried = {name: _export(m, inputs, folder / f"{name}.onnx") for name, m in models.items()}
-        files = {name: each for name, each in tried.items() if isinstance(each, Traced)}
+        outcomes = {
+            name: _export(module, inputs, folder / f"{name}.onnx")
+            for name, module in models.items()
+        }
+        files = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Traced)}
         latency = dict(_latencies(files, inputs, runtimes, batches, seconds))
+        # Profiled on the first runtime, on the default one where none is timed.
         sides = {
-            name: _measured(m, inputs, tried[name], (*runtimes, DEFAULT)[0], seconds)
-            for name, m in models.items()
+            name: _measure(module, inputs, outcomes[name], (*runtimes, DEFAULT)[0], seconds)
+            for name, module in models.items()
         }
     notes: list[str] = []
     if in_torch:
         latency |= _latencies_in_torch(models, inputs, threads, seconds, notes)
     for name, side in sides.items():
-        side.latency.update({where: by[name] for where, by in latency.items() if name in by})
+        side.latency.update(
+            {where: by_name[name] for where, by_name in latency.items() if name in by_name}
+        )
     return Comparison(
         **sides,
         inputs=repr(inputs).removeprefix("Inputs"),
@@ -115,19 +121,19 @@ def _latencies_in_torch(
     models: Mapping[str, nn.Module], inputs: Inputs, threads: int, seconds: float, notes: list[str]
 ) -> dict[str, dict[str, Latency]]:
     """Return the latencies in PyTorch; a note says why it could not be compiled."""
-    found = {}
+    latencies = {}
     with contextlib.ExitStack() as stack:
         for module in models.values():
             stack.enter_context(without_caches(module))
             stack.enter_context(evaluating(module))
         for where, compiled in (("torch", False), ("torch.compile", True)):
             try:
-                found[where] = time_torch(
+                latencies[where] = time_torch(
                     models, inputs, compiled=compiled, threads=threads, seconds=seconds
                 )
             except Exception as error:
                 notes.append(f"{where} does not run it here: {in_a_line(error)}")
-    return found
+    return latencies
 
 
 def _export(model: nn.Module, inputs: Inputs, path: Path) -> Traced | ExportError:
@@ -150,7 +156,7 @@ def _folder(path: str | Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _measured(
+def _measure(
     model: nn.Module,
     inputs: Inputs,
     traced: Traced | ExportError,
@@ -172,27 +178,34 @@ def _measured(
         memory=peak_memory(exported.path, feed, runtime.threads),
     )
     modules = {node.name: _module_of(node) for node in traced.program.graph.nodes}
-    places = []
+    node_times = []
     for event in profiled(exported.path, feed, runtime, seconds / 2):
         node = traced.origins.get(event.source, "")
-        places.append(Place(node, modules.get(node, ""), event.operator, event.seconds))
-    return Measured(*sizes, file, {}, _each_node_once(places))
+        node_times.append(Place(node, modules.get(node, ""), event.operator, event.seconds))
+    return Measured(*sizes, file, {}, _merge_by_node(node_times))
 
 
 def _module_of(node: fx.Node) -> str:
     """Return the path of the module that a node is called in."""
+    # Of each call the path and the class, the innermost last; the path `model.encoder.0` of the traced
+    # program is `encoder.0` of the model.
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
 
 
-def _each_node_once(places: Sequence[Place]) -> tuple[Place, ...]:
+def _merge_by_node(node_times: Sequence[Place]) -> tuple[Place, ...]:
     """Return the places, those of one node as one that is named after the longest."""
-    found: dict[str, list[Place]] = {}
-    for place in places:
-        found.setdefault(place.node, []).append(place)
-    longest = {node: max(its, key=lambda place: place.seconds) for node, its in found.items()}
+    times_by_node: dict[str, list[Place]] = {}
+    for node_time in node_times:
+        times_by_node.setdefault(node_time.node, []).append(node_time)
+    longest_by_node = {
+        node: max(kernel_times, key=lambda kernel_time: kernel_time.seconds)
+        for node, kernel_times in times_by_node.items()
+    }
     return tuple(
-        dataclasses.replace(place, seconds=sum(each.seconds for each in found[node]))
-        for node, place in longest.items()
+        dataclasses.replace(
+            node_time, seconds=sum(kernel_time.seconds for kernel_time in times_by_node[node])
+        )
+        for node, node_time in longest_by_node.items()
     )

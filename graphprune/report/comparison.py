@@ -234,19 +234,26 @@ def joined(
     before: tuple[Place, ...], after: tuple[Place, ...]
 ) -> Iterator[tuple[Place, float, float]]:
     """Yield the places of both models in order, with the seconds of each; 0 where one has no such node."""
-    ours, theirs = ({place.node: place for place in side} for side in (before, after))
-    for node, place in {**ours, **theirs}.items():
-        seconds = [side[node].seconds if node in side else 0.0 for side in (ours, theirs)]
-        yield ours.get(node, place), seconds[0], seconds[1]
+    before_by_node, after_by_node = (
+        {node_time.node: node_time for node_time in side} for side in (before, after)
+    )
+    # In the original's order; what only the slim model has comes after it.
+    for node, node_time in {**before_by_node, **after_by_node}.items():
+        seconds = [
+            side[node].seconds if node in side else 0.0 for side in (before_by_node, after_by_node)
+        ]
+        yield before_by_node.get(node, node_time), seconds[0], seconds[1]
 
 
 def by_operator(
     before: tuple[Place, ...], after: tuple[Place, ...]
 ) -> dict[str, tuple[float, float]]:
     """Return the seconds of all nodes of an operator, before and after, the longest first."""
-    found: dict[str, list[float]] = {}
+    seconds_by_operator: dict[str, list[float]] = {}
     for side, places in enumerate((before, after)):
-        for place in places:
-            found.setdefault(place.operator, [0.0, 0.0])[side] += place.seconds
-    ordered = sorted(found.items(), key=lambda item: -item[1][0])
+        for node_time in places:
+            seconds_by_operator.setdefault(node_time.operator, [0.0, 0.0])[side] += (
+                node_time.seconds
+            )
+    ordered = sorted(seconds_by_operator.items(), key=lambda item: -item[1][0])
     return {operator: (seconds[0], seconds[1]) for operator, seconds in ordered}

@@ -84,9 +84,9 @@ def _save_report(
 ) -> None:
     path = checked_target(path, ".html")
     title = title or type(result.model).__name__
-    inference, kept = result.graph.inference, _kept(result)
+    inference, kept = result.graph.inference, _count_kept(result)
     seconds = None if comparison is None else _seconds(comparison)
-    found = document(result.graph, title, result.scores, result.plan, seconds)
+    contents = document(result.graph, title, result.scores, result.plan, seconds)
     costs = {"parameters": parameter_cost(inference), "multiply-adds": mac_cost(inference)}
     tensors = [
         (name, layouts)
@@ -116,13 +116,13 @@ def _save_report(
         tensors=counts,
         most=max((before for *_, before, _ in counts), default=1),
         repaired=result.compensation.layers if result.compensation else (),
-        graph=page(found),
+        graph=page(contents),
         plan=result.plan.to_json(),
     )  # fmt: skip
     write_text(path, text)
 
 
-def _kept(result: Slimmed) -> dict[Any, int]:
+def _count_kept(result: Slimmed) -> dict[Any, int]:
     """Return by axis how many channels are left."""
     return {
         result.graph.by_name[name].axis: len(channels)
@@ -132,11 +132,11 @@ def _kept(result: Slimmed) -> dict[Any, int]:
 
 def _seconds(comparison: Comparison) -> dict[str, list[float]]:
     """Return by module what its operators took, before and after."""
-    found: dict[str, list[float]] = {}
+    seconds_by_module: dict[str, list[float]] = {}
     for side, measured in enumerate((comparison.original, comparison.slim)):
-        for place in measured.places:
-            found.setdefault(place.module, [0.0, 0.0])[side] += place.seconds
-    return found
+        for node_time in measured.places:
+            seconds_by_module.setdefault(node_time.module, [0.0, 0.0])[side] += node_time.seconds
+    return seconds_by_module
 
 
 def _shape(sizes: Any) -> str:
@@ -145,20 +145,21 @@ def _shape(sizes: Any) -> str:
 
 def _facts(result: Slimmed) -> Iterator[tuple[str, str]]:
     """Yield what was asked and done, in words."""
-    asked = ", ".join(f"{name}={value!r}" for name, value in result.plan.request.items())
-    yield "asked", asked or "a plan, as given"
+    requested = ", ".join(f"{name}={value!r}" for name, value in result.plan.request.items())
+    yield "asked", requested or "a plan, as given"
     yield "example inputs", str(result.inputs)
-    whole = sum(result.plan.sizes.values())
-    yield "removed", f"{result.plan.removed:,} of {whole:,} channels that could be cut"
+    total = sum(result.plan.sizes.values())
+    yield "removed", f"{result.plan.removed:,} of {total:,} channels that could be cut"
     why = f" ({result.why_graph})" if result.why_graph else ""
     yield "form", f"{result.form}{why}"
-    seen = result.verification
+    verification = result.verification
     yield (
         "verified",
-        "not" if seen is None
-        else f"{seen.outputs} outputs equal the original's with the removed channels silenced, to "
-        f"{seen.difference:.1e} of the largest value, in {str(seen.dtype).removeprefix('torch.')}, on "
-        + ", ".join(map(str, seen.inputs)),
+        "not" if verification is None
+        else f"{verification.outputs} outputs equal the original's with the removed channels silenced, to "
+        f"{verification.difference:.1e} of the largest value, in "
+        f"{str(verification.dtype).removeprefix('torch.')}, on "
+        + ", ".join(map(str, verification.inputs)),
     )  # fmt: skip
     if result.latency is not None:
         yield "latency", str(result.latency)

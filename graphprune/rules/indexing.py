@@ -24,40 +24,48 @@ ADDRESSED = "slots are addressed by number"
 def index(call: Call) -> Sequence[Layouts]:
     """Replace the indexed dimensions by those of the indices (NumPy's advanced indexing)."""
     layouts, shape = call.layouts("self"), call.outputs[0].shape
-    given = [(dim, tensor) for dim, tensor in enumerate(call["indices"]) if tensor is not None]
-    if len(given) == 1:
-        dim, tensor = given[0]
-        reordered = _reordered(call, layouts[dim], tensor)
+    index_tensors = [
+        (dim, tensor) for dim, tensor in enumerate(call["indices"]) if tensor is not None
+    ]
+    if len(index_tensors) == 1:
+        dim, tensor = index_tensors[0]
+        reordered = _reorder(call, layouts[dim], tensor)
         if reordered is not None:
             return [[*layouts[:dim], reordered, *layouts[dim + 1 :]]]
-    indices = _indices(call)
+    indices = _read_indices(call)
     indexed = list(indices)
     for dim in indexed:
         call.fix(layouts[dim], ADDRESSED)
-    rank = len(shape) - len(layouts) + len(indexed)
+    # Of `x`, `[a, b, c, d]`, with `i` and `j`, `[n]`: `x[:, i, j]` is `[a, n, d]`, `x[:, i, :, j]` is
+    # `[n, a, c]`, since what is selected stands first where the indices are no neighbours.
+    selected_rank = len(shape) - len(layouts) + len(indexed)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
-    at = indexed[0] if adjacent else 0
-    operands = [found for found in indices.values() if found is not None]
+    insert_at = indexed[0] if adjacent else 0
+    index_layouts = [operand for operand in indices.values() if operand is not None]
     selected: Layouts
-    if len(operands) < len(indexed):  # a mask: as many slots as it is true for
-        for found in operands:
-            for layout in found:
+    if len(index_layouts) < len(indexed):  # a mask: as many slots as it is true for
+        for operand in index_layouts:
+            for layout in operand:
                 call.fix(layout, ADDRESSED)
-        selected = [call.fixed(size, ADDRESSED) for size in shape[at : at + rank]]
+        selected = [
+            call.fixed(size, ADDRESSED) for size in shape[insert_at : insert_at + selected_rank]
+        ]
     else:
-        selected = broadcast(call, operands, shape[at : at + rank])
-    return [[*untouched[:at], *selected, *untouched[at:]]]
+        selected = broadcast(call, index_layouts, shape[insert_at : insert_at + selected_rank])
+    return [[*untouched[:insert_at], *selected, *untouched[insert_at:]]]
 
 
-def _reordered(call: Call, layout: Layout, index: Tensor) -> Layout | None:
+def _reorder(call: Call, layout: Layout, index: Tensor) -> Layout | None:
     """Return a dimension whose slots come in the order of known numbers; None if it is another case."""
     numbers, size = call.numbers_of(index), size_of(layout)
     if numbers is None or is_fixed(layout):
         return None
+    # `x[:, [-1, 0]]` counts from the end.
     order = tuple(number + size if number < 0 else number for number in numbers.values)
     if sorted(order) != list(range(size)):
         return None
+    # The name is empty where the numbers stand in the model's code.
     call.addressed[numbers.name] = layout
     reordered = Permuted(layout, order)
     if numbers.name:
@@ -65,37 +73,42 @@ def _reordered(call: Call, layout: Layout, index: Tensor) -> Layout | None:
     return reordered
 
 
-def _indices(call: Call) -> dict[int, Layouts | None]:
+def _read_indices(call: Call) -> dict[int, Layouts | None]:
     """Return, by indexed dimension, the layouts of the numbers there; None under a mask, now fixed."""
-    found: dict[int, Layouts | None] = {}
+    layouts_by_dim: dict[int, Layouts | None] = {}
     dim = 0
     for tensor in call["indices"]:
         if tensor is not None and tensor.dtype in (torch.bool, torch.uint8):
             for layout in call.layouts_of(tensor):
                 call.fix(layout, ADDRESSED)
-                found[dim], dim = None, dim + 1
+                # A mask indexes as many dimensions as it has.
+                layouts_by_dim[dim], dim = None, dim + 1
             continue
         if tensor is not None:
-            found[dim] = call.layouts_of(tensor)
+            layouts_by_dim[dim] = call.layouts_of(tensor)
         dim += 1
-    return found
+    return layouts_by_dim
 
 
 @rule(aten.index_put, aten._index_put_impl, aten._unsafe_index_put)
 def index_put(call: Call) -> Sequence[Layouts]:
     """Write at addressed positions; the dimensions not addressed are shared with the values."""
     layouts = call.layouts("self")
-    indices = _indices(call)
+    indices = _read_indices(call)
     indexed = list(indices)
     untouched = [layout for i, layout in enumerate(layouts) if i not in indexed]
     values = call.layouts("values")
     addressed = [layouts[i] for i in indexed]
-    addressed += [layout for found in indices.values() for layout in found or ()]
+    addressed += [layout for index_layouts in indices.values() for layout in index_layouts or ()]
     if indexed == list(range(len(indexed))):
+        # Values broadcast against `[selected..., untouched...]`:
+        # their last dimensions are the untouched.
         shared = values[max(0, len(values) - len(untouched)) :]
-        for mine, its in zip(reversed(shared), reversed(untouched), strict=False):
-            if size_of(mine) > 1:
-                call.unify(mine, its)
+        for value_layout, untouched_layout in zip(
+            reversed(shared), reversed(untouched), strict=False
+        ):
+            if size_of(value_layout) > 1:
+                call.unify(value_layout, untouched_layout)
         addressed += values[: len(values) - len(shared)]
     else:
         addressed += [*values, *untouched]
@@ -108,7 +121,7 @@ def index_put(call: Call) -> Sequence[Layouts]:
 def index_select(call: Call) -> Sequence[Layouts]:
     """Take slots of one dimension by number."""
     layouts, dim = list(call.layouts("self")), call.dim()
-    reordered = _reordered(call, layouts[dim], call["index"]) if layouts else None
+    reordered = _reorder(call, layouts[dim], call["index"]) if layouts else None
     if reordered is None:
         call.fix(layouts[dim], ADDRESSED)
         chosen = call.layouts("index")
@@ -123,9 +136,9 @@ def gather(call: Call) -> Sequence[Layouts]:
     layouts, dim = call.layouts("self"), call.dim()
     call.fix(layouts[dim], ADDRESSED)
     index_layouts = call.layouts("index")
-    others = [call.layouts("src")] if isinstance(call.arguments.get("src"), torch.Tensor) else []
+    sources = [call.layouts("src")] if isinstance(call.arguments.get("src"), torch.Tensor) else []
     for i, layout in enumerate(layouts):
-        for operand in (index_layouts, *others):
+        for operand in (index_layouts, *sources):
             if i == dim:
                 call.fix(operand[i], ADDRESSED)
             else:
@@ -133,12 +146,12 @@ def gather(call: Call) -> Sequence[Layouts]:
     return [index_layouts if call.func.overloadpacket is aten.gather else layouts]
 
 
-def _share(call: Call, whole: Layout, part: Layout) -> None:
-    if size_of(whole) == size_of(part):
-        call.unify(whole, part)
+def _share(call: Call, layout: Layout, operand_layout: Layout) -> None:
+    if size_of(layout) == size_of(operand_layout):
+        call.unify(layout, operand_layout)
     else:
-        call.fix(whole, ADDRESSED)
-        call.fix(part, ADDRESSED)
+        call.fix(layout, ADDRESSED)
+        call.fix(operand_layout, ADDRESSED)
 
 
 @rule(aten.index_add, aten.index_copy, aten.index_reduce, aten.index_fill)
@@ -148,9 +161,9 @@ def index_add(call: Call) -> Sequence[Layouts]:
     written = [call.layouts("source")] if "source" in call.arguments else []
     for operand in (layouts, *written):
         call.fix(operand[dim], ADDRESSED)
-        for i, (mine, its) in enumerate(zip(layouts, operand, strict=True)):
+        for i, (target_layout, source_layout) in enumerate(zip(layouts, operand, strict=True)):
             if i != dim:
-                call.unify(mine, its)
+                call.unify(target_layout, source_layout)
     for layout in call.layouts("index"):
         call.fix(layout, ADDRESSED)
     return [layouts]
@@ -164,22 +177,23 @@ def masked_scatter(call: Call) -> Sequence[Layouts]:
     source are written, so those dimensions are shared.
     """
     layouts, source, mask = (call.layouts(name) for name in ("self", "source", "mask"))
-    rows = 0
-    for mine, its in zip(reversed(layouts), reversed(source), strict=False):
-        if not _repeats(call["mask"], rows + 1) or size_of(mine) != size_of(its):
+    shared_count = 0
+    for target, written in zip(reversed(layouts), reversed(source), strict=False):
+        if not _is_repeated(call["mask"], shared_count + 1) or size_of(target) != size_of(written):
             break
-        rows += 1
+        shared_count += 1
     for operand in (layouts, source, mask):
-        for layout in operand[: len(operand) - rows]:
+        for layout in operand[: len(operand) - shared_count]:
             call.fix(layout, "written one after the other")
-    for back in range(1, rows + 1):
+    # Dimensions are counted from the last, since a mask may have fewer than the tensor.
+    for back in range(1, shared_count + 1):
         call.unify(layouts[-back], source[-back])
         if len(mask) >= back and size_of(mask[-back]) > 1:
             call.unify(layouts[-back], mask[-back])
     return [layouts]
 
 
-def _repeats(tensor: Tensor, back: int) -> bool:
+def _is_repeated(tensor: Tensor, back: int) -> bool:
     """Say whether all slots of the dimension `back` from the last are one in memory, or it is absent."""
     return tensor.dim() < back or tensor.shape[-back] == 1 or tensor.stride(-back) == 0
 

@@ -25,13 +25,13 @@ BATCH_NORM = Pattern.parse("b c *s, c?, c?, c?, c? -> b c *s, c, c")
 )
 def batch_norm(call: Call) -> Sequence[Layouts]:
     """Scale and shift each channel; in training, by statistics over the batch and over space."""
-    found = BATCH_NORM(call)
+    results = BATCH_NORM(call)
     updates = call.func.overloadpacket is aten._batch_norm_with_update
     if call.arguments.get("training", updates):
-        for dim, layout in enumerate(found[0]):
+        for dim, layout in enumerate(results[0]):
             if dim != 1:
                 call.renormalise(layout, "normalised over the batch")
-    return found
+    return results
 
 
 @rule(aten.native_layer_norm)
@@ -41,10 +41,11 @@ def layer_norm(call: Call) -> Sequence[Layouts]:
     normalised = layouts[len(layouts) - len(call["normalized_shape"]) :]
     for name in ("weight", "bias"):
         if call.arguments.get(name) is not None:
-            for mine, its in zip(normalised, call.layouts(name), strict=True):
-                call.unify(mine, its)
+            for input_layout, parameter_layout in zip(normalised, call.layouts(name), strict=True):
+                call.unify(input_layout, parameter_layout)
     for layout in normalised:
         call.renormalise(layout, "normalised over these channels")
+    # Mean and inverse deviation keep the normalised dimensions, as size 1.
     units: list[Layout] = [UNIT] * len(normalised)
     statistics = [*layouts[: len(layouts) - len(normalised)], *units]
     return [layouts, statistics, statistics]
@@ -58,11 +59,13 @@ def group_norm(call: Call) -> Sequence[Layouts]:
     for name in ("weight", "bias"):
         if call[name] is not None:
             call.unify(channels, call.layouts(name)[0])
-    each = call["C"] // call["group"]
-    if not can_split(channels, each):
+    group_size = call["C"] // call["group"]
+    if not can_split(channels, group_size):
         call.fix(channels, "normalisation groups that cut across channels")
         return [layouts]
-    outer, inner = split(channels, each, call.why("normalisation groups"))
+    # 32 channels in 8 groups are `(8 4)`: whole groups
+    # may go exactly, channels within them only inexactly.
+    outer, inner = split(channels, group_size, call.why("normalisation groups"))
     for layout in (inner, *layouts[2:]):
         call.renormalise(layout, "normalised over the channels of a group")
     layouts[1] = Product((outer, inner))

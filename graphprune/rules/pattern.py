@@ -31,6 +31,7 @@ class Operand:
     def parse(cls, text: str) -> Operand:
         """Return the operand written as `text`."""
         optional = text.strip().endswith("?")
+        # `b (g i) *s` has the dimensions `(b)` and `(g, i)`, and the star `s` at 2.
         words = text.replace("?", "").replace("(", " ( ").replace(")", " ) ").split()
         dims: list[tuple[str, ...]] = []
         star, star_at = None, 0
@@ -76,6 +77,7 @@ class Pattern:
 
     def __call__(self, call: Call) -> Sequence[Layouts]:
         """Unify what the pattern says is the same; return the layouts of the results."""
+        # An absent tensor (a `bias` that is None) has its operand in the pattern all the same.
         arguments = [
             value for value in call.arguments.values() if value is None or _is_tensor(value)
         ]
@@ -141,8 +143,10 @@ class _Match:
             for layout in layouts:
                 self.call.fix(layout, "a window or extent")
             return
-        for known, layout in zip(self.stars.setdefault(star, layouts), layouts, strict=True):
-            self.call.unify(known, layout)
+        for earlier_layout, layout in zip(
+            self.stars.setdefault(star, layouts), layouts, strict=True
+        ):
+            self.call.unify(earlier_layout, layout)
 
     def bind(self, name: str, layout: Layout) -> None:
         self.call.unify(self.names.setdefault(name, layout), layout)
@@ -151,23 +155,26 @@ class _Match:
         """Name the factors of composite dimensions: at most one of each is unknown."""
         pending = self.composites
         while pending:
-            ready = [c for c in pending if sum(n not in self.names for n in c[0]) <= 1]
-            for names, layout in ready:
-                known = prod(size_of(self.names[n]) for n in names if n in self.names)
+            # Of `(g i)` against 12 channels, `i` is 12 / g once `g` is known; a dimension with two
+            # unknown factors waits for the others, and stays without names if none of them helps.
+            solvable = [c for c in pending if sum(n not in self.names for n in c[0]) <= 1]
+            for names, layout in solvable:
+                known_size = prod(size_of(self.names[n]) for n in names if n in self.names)
                 for name in names:
                     if name not in self.names:
-                        self.names[name] = Axis(size_of(layout) // known)
+                        self.names[name] = Axis(size_of(layout) // known_size)
                 self.call.unify(Product(tuple(self.names[n] for n in names)), layout)
-            pending = [c for c in pending if c not in ready] if ready else []
+            pending = [c for c in pending if c not in solvable] if solvable else []
 
     def write(self, result: Operand, sizes: list[int]) -> Layouts:
         starred = iter(self.stars.get(result.star or "", ()))
         layouts: Layouts = []
         for names, size in zip(result.align(len(sizes)), sizes, strict=True):
-            passed = next(starred, None) if names is None else None
+            # A star of a result only (`*t`) has no layouts: positions that the operator makes.
+            starred_layout = next(starred, None) if names is None else None
             layout: Layout
-            if passed is not None:
-                layout = passed
+            if starred_layout is not None:
+                layout = starred_layout
             elif names is not None and all(name in self.names for name in names):
                 factors = tuple(self.names[name] for name in names)
                 layout = factors[0] if len(factors) == 1 else Product(factors)

@@ -15,16 +15,17 @@ aten, prims = torch.ops.aten, torch.ops.prims
 def broadcast(call: Call, operands: Sequence[Layouts], shape: Sequence[int]) -> Layouts:
     """Return the layouts of operands broadcast to `shape`, unified where they are not of size 1."""
     result: Layouts = []
+    # Counted from the last dimension: `[channels]` meets the last of `[rows, channels]`.
     for back in range(len(shape), 0, -1):
-        met: Layout | None = None
+        shared_layout: Layout | None = None
         for layouts in operands:
             if len(layouts) < back or size_of(layouts[-back]) == 1:
                 continue
-            if met is None:
-                met = layouts[-back]
+            if shared_layout is None:
+                shared_layout = layouts[-back]
             else:
-                call.unify(met, layouts[-back])
-        result.append(UNIT if met is None else met)
+                call.unify(shared_layout, layouts[-back])
+        result.append(UNIT if shared_layout is None else shared_layout)
     return result
 
 

@@ -40,13 +40,15 @@ def observed(call: Call) -> Sequence[Layouts]:
     where all other values are above zero, or all below; for a whole tensor, which may be of activations,
     it is therefore compared on the kept slots.
     """
-    held = ["running_min", "running_max", "scale", "zero_point"]
+    qparam_names = ["running_min", "running_max", "scale", "zero_point"]
     if call["per_row_fake_quant"]:
-        _share_channels(call, "ch_axis", *held)
+        _share_channels(call, "ch_axis", *qparam_names)
     else:
         call.renormalises = True
-    values, *rest = by_tensor(call)[:2], *map(call.layouts, held)
-    return [*values, *rest]
+    # Only the functional form returns these four too;
+    # what is described beyond the results is dropped.
+    values, *qparam_layouts = by_tensor(call)[:2], *map(call.layouts, qparam_names)
+    return [*values, *qparam_layouts]
 
 
 def _share_channels(call: Call, axis: str, *names: str) -> None:

@@ -28,8 +28,8 @@ def overload_of(function: Any, args: Sequence[Any]) -> OpOverload | None:
     packet = getattr(aten, getattr(function, "__name__", ""), None)
     if packet not in GATES or getattr(torch._VF, packet.__name__, None) is not function:
         return None
-    packed = isinstance(args[3], (list, tuple))  # data, batch sizes, states, parameters
-    return packet.data if packed else packet.input  # type: ignore[no-any-return]
+    is_packed = isinstance(args[3], (list, tuple))  # data, batch sizes, states, parameters
+    return packet.data if is_packed else packet.input  # type: ignore[no-any-return]
 
 
 @rule(*(getattr(packet, form) for packet in GATES for form in ("input", "data")))
@@ -42,54 +42,61 @@ def recurrent(call: Call) -> Sequence[Layouts]:
     """
     if "batch_sizes" in call.arguments:
         positions, features = call.layouts("data")
-        around, ordered = [positions], [positions, *call.layouts("batch_sizes")]
+        leading, time_dims = [positions], [positions, *call.layouts("batch_sizes")]
     else:
-        *around, features = call.layouts("input")
-        time, batch = around[::-1] if call["batch_first"] else around
-        ordered = [time]
-    for layout in ordered:
+        *leading, features = call.layouts("input")
+        time, batch = leading[::-1] if call["batch_first"] else leading
+        time_dims = [time]
+    for layout in time_dims:
         call.fix(layout, "steps of time, taken one by one")
-    given = call["hx"]
-    states = [call.layouts_of(state) for state in ([given] if isinstance(given, Tensor) else given)]
-    for layers, its_batch, _ in states:
+    initial_states = call["hx"]
+    # `h` and, for an LSTM, `c`: `[layers * directions, batch, passed]` and `[..., hidden]`.
+    states = [
+        call.layouts_of(state)
+        for state in ([initial_states] if isinstance(initial_states, Tensor) else initial_states)
+    ]
+    for layers, state_batch, _ in states:
         call.fix(layers, "a state for each layer and direction")
-        if len(around) == 1:
-            call.fix(its_batch, "sequences of different lengths")
+        if len(leading) == 1:
+            call.fix(state_batch, "sequences of different lengths")
         else:
-            call.unify(its_batch, batch)
-    made = _through_layers(call, features, passed=states[0][2], hidden=states[-1][2])
-    return [[*around, made], *states]
+            call.unify(state_batch, batch)
+    output_features = _unify_layers(call, features, passed=states[0][2], hidden=states[-1][2])
+    return [[*leading, output_features], *states]
 
 
-def _through_layers(call: Call, features: Layout, passed: Layout, hidden: Layout) -> Layout:
+def _unify_layers(call: Call, features: Layout, passed: Layout, hidden: Layout) -> Layout:
     """Unify the parameters of all layers; return what the last of them makes of the features."""
-    projected = _is_projected(call)
-    if not projected:
+    is_projected = _is_projected(call)
+    if not is_projected:
         call.unify(passed, hidden)
     gates = Concat((hidden,) * GATES[call.func.overloadpacket])
     parameters = iter(call.layouts_of(parameter) for parameter in call["params"])
     directions = 2 if call["bidirectional"] else 1
     for _ in range(call["num_layers"]):
         for _ in range(directions):
+            # `weight_ih` is `[gates * hidden, features]`, `weight_hh` `[gates * hidden, passed]`; two
+            # biases follow, then the projection `weight_hr`, `[passed, hidden]`.
             for columns in (features, passed):
-                rows, its_columns = next(parameters)
-                call.unify(rows, gates)
-                call.unify(its_columns, columns)
+                row_layout, column_layout = next(parameters)
+                call.unify(row_layout, gates)
+                call.unify(column_layout, columns)
             for _ in range(2 if call["has_biases"] else 0):
                 call.unify(next(parameters)[0], gates)
-            if projected:
-                rows, its_columns = next(parameters)
-                call.unify(rows, passed)
-                call.unify(its_columns, hidden)
+            if is_projected:
+                row_layout, column_layout = next(parameters)
+                call.unify(row_layout, passed)
+                call.unify(column_layout, hidden)
+        # The next layer reads both directions side by side: `(passed + passed)`.
         features = Concat((passed,) * directions)
     return features
 
 
 def _is_projected(call: Call) -> bool:
     """Say whether there are projections: one parameter more for each layer and direction."""
-    cells: int = call["num_layers"] * (2 if call["bidirectional"] else 1)
-    count = len(call["params"])
-    return count > cells * (4 if call["has_biases"] else 2)
+    cell_count: int = call["num_layers"] * (2 if call["bidirectional"] else 1)
+    parameter_count = len(call["params"])
+    return parameter_count > cell_count * (4 if call["has_biases"] else 2)
 
 
 @rule(aten._pack_padded_sequence)
@@ -98,5 +105,7 @@ def pack(call: Call) -> Sequence[Layouts]:
     *positions, features = call.layouts("input")
     for layout in (*positions, *call.layouts("lengths")):
         call.fix(layout, "sequences of different lengths")
-    row, steps = (call.fixed(o.shape[0], "sequences of different lengths") for o in call.outputs)
-    return [[row, features], [steps]]
+    packed_row, steps = (
+        call.fixed(output.shape[0], "sequences of different lengths") for output in call.outputs
+    )
+    return [[packed_row, features], [steps]]

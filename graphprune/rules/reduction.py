@@ -13,23 +13,24 @@ from graphprune.rules.registry import Call, Layouts, rule
 aten = torch.ops.aten
 
 
-def _dims(call: Call) -> list[int]:
+def _read_dims(call: Call) -> list[int]:
     """Return the dimensions that the call runs along: the ones it names, or all."""
     rank = call.tensors[0].dim()
     named = call.arguments.get("dim", call.arguments.get("dims"))
     if named is None or named == []:
         return list(range(rank))
     named = [named] if isinstance(named, int) else named
+    # A scalar has no dimensions but takes 0 and -1 as one.
     return [dim % max(rank, 1) for dim in named]
 
 
-def _without(call: Call, layouts: Layouts, dims: Sequence[int]) -> list[Layouts]:
+def _remove_dims(call: Call, layouts: Layouts, dims: Sequence[int]) -> list[Layouts]:
     """Return the layouts of every output once `dims` are reduced, kept as size 1 if asked."""
     if call.arguments.get("keepdim"):
-        kept: Layouts = [UNIT if i in dims else layout for i, layout in enumerate(layouts)]
+        remaining: Layouts = [UNIT if i in dims else layout for i, layout in enumerate(layouts)]
     else:
-        kept = [layout for i, layout in enumerate(layouts) if i not in dims]
-    return [kept] * len(call.outputs)
+        remaining = [layout for i, layout in enumerate(layouts) if i not in dims]
+    return [remaining] * len(call.outputs)
 
 
 def _operand(call: Call) -> Tensor:
@@ -47,12 +48,12 @@ def _operand(call: Call) -> Tensor:
 )
 def total(call: Call) -> Sequence[Layouts]:
     """Reduce so that a silenced slot adds nothing (a p-norm with p > 0 does)."""
-    layouts, dims = call.layouts_of(_operand(call)), _dims(call)
+    layouts, dims = call.layouts_of(_operand(call)), _read_dims(call)
     order = call.arguments.get("ord", call.arguments.get("p"))
     if isinstance(order, (int, float)) and order <= 0:
         for dim in dims:
             call.renormalise(layouts[dim], "a norm in which absent slots count")
-    return _without(call, layouts, dims)
+    return _remove_dims(call, layouts, dims)
 
 
 @rule(
@@ -71,17 +72,17 @@ def total(call: Call) -> Sequence[Layouts]:
 )
 def statistic(call: Call) -> Sequence[Layouts]:
     """Reduce to a statistic over the slots that are there."""
-    layouts, dims = call.layouts_of(_operand(call)), _dims(call)
+    layouts, dims = call.layouts_of(_operand(call)), _read_dims(call)
     for dim in dims:
         call.renormalise(layouts[dim], "a statistic over these channels")
-    return _without(call, layouts, dims)
+    return _remove_dims(call, layouts, dims)
 
 
 @rule(aten._softmax, aten._log_softmax, aten._safe_softmax)
 def softmax(call: Call) -> Sequence[Layouts]:
     """Normalise along a dimension to a distribution over the slots that are there."""
     layouts = call.layouts("self")
-    for dim in _dims(call):
+    for dim in _read_dims(call):
         call.renormalise(layouts[dim], "a softmax over these channels")
     return [layouts]
 
@@ -96,7 +97,7 @@ def cumulative_sum(call: Call) -> Sequence[Layouts]:
 def fourier(call: Call) -> Sequence[Layouts]:
     """Transform along dimensions, whose slots are then frequencies: they are fixed."""
     layouts = list(call.layouts("self"))
-    for dim in _dims(call):
+    for dim in _read_dims(call):
         call.fix(layouts[dim], "a Fourier transform along these positions")
         layouts[dim] = call.fixed(call.outputs[0].shape[dim], "frequencies")
     return [layouts]
@@ -114,24 +115,24 @@ def scan(call: Call) -> Sequence[Layouts]:
 @rule(aten.max, aten.min, aten.median, aten.nanmedian, aten.mode)
 def choice(call: Call) -> Sequence[Layouts]:
     """Reduce to the value of one of the slots that are there; who reads which one, reads numbers."""
-    layouts, dims = call.layouts("self"), _dims(call)
+    layouts, dims = call.layouts("self"), _read_dims(call)
     for dim in dims:
         call.renormalise(layouts[dim], "a statistic over these channels")
     if len(call.outputs) > 1:
         _keep_numbers(call, 1)
-    return _without(call, layouts, dims)
+    return _remove_dims(call, layouts, dims)
 
 
 @rule(aten.argmax, aten.argmin)
 def number(call: Call) -> Sequence[Layouts]:
     """Reduce to the number of a slot, which whoever reads it relies on."""
     _keep_numbers(call, 0)
-    return _without(call, call.layouts("self"), _dims(call))
+    return _remove_dims(call, call.layouts("self"), _read_dims(call))
 
 
 def _keep_numbers(call: Call, output: int) -> None:
     """Fix what the call runs along, should anything read the numbers that an output holds."""
-    layouts, dims = call.layouts_of(_operand(call)), _dims(call)
+    layouts, dims = call.layouts_of(_operand(call)), _read_dims(call)
 
     def fix_numbered() -> None:
         for dim in dims:
@@ -143,10 +144,10 @@ def _keep_numbers(call: Call, output: int) -> None:
 @rule(aten.kthvalue)
 def ranked(call: Call) -> Sequence[Layouts]:
     """Reduce to the slot of some rank among all of them: fixed."""
-    layouts, dims = call.layouts("self"), _dims(call)
+    layouts, dims = call.layouts("self"), _read_dims(call)
     for dim in dims:
         call.fix(layouts[dim], "slots are compared and numbered")
-    return _without(call, layouts, dims)
+    return _remove_dims(call, layouts, dims)
 
 
 @rule(aten.sort, aten.topk)

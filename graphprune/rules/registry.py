@@ -182,6 +182,7 @@ def _twin_of(func: OpOverload) -> OpOverloadPacket | None:
     """Return the packet that an in-place or view-copying operator writes the result of."""
     namespace = getattr(torch.ops, func.namespace)
     name = func._schema.name.split("::")[1]
+    # `aten.relu` for `aten.relu_`, `aten.view` for `aten.view_copy`.
     for suffix in ("_copy",) if torch.Tag.view_copy in func.tags else ("_",):
         if name.endswith(suffix) and hasattr(namespace, name.removesuffix(suffix)):
             return getattr(namespace, name.removesuffix(suffix))  # type: ignore[no-any-return]
@@ -201,8 +202,8 @@ POINTWISE: Operator = torch.ops.aten.add
 @lru_cache(maxsize=4096)
 def is_in_place(func: OpOverload) -> bool:
     """Say whether the first argument is written to and returned."""
-    first = func._schema.arguments[0] if func._schema.arguments else None
-    return first is not None and first.alias_info is not None and first.alias_info.is_write
+    target = func._schema.arguments[0] if func._schema.arguments else None
+    return target is not None and target.alias_info is not None and target.alias_info.is_write
 
 
 def bind_arguments(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from graphprune.rules.registry import Call, Layouts, Rule, register, rule
 aten = torch.ops.aten
 
 
-def _over_last(count: int) -> Rule:
+def _make_rule_over_last(count: int) -> Rule:
     """Return the rule of operators that mix only the last `count` dimensions."""
 
     def spatial(call: Call) -> Sequence[Layouts]:
@@ -30,22 +30,24 @@ def _over_last(count: int) -> Rule:
     return spatial
 
 
-def _unpool(count: int) -> Rule:
+def _make_unpooling_rule(count: int) -> Rule:
     """Return the rule of operators that write back to where a pooling took from."""
-    over = _over_last(count)
+    pooling_rule = _make_rule_over_last(count)
 
     def unpool(call: Call) -> Sequence[Layouts]:
-        for mine, its in zip(call.layouts("self"), call.layouts("indices"), strict=True):
-            call.unify(mine, its)
-        return over(call)
+        for input_layout, index_layout in zip(
+            call.layouts("self"), call.layouts("indices"), strict=True
+        ):
+            call.unify(input_layout, index_layout)
+        return pooling_rule(call)
 
     return unpool
 
 
-register(_unpool(2), aten.max_unpool2d)
-register(_unpool(3), aten.max_unpool3d)
+register(_make_unpooling_rule(2), aten.max_unpool2d)
+register(_make_unpooling_rule(3), aten.max_unpool3d)
 register(
-    _over_last(1),
+    _make_rule_over_last(1),
     aten.reflection_pad1d,
     aten.replication_pad1d,
     aten.upsample_linear1d,
@@ -53,7 +55,7 @@ register(
     aten._upsample_nearest_exact1d,
 )
 register(
-    _over_last(2),
+    _make_rule_over_last(2),
     aten.avg_pool2d,
     aten._adaptive_avg_pool2d,
     aten.adaptive_max_pool2d,
@@ -68,7 +70,7 @@ register(
     aten._upsample_nearest_exact2d,
 )
 register(
-    _over_last(3),
+    _make_rule_over_last(3),
     aten.avg_pool3d,
     aten._adaptive_avg_pool3d,
     aten.adaptive_max_pool3d,
@@ -88,19 +90,23 @@ def windows(call: Call) -> Sequence[Layouts]:
     for layout in (height, width):
         call.fix(layout, "a spatial extent")
     window = call.fixed(prod(call["kernel_size"]), "a window")
-    places = call.fixed(call.outputs[0].shape[-1], "positions of windows")
-    return [[*leading, Product((channels, window)), places]]
+    window_positions = call.fixed(call.outputs[0].shape[-1], "positions of windows")
+    return [[*leading, Product((channels, window)), window_positions]]
 
 
 @rule(aten.col2im)
 def overlaid(call: Call) -> Sequence[Layouts]:
     """Add windows up to an image: the inverse of laying them side by side."""
-    *leading, columns, places = call.layouts("self")
-    call.fix(places, "positions of windows")
+    *leading, columns, window_positions = call.layouts("self")
+    call.fix(window_positions, "positions of windows")
     window = prod(call["kernel_size"])
+    # `[batch, channels * window, window_positions]`: of
+    # every channel, its window's positions side by side.
     sizes = [size_of(columns) // window, window]
-    channels, positions = regroup([columns], sizes, call.why("windows that cut across channels"))
-    call.fix(positions, "a window")
+    channels, inside_window = regroup(
+        [columns], sizes, call.why("windows that cut across channels")
+    )
+    call.fix(inside_window, "a window")
     extents = [call.fixed(size, "a spatial extent") for size in call["output_size"]]
     return [[*leading, channels, *extents]]
 

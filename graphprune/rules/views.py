@@ -54,9 +54,9 @@ def transpose(call: Call) -> Sequence[Layouts]:
     layouts = list(call.layouts("self"))
     if "dim0" not in call.arguments:
         return [layouts[::-1]]
-    a, b = call.dim("dim0"), call.dim("dim1")
+    dim0, dim1 = call.dim("dim0"), call.dim("dim1")
     if layouts:
-        layouts[a], layouts[b] = layouts[b], layouts[a]
+        layouts[dim0], layouts[dim1] = layouts[dim1], layouts[dim0]
     return [layouts]
 
 
@@ -65,8 +65,8 @@ def expand(call: Call) -> Sequence[Layouts]:
     """Repeat dimensions of size 1, each along a fresh axis that no parameter has."""
     shape = list(call.outputs[0].shape)
     layouts = call.layouts("self")
-    added = len(shape) - len(layouts)
-    padded: Layouts = [UNIT] * added + layouts
+    added_count = len(shape) - len(layouts)
+    padded: Layouts = [UNIT] * added_count + layouts
     return [
         [
             Axis(size) if size_of(layout) == 1 else layout
@@ -82,7 +82,7 @@ def squeeze(call: Call) -> Sequence[Layouts]:
     dims = call.arguments.get("dim", range(len(layouts)))
     dims = [dims] if isinstance(dims, int) else dims
     named = {dim % max(len(layouts), 1) for dim in dims}
-    kept = [x for i, x in enumerate(layouts) if i not in named or size_of(x) != 1]
+    kept = [layout for i, layout in enumerate(layouts) if i not in named or size_of(layout) != 1]
     return [kept]
 
 
@@ -104,6 +104,8 @@ def slice_(call: Call) -> Sequence[Layouts]:
     end = max(start, end)
     if step == 1:
         layouts[dim] = cut(layouts[dim], [start, end], call.why("a slice"))[1]
+    # `x[1::2]` of six slots: `(3 2)`, of which the
+    # inner two stay and the outer three are the result.
     elif start < step and end == size and can_split(layouts[dim], step):
         outer, inner = split(layouts[dim], step, call.why("a strided slice"))
         call.fix(inner, "a strided slice")
@@ -120,6 +122,7 @@ def select(call: Call) -> Sequence[Layouts]:
     layouts = list(call.layouts("self"))
     layout = layouts.pop(call.dim())
     index = call["index"] % size_of(layout)
+    # Cut before and behind it: an axis of one slot is never pruned, the others may be.
     cut(layout, [index, index + 1], call.why("a slot is selected"))
     return [layouts]
 
@@ -152,15 +155,16 @@ def split_(call: Call) -> Sequence[Layouts]:
 @rule(aten.cat)
 def cat(call: Call) -> Sequence[Layouts]:
     """Lay the dimension end to end; all others are the same."""
+    # `torch.cat` takes an empty tensor of shape `[0]` beside tensors of any rank.
     operands = [call.layouts_of(t) for t in call["tensors"] if tuple(t.shape) != (0,)]
     dim = call["dim"] % max(len(operands[0]), 1)
-    first = list(operands[0])
+    result_layouts = list(operands[0])
     for other in operands[1:]:
         for i, layout in enumerate(other):
             if i != dim:
-                call.unify(first[i], layout)
-    first[dim] = Concat(tuple(layouts[dim] for layouts in operands))
-    return [first]
+                call.unify(result_layouts[i], layout)
+    result_layouts[dim] = Concat(tuple(layouts[dim] for layouts in operands))
+    return [result_layouts]
 
 
 @rule(aten.stack)
@@ -168,8 +172,8 @@ def stack(call: Call) -> Sequence[Layouts]:
     """Lay tensors along a new dimension, whose slots stay; all others are the same."""
     operands = [list(call.layouts_of(t)) for t in call["tensors"]]
     for other in operands[1:]:
-        for mine, its in zip(operands[0], other, strict=True):
-            call.unify(mine, its)
+        for first_layout, other_layout in zip(operands[0], other, strict=True):
+            call.unify(first_layout, other_layout)
     dim = call["dim"] % (len(operands[0]) + 1)
     operands[0].insert(dim, call.fixed(len(operands), "a stack of tensors"))
     return [operands[0]]
@@ -189,15 +193,16 @@ def pad(call: Call) -> Sequence[Layouts]:
     """Lay fresh slots before and after a dimension; negative amounts cut it."""
     layouts = list(call.layouts("self"))
     amounts = list(call["pad"])
+    # `[left, right, top, bottom]`: the first two are those of the last dimension.
     for i in range(len(amounts) // 2):
         dim = len(layouts) - 1 - i
-        layouts[dim] = _padded(
+        layouts[dim] = _pad_dimension(
             layouts[dim], amounts[2 * i], amounts[2 * i + 1], call.why("padding")
         )
     return [layouts]
 
 
-def _padded(layout: Layout, before: int, after: int, reason: Reason) -> Layout:
+def _pad_dimension(layout: Layout, before: int, after: int, reason: Reason) -> Layout:
     size = size_of(layout)
     inside = cut(layout, [max(0, -before), size - max(0, -after)], reason)[1]
     ends = [Axis(amount) if amount > 0 else EMPTY for amount in (before, after)]
@@ -243,11 +248,16 @@ def unfold(call: Call) -> Sequence[Layouts]:
 def as_strided(call: Call) -> Sequence[Layouts]:
     """Pass a tensor on that is read as it lies; any other reading of memory fixes it."""
     layouts, sizes = call.layouts("self"), list(call["size"])
-    strides = [(n, s) for n, s in zip(sizes, call["stride"], strict=True) if n > 1]
+    strides = [
+        (size, stride) for size, stride in zip(sizes, call["stride"], strict=True) if size > 1
+    ]
     old_sizes = [size_of(layout) for layout in layouts]
+    # Strides of dimensions of size 1 are never used, so they may differ.
     if sizes == old_sizes and not call["storage_offset"]:
-        before = [(n, s) for n, s in zip(old_sizes, call.strides, strict=True) if n > 1]
-        if strides == before:
+        old_strides = [
+            (size, stride) for size, stride in zip(old_sizes, call.strides, strict=True) if size > 1
+        ]
+        if strides == old_strides:
             return [layouts]
     for layout in layouts:
         call.fix(layout, "memory read by strides")

@@ -21,14 +21,14 @@ def deformed(call: Call) -> Sequence[Layouts]:
     operands = [call[name] for name in ("input", "weight", "bias")]
     (result,) = CONVOLUTION.apply(call, operands, {"g": call["groups"]})
     groups = Axis(call["offset_groups"])
-    moved = Axis(size_of(channels) // size_of(groups))
-    call.unify(channels, Product((groups, moved)))
-    for name, each in (("offset", 2 * window), ("mask", window)):
+    group_channels = Axis(size_of(channels) // size_of(groups))
+    call.unify(channels, Product((groups, group_channels)))
+    for name, shifts_per_group in (("offset", 2 * window), ("mask", window)):
         if name == "mask" and not call["use_mask"]:  # a tensor that is not read
             continue
         batch, shifts, *positions = call.layouts(name)
         call.unify(batch, result[0])
-        call.unify(shifts, Product((groups, call.fixed(each, "a window"))))
+        call.unify(shifts, Product((groups, call.fixed(shifts_per_group, "a window"))))
         for layout in positions:
             call.fix(layout, "a spatial extent")
     return [result]

@@ -37,12 +37,13 @@ def peak_memory(path: Path, feed: Feed, threads: int = 1, runs: int = 3) -> int 
     loading takes: the weights, without what is computed from them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arrays = Path(folder) / "feed.npz"
-        np.savez(arrays, **feed)  # type: ignore[arg-type]
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(path), str(arrays), str(threads), str(runs)],
+        feed_file = Path(folder) / "feed.npz"
+        np.savez(feed_file, **feed)  # type: ignore[arg-type]
+        completed = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(path), str(feed_file), str(threads), str(runs)],
             capture_output=True,
             text=True,
             check=False,
         )
-    return int(done.stdout) * 1024 if done.returncode == 0 else None
+    # Linux counts in kilobytes.
+    return int(completed.stdout) * 1024 if completed.returncode == 0 else None

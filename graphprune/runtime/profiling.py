@@ -58,7 +58,7 @@ def profiled(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> 
 
     """
     if runtime.device != "cpu" and os.environ.get(_WAITS) != "1":
-        return _profiled_elsewhere(path, feed, runtime, seconds)
+        return _profile_in_subprocess(path, feed, runtime, seconds)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = open_session(
@@ -75,29 +75,31 @@ def profiled(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> 
             session.run(None, feed)
             runs += 1
         records = json.loads(Path(session.end_profiling()).read_text())
-        known = _names(onnx.load(path, load_external_data=False).graph)
+        file_names = _names(onnx.load(path, load_external_data=False).graph)
         nodes = onnx.load(optimized, load_external_data=False).graph.node
+    # What runs inside an If or a Loop is recorded too; the outer node, in `nodes`, has its time.
     durations = _durations(records)
-    sources = _sources(nodes, known)
+    sources = _sources(nodes, file_names)
     return [
-        Event(node.op_type, sources[node.name], _middle(durations[node.name]))
+        Event(node.op_type, sources[node.name], _average_middle_half(durations[node.name]))
         for node in nodes
         if durations.get(node.name)
     ]
 
 
-def _profiled_elsewhere(path: Path, feed: Feed, runtime: Runtime, seconds: float) -> list[Event]:
+def _profile_in_subprocess(path: Path, feed: Feed, runtime: Runtime, seconds: float) -> list[Event]:
     with tempfile.TemporaryDirectory() as folder:
-        order = Path(folder) / "order.pickle"
-        order.write_bytes(pickle.dumps((path, feed, runtime, seconds)))
-        done = subprocess.run(
-            [sys.executable, "-m", __name__, str(order)],
+        job_file = Path(folder) / "order.pickle"
+        job_file.write_bytes(pickle.dumps((path, feed, runtime, seconds)))
+        completed = subprocess.run(
+            [sys.executable, "-m", __name__, str(job_file)],
             env={**os.environ, _WAITS: "1"},
             capture_output=True,
             text=True,
             check=True,
         )
-    return [Event(**event) for event in json.loads(done.stdout.splitlines()[-1])]
+    # What else is printed, by a library perhaps, comes before the last line.
+    return [Event(**event) for event in json.loads(completed.stdout.splitlines()[-1])]
 
 
 def _main() -> None:
@@ -108,14 +110,14 @@ def _main() -> None:
 
 def _durations(records: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return by node the seconds of each run but the first."""
-    found = defaultdict(list)
+    samples_by_node = defaultdict(list)
     for record in records:
         if record.get("cat") == "Node" and record["name"].endswith(_KERNEL):
-            found[record["name"].removesuffix(_KERNEL)].append(record["dur"] * 1e-6)
-    return {name: samples[1:] for name, samples in found.items()}
+            samples_by_node[record["name"].removesuffix(_KERNEL)].append(record["dur"] * 1e-6)
+    return {name: samples[1:] for name, samples in samples_by_node.items()}
 
 
-def _middle(samples: Sequence[float]) -> float:
+def _average_middle_half(samples: Sequence[float]) -> float:
     """Return the mean of the middle half: finer than the microseconds that are recorded, and robust."""
     low, high = len(samples) // 4, len(samples) - len(samples) // 4
     return max(float(np.mean(np.sort(samples)[low:high])), _LEAST)
@@ -126,7 +128,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
     return nodes | {name for node in graph.node for name in node.output}
 
 
-def _sources(nodes: Sequence[onnx.NodeProto], known: set[str]) -> dict[str, str]:
+def _sources(nodes: Sequence[onnx.NodeProto], file_names: set[str]) -> dict[str, str]:
     """Return by fused node the node or value of the file that it ends with.
 
     A fused node is named after one of those it was made of or after the value that comes out, with
@@ -136,18 +138,23 @@ def _sources(nodes: Sequence[onnx.NodeProto], known: set[str]) -> dict[str, str]
     for node in nodes:
         for name in node.input:
             readers[name].append(node.name)
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for node in reversed(nodes):  # each stands before its readers
-        its_own = (_known(name, known) for name in (node.name, *node.output))
-        behind = (found.get(reader, "") for name in node.output for reader in readers[name])
-        found[node.name] = next(filter(None, [*its_own, *behind]), "")
-    return found
+        direct_matches = (
+            _match_longest_prefix(name, file_names) for name in (node.name, *node.output)
+        )
+        reader_sources = (
+            sources.get(reader, "") for name in node.output for reader in readers[name]
+        )
+        sources[node.name] = next(filter(None, [*direct_matches, *reader_sources]), "")
+    return sources
 
 
-def _known(name: str, known: set[str]) -> str:
+def _match_longest_prefix(name: str, file_names: set[str]) -> str:
     """Return the longest beginning of a name that is a name of the file, or ""."""
-    ends = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] in "_/")]
-    return next((name[:end] for end in ends if name[:end] in known), "")
+    # `conv_3/fused_relu`, then `conv_3/fused`, `conv_3` and `conv`.
+    lengths = [len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] in "_/")]
+    return next((name[:length] for length in lengths if name[:length] in file_names), "")
 
 
 if __name__ == "__main__":

@@ -103,11 +103,12 @@ class _Subject:
     def _warm(self, budget: float) -> float:
         """Run a few times, and return the shortest run in seconds."""
         start = time.perf_counter()
+        # The shortest, since the first runs may still compile, allocate and fill caches.
         shortest = math.inf
         for _ in range(WARM_UPS):
-            before = time.perf_counter()
+            run_start = time.perf_counter()
             self.run()
-            shortest = min(shortest, time.perf_counter() - before)
+            shortest = min(shortest, time.perf_counter() - run_start)
             if time.perf_counter() - start > budget / 4:
                 break
         return shortest
@@ -147,6 +148,7 @@ def in_turns(
     """
     subjects = {name: _Subject(run, seconds) for name, run in runs.items()}
     order = list(subjects.values())
+    # A seed of its own: the same orders each time, and the caller's random numbers stay as they are.
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds * len(order)
     rounds = 0
@@ -176,16 +178,16 @@ def time_torch(
         seconds: time to spend on each model.
 
     """
-    before = torch.get_num_threads()
+    previous_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         runs = {}
         for name, model in models.items():
-            called: Any = torch.compile(model) if compiled else model
-            runs[name] = partial(call, called, inputs)
+            runnable: Any = torch.compile(model) if compiled else model
+            runs[name] = partial(call, runnable, inputs)
         return in_turns(runs, seconds, one_thread=threads == 1)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
 
 
 def _runner(path: Path, feed: Feed, runtime: Runtime) -> Callable[[], Any]:
@@ -206,6 +208,7 @@ def _runner_on_device(session: ort.InferenceSession, feed: Feed, device: str) ->
 
     def run() -> None:
         session.run_with_iobinding(binding)
+        # A GPU may still be at work when the call returns.
         binding.synchronize_outputs()
 
     return run

@@ -51,29 +51,34 @@ def allowed_sizes(graph: Dependencies, group: Group, align: Align) -> list[int]:
 
 def _slots_for(block: int, channels: Iterable[int]) -> int:
     """Return how many slots make a multiple of the block, where a slot holds that many channels."""
-    return max((block // math.gcd(block, each) for each in channels), default=1)
+    # multiples of 16 channels: 4 slots of 4 channels, 8 of 6; of several dimensions the strictest, which
+    # is a multiple of the others where the block is a power of two
+    return max((block // math.gcd(block, channel_count) for channel_count in channels), default=1)
 
 
 Channels: TypeAlias = dict[Axis, list[int]]
 """By axis, how many channels a slot holds, for each of the dimensions that it stands in."""
 
 # One look at all operators serves every group of a graph.
-_known: WeakKeyDictionary[Dependencies, tuple[Channels, Channels]] = WeakKeyDictionary()
+_channels_by_graph: WeakKeyDictionary[Dependencies, tuple[Channels, Channels]] = WeakKeyDictionary()
 
 
 def _channels_a_slot(graph: Dependencies) -> tuple[Channels, Channels]:
     """Return the channels of convolutions, and the rows of products of groups."""
-    if graph not in _known:
-        _known[graph] = _of_dims(_convolution_dims(graph)), _of_dims(_grouped_dims(graph))
-    return _known[graph]
+    if graph not in _channels_by_graph:
+        _channels_by_graph[graph] = (
+            _collect_channels(_convolution_dims(graph)),
+            _collect_channels(_grouped_dims(graph)),
+        )
+    return _channels_by_graph[graph]
 
 
-def _of_dims(dims: Iterable[Layout]) -> Channels:
-    found: Channels = {}
+def _collect_channels(dims: Iterable[Layout]) -> Channels:
+    channels: Channels = {}
     for layout in dims:
         for axis in dict.fromkeys(free_axes(layout)):
-            found.setdefault(axis, []).extend(_rest_of(layout, axis))
-    return found
+            channels.setdefault(axis, []).extend(_rest_of(layout, axis))
+    return channels
 
 
 def _convolution_dims(graph: Dependencies) -> list[Layout]:
@@ -100,18 +105,23 @@ def _rest_of(layout: Layout, axis: Axis) -> list[int]:
     if layout is axis:
         return [1]
     if isinstance(layout, Concat | Permuted):
-        return [rest for part in parts_of(layout) for rest in _rest_of(part, axis)]
+        return [
+            channel_count for part in parts_of(layout) for channel_count in _rest_of(part, axis)
+        ]
     if isinstance(layout, Product) and any(leaf is axis for leaf in leaves(layout)):
         for factor in layout.factors:
-            inside = _rest_of(factor, axis)
-            if inside:
-                return [each * size_of(layout) // size_of(factor) for each in inside]
+            inner_counts = _rest_of(factor, axis)
+            if inner_counts:
+                # a slot of heads in `(heads:3 dim:4)` holds 12 // 3 = 4 channels
+                return [
+                    inner_count * size_of(layout) // size_of(factor) for inner_count in inner_counts
+                ]
     return []
 
 
-def nearest(options: Sequence[int], wanted: float) -> int:
-    """Return the option nearest to the wanted number, the larger of two that are equally near."""
-    return min(options, key=lambda option: (abs(option - wanted), -option))
+def nearest(options: Sequence[int], target: float) -> int:
+    """Return the option nearest to the target, the larger of two that are equally near."""
+    return min(options, key=lambda option: (abs(option - target), -option))
 
 
 def competing(
@@ -127,6 +137,7 @@ def competing(
     removed too many, the best of them come back. Where no number meets the target, those that cost nothing
     do.
     """
+    # minus infinity keeps all slots but those that are gone, whose score that is
     thresholds = np.unique(np.concatenate([[-np.inf], *(scores[g.name] for g in groups)]))
 
     def kept_above(threshold: float) -> dict[str, int]:
@@ -140,6 +151,7 @@ def competing(
 
     if total({g.name: g.size for g in groups}) <= target:
         return {g.name: g.size for g in groups}
+    # bisection: the higher the threshold, the fewer slots stay, and the less they cost
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
@@ -148,6 +160,7 @@ def competing(
         else:
             low = middle + 1
     kept = kept_above(thresholds[low])
+    # where the target is out of reach, what was reached takes its place
     return _give_back(groups, kept, options, scores, cost, max(target, total(kept)))
 
 
@@ -161,19 +174,21 @@ def _give_back(
 ) -> dict[str, int]:
     """Return the slots kept, with the best-scored others that still fit under the target."""
     axes = {group.name: group.axis for group in groups}
-    best = {name: np.sort(scores[name])[::-1] for name in kept}
+    descending_scores = {name: np.sort(scores[name])[::-1] for name in kept}
     changes = Changes(cost, {axes[name]: count for name, count in kept.items()})
-    waiting = [(-best[n][kept[n]], n) for n in kept if kept[n] < options[n][-1]]
-    heapify(waiting)
-    while waiting:
-        _, name = heappop(waiting)
+    # by the score of the best slot that is gone, negated, since a heap gives the smallest first
+    candidates = [(-descending_scores[n][kept[n]], n) for n in kept if kept[n] < options[n][-1]]
+    heapify(candidates)
+    while candidates:
+        _, name = heappop(candidates)
         larger = min(o for o in options[name] if o > kept[name])
+        # not put back into the heap: what does not fit now will not fit later, when more is kept
         if changes.total_with(axes[name], larger) > target:
             continue
         changes.keep(axes[name], larger)
         kept[name] = larger
         if larger < options[name][-1]:
-            heappush(waiting, (-best[name][larger], name))
+            heappush(candidates, (-descending_scores[name][larger], name))
     return kept
 
 
@@ -192,22 +207,26 @@ class Changes:
         self.kept = kept
         self.total = cost.total(kept)
         self._parts: dict[Axis, Cost] = {}
+        # an axis in no term of a `Cost` costs nothing; other amounts have no terms, and are asked whole
         self._otherwise: Amount = Cost(0, ()) if isinstance(cost, Cost) else cost
         if isinstance(cost, Cost):
             terms: dict[Axis, list[tuple[int, tuple[Layout, ...]]]] = {}
             for term in cost.terms:
                 for axis in dict.fromkeys(a for dim in term[1] for a in free_axes(dim)):
                     terms.setdefault(axis, []).append(term)
-            self._parts = {axis: Cost(0, tuple(own), cost.block) for axis, own in terms.items()}
+            self._parts = {
+                axis: Cost(0, tuple(axis_terms), cost.block) for axis, axis_terms in terms.items()
+            }
 
     def total_with(self, axis: Axis, count: int) -> float:
         """Return the cost once so many slots of the axis are kept."""
         part = self._parts.get(axis, self._otherwise)
-        before, now = self.kept[axis], part.total(self.kept)
+        old_count, cost_before = self.kept[axis], part.total(self.kept)
+        # put in and taken out again, which is cheaper than a copy for each look
         self.kept[axis] = count
-        after = part.total(self.kept)
-        self.kept[axis] = before
-        return self.total + after - now
+        cost_after = part.total(self.kept)
+        self.kept[axis] = old_count
+        return self.total + cost_after - cost_before
 
     def keep(self, axis: Axis, count: int) -> None:
         """Keep so many slots of the axis."""
@@ -222,7 +241,7 @@ def per_cost(
     cost: Amount,
     kept: Mapping[str, int],
 ) -> Scores:
-    """Return scores over what one slot of the group costs, the lowest score of all being zero.
+    """Return scores over what one slot of the group costs, all shifted up if some are below zero.
 
     A slot's cost is its part of what the next smaller number of slots saves.
 
@@ -234,24 +253,32 @@ def per_cost(
         kept: by group name, how many slots it has at present.
 
     """
-    finite = [own[np.isfinite(own)] for own in (scores[g.name] for g in groups)]
-    lowest = min((float(own.min()) for own in finite if own.size), default=0.0)
+    finite = [
+        group_scores[np.isfinite(group_scores)] for group_scores in (scores[g.name] for g in groups)
+    ]
+    lowest = min(
+        (float(finite_scores.min()) for finite_scores in finite if finite_scores.size), default=0.0
+    )
     changes = Changes(cost, {g.axis: kept[g.name] for g in groups})
 
-    def each(group: Group) -> float:
+    def cost_of_slot(group: Group) -> float:
         count = kept[group.name]
         fewer = max((o for o in options[group.name] if o < count), default=count - 1)
         saved = changes.total - changes.total_with(group.axis, fewer)
+        # one at least, so that what costs nothing divides by something
         return max(saved / (count - fewer), 1)
 
-    return {g.name: (scores[g.name] - min(lowest, 0.0)) / each(g) for g in groups}
+    # shifted up, since a negative score over a larger cost would come out higher than over a smaller one
+    return {g.name: (scores[g.name] - min(lowest, 0.0)) / cost_of_slot(g) for g in groups}
 
 
 def quantiles(scores: Scores) -> Scores:
     """Return each slot's place among the scores of its group, in (0, 1], one for the highest."""
-    found = {}
-    for name, own in scores.items():
-        order = np.argsort(-own, kind="stable")[::-1]  # of equal ones the earlier is the higher
-        found[name] = np.empty(len(own))
-        found[name][order] = (1 + np.arange(len(own))) / max(len(own), 1)
-    return found
+    ranks = {}
+    for name, group_scores in scores.items():
+        order = np.argsort(-group_scores, kind="stable")[
+            ::-1
+        ]  # of equal ones the earlier is the higher
+        ranks[name] = np.empty(len(group_scores))
+        ranks[name][order] = (1 + np.arange(len(group_scores))) / max(len(group_scores), 1)
+    return ranks

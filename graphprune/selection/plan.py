@@ -48,10 +48,10 @@ class Plan:
         for name, kept in self.keep.items():
             group = graph.by_name.get(name)
             if group is None or group.size != self.sizes[name]:
-                found = "no such group" if group is None else f"{group.size} channels"
+                actual_size = "no such group" if group is None else f"{group.size} channels"
                 raise PlanError(
                     f"the plan keeps {len(kept)} of {self.sizes[name]} channels of group {name!r}, "
-                    f"but the model has {found}; a plan fits the model that it was made for"
+                    f"but the model has {actual_size}; a plan fits the model that it was made for"
                 )
             if len(kept) < group.size:
                 masks[group.axis] = np.isin(np.arange(group.size), kept)
@@ -70,8 +70,8 @@ class Plan:
 
     def without(self, names: Iterable[str]) -> Plan:
         """Return the plan that leaves these groups whole."""
-        left = {name: kept for name, kept in self.keep.items() if name not in set(names)}
-        return Plan(left, {name: self.sizes[name] for name in left}, self.request)
+        remaining = {name: kept for name, kept in self.keep.items() if name not in set(names)}
+        return Plan(remaining, {name: self.sizes[name] for name in remaining}, self.request)
 
     def to_json(self) -> str:
         """Return the plan as JSON."""
@@ -129,8 +129,8 @@ class Plan:
             raise PlanError(f"{path} is not a plan that graphprune saved: {error}") from error
 
     def __str__(self) -> str:
-        asked = ", ".join(f"{name}={value}" for name, value in self.request.items())
-        lines = [f"Plan({asked}): {self.removed} channels go"]
+        request_text = ", ".join(f"{name}={value}" for name, value in self.request.items())
+        lines = [f"Plan({request_text}): {self.removed} channels go"]
         for name, kept in self.keep.items():
             lines.append(f"  {name}: {self.sizes[name]} -> {len(kept)}")
         return "\n".join(lines)

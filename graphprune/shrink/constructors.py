@@ -81,69 +81,84 @@ class Constructors:
         """Return the dimensions that are built with the number as their size."""
         module = self.model.get_submodule(number.module)
         text = ".".join(["self", *map(str, number.keys)])
-        seen: set[Any] = set()
-        built: list[Layout] = []
+        visited: set[Any] = set()
+        layouts: list[Layout] = []
         for function in _methods(type(module)):
-            built += self._built(function, {text}, module, number.module, number.value, seen)
-        return built
+            layouts += self._follow_expressions(
+                function, {text}, module, number.module, number.value, visited
+            )
+        return layouts
 
-    def _built(
+    def _follow_expressions(
         self,
         function: FunctionType,
         texts: set[str],
         module: nn.Module,
         path: str,
         size: int,
-        seen: set[Any],
+        visited: set[Any],
     ) -> Iterator[Layout]:
         """Yield the dimensions that a method builds of what these expressions stand for."""
         key = (function, path, tuple(sorted(texts)))
-        if key in seen or len(seen) > 200:
+        # Classes may build each other: every combination is followed once, and not without end.
+        if key in visited or len(visited) > 200:
             return
-        seen.add(key)
-        for use in self._uses(function, texts):
+        visited.add(key)
+        # `self.width = width` and `self.proj = nn.Linear(3, width)`: from "self.width" by its alias
+        # "width" to argument 1 of nn.Linear, whose target is "proj"; so to rows of proj.weight.
+        for use in self._find_uses(function, texts):
             scope = f"{path}.{use.target}".removeprefix(".") if use.target else path
-            yield from self._given(use, module, scope, size, seen)
+            yield from self._follow_use(use, module, scope, size, visited)
 
-    def _given(
-        self, use: _Use, module: nn.Module, scope: str, size: int, seen: set[Any]
+    def _follow_use(
+        self, use: _Use, module: nn.Module, scope: str, size: int, visited: set[Any]
     ) -> Iterator[Layout]:
         callee = use.callee
         if isinstance(callee, FunctionType) and callee.__name__ == "__init__":  # the parent class's
-            name = _argument(callee, use.argument)
+            name = _argument_name(callee, use.argument)
             path = scope
-            yield from self._built(callee, {name, f"self.{name}"}, module, path, size, seen)
+            yield from self._follow_expressions(
+                callee, {name, f"self.{name}"}, module, path, size, visited
+            )
         elif isinstance(callee, type) and issubclass(callee, nn.Module):
-            name = _argument(callee.__init__, use.argument)
-            for path, child in self._under(scope):
+            name = _argument_name(callee.__init__, use.argument)
+            for path, child in self._yield_modules_under(scope):
                 if isinstance(child, callee):
-                    yield from self._given_to(callee, name, child, path, size, seen)
+                    yield from self._follow_constructor(callee, name, child, path, size, visited)
         elif callee in _FACTORIES:
+            # `self.bias = torch.zeros(2, width)`: argument 1 is dimension 1 of what it becomes.
             layouts = self.parameters.get(scope, [])
             if isinstance(use.argument, int) and use.argument < len(layouts) and use.target:
-                yield from self._of_size([layouts[use.argument]], size)
+                yield from self._filter_by_size([layouts[use.argument]], size)
+        # Any other function: whatever its result holds in a dimension of this size.
         elif use.target and callee not in vars(builtins).values():
             for name, layouts in self.parameters.items():
                 if name == scope or name.startswith(f"{scope}."):
-                    yield from self._of_size(layouts, size)
+                    yield from self._filter_by_size(layouts, size)
 
-    def _given_to(
-        self, kind: Any, name: str, child: nn.Module, path: str, size: int, seen: set[Any]
+    def _follow_constructor(
+        self, kind: Any, name: str, child: nn.Module, path: str, size: int, visited: set[Any]
     ) -> Iterator[Layout]:
         """Yield what a module's class makes of an argument of its constructor."""
         prefix = f"{path}." if path else ""
         if is_of_torch(kind) and (name in _SIZED or name in _CHANNELS):
+            # By slices, which are empty where there is no such tensor or dimension.
             for tensor, dim in _SIZED.get(name, []):
-                yield from self._of_size(self.parameters.get(prefix + tensor, [])[dim:][:1], size)
+                yield from self._filter_by_size(
+                    self.parameters.get(prefix + tensor, [])[dim:][:1], size
+                )
             side = _CHANNELS.get(name)
             for step in self.steps.get(path, []) if side else []:
                 if step.place.operator in ("aten.convolution", "aten.native_group_norm"):
+                    # `[batch, channels, ...]`; the number of groups is a factor of the channels.
                     value = (step.inputs if side == "in" else step.outputs)[0]
-                    yield from self._of_size(value.layouts[1:2], size, parts="groups" in name)
+                    yield from self._filter_by_size(
+                        value.layouts[1:2], size, parts="groups" in name
+                    )
         elif isinstance(kind.__init__, FunctionType):
-            yield from self._built(kind.__init__, {name}, child, path, size, seen)
+            yield from self._follow_expressions(kind.__init__, {name}, child, path, size, visited)
 
-    def _of_size(
+    def _filter_by_size(
         self, layouts: Iterable[Layout], size: int, *, parts: bool = False
     ) -> Iterator[Layout]:
         for layout in layouts:
@@ -152,7 +167,7 @@ class Constructors:
             elif parts:
                 yield from [part for length, part in self.pieces.of(layout) if length == size][:1]
 
-    def _under(self, scope: str) -> Iterator[tuple[str, nn.Module]]:
+    def _yield_modules_under(self, scope: str) -> Iterator[tuple[str, nn.Module]]:
         try:
             top = self.model.get_submodule(scope)
         except AttributeError:
@@ -160,15 +175,15 @@ class Constructors:
         for path, child in top.named_modules():
             yield ".".join(filter(None, (scope, path))), child
 
-    def _uses(self, function: FunctionType, texts: set[str]) -> Iterator[_Use]:
+    def _find_uses(self, function: FunctionType, texts: set[str]) -> Iterator[_Use]:
         if function not in self.code:
-            self.code[function] = _read(function)
+            self.code[function] = _read_code(function)
         code = self.code[function]
-        known = _aliases(code.pairs, texts)
+        aliases = _aliases(code.pairs, texts)
         for call in code.calls:
             for argument, text in call.arguments:
-                for target in call.targets if text in known else ():
-                    yield _Use(_resolved(call.callee, function), argument, target)
+                for target in call.targets if text in aliases else ():
+                    yield _Use(_resolve_callee(call.callee, function), argument, target)
 
 
 def _methods(kind: type) -> Iterator[FunctionType]:
@@ -177,16 +192,16 @@ def _methods(kind: type) -> Iterator[FunctionType]:
             yield from (x for x in vars(base).values() if isinstance(x, FunctionType))
 
 
-def _read(function: FunctionType) -> _Code:
+def _read_code(function: FunctionType) -> _Code:
     """Return what a function's source says; nothing where there is none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return _Code([], [])
     nodes = list(ast.walk(tree))
-    assigned = [pair for node in nodes for pair in _assigned(node)]
+    assigned = [pair for node in nodes for pair in _yield_assignments(node)]
     targets: dict[ast.AST, list[str]] = {}
-    for node, target in _targets(assigned):
+    for node, target in _yield_targets(assigned):
         targets.setdefault(node, []).append(target)
     calls = [
         _Call(ast.unparse(node.func), list(_arguments(node)), targets.get(node, [""]))
@@ -201,7 +216,7 @@ def _read(function: FunctionType) -> _Code:
     return _Code(pairs, calls)
 
 
-def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+def _yield_assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
     """Yield targets and values, those of tuples one by one; targets of one value pairwise."""
     if not isinstance(node, ast.Assign):
         return
@@ -215,39 +230,42 @@ def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 def _aliases(pairs: list[tuple[str, str]], texts: set[str]) -> set[str]:
     """Return the expressions that are assigned to each other, beginning with the given ones."""
-    known, new = set(texts), set(texts)
-    while new:
-        new = {
-            other + text[len(same) :]
+    aliases, new_aliases = set(texts), set(texts)
+    while new_aliases:
+        # With the pair ("self.a", "b") the text "b.size" has the alias "self.a.size", and back.
+        new_aliases = {
+            alias + text[len(source) :]
             for a, b in pairs
-            for same, other in ((a, b), (b, a))
-            for text in new
-            if text == same or text.startswith(f"{same}.")
+            for source, alias in ((a, b), (b, a))
+            for text in new_aliases
+            if text == source or text.startswith(f"{source}.")
         }
-        new = {text for text in new if text.count(".") < 6} - known
-        known |= new
-    return known
+        # `x = x.next` would make longer ones for ever.
+        new_aliases = {text for text in new_aliases if text.count(".") < 6} - aliases
+        aliases |= new_aliases
+    return aliases
 
 
-def _targets(assigned: list[tuple[ast.expr, ast.expr]]) -> Iterator[tuple[ast.AST, str]]:
+def _yield_targets(assigned: list[tuple[ast.expr, ast.expr]]) -> Iterator[tuple[ast.AST, str]]:
     """Yield calls with the attributes of `self` that they become, alone, inside others or by a name."""
-    later: dict[str, list[str]] = {}
+    # `conv = nn.Conv2d(...)` and then `self.first = conv`: the call becomes "first" all the same.
+    attributes_of: dict[str, list[str]] = {}
     for target, value in assigned:
-        if _is_own(target) and isinstance(value, ast.Name):
-            later.setdefault(value.id, []).append(target.attr)  # type: ignore[attr-defined]
+        if _is_attribute_of_self(target) and isinstance(value, ast.Name):
+            attributes_of.setdefault(value.id, []).append(target.attr)  # type: ignore[attr-defined]
     for target, value in assigned:
-        names: list[str] = []
+        attributes: list[str] = []
         for part in target.elts if isinstance(target, ast.Tuple) else [target]:
-            if _is_own(part):
-                names.append(part.attr)  # type: ignore[attr-defined]
+            if _is_attribute_of_self(part):
+                attributes.append(part.attr)  # type: ignore[attr-defined]
             elif isinstance(part, ast.Name):
-                names += later.get(part.id, [])
-        for node in ast.walk(value) if names else ():
+                attributes += attributes_of.get(part.id, [])
+        for node in ast.walk(value) if attributes else ():
             if isinstance(node, ast.Call):
-                yield from ((node, name) for name in names)
+                yield from ((node, name) for name in attributes)
 
 
-def _is_own(target: ast.expr) -> bool:
+def _is_attribute_of_self(target: ast.expr) -> bool:
     return isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
 
 
@@ -262,7 +280,7 @@ def _arguments(call: ast.Call) -> Iterator[tuple[int | str, str]]:
             yield keyword.arg, ast.unparse(keyword.value)
 
 
-def _argument(function: Callable[..., Any], argument: int | str) -> str:
+def _argument_name(function: Callable[..., Any], argument: int | str) -> str:
     """Return the name of a constructor's argument."""
     if isinstance(argument, str):
         return argument
@@ -273,15 +291,16 @@ def _argument(function: Callable[..., Any], argument: int | str) -> str:
     return names[argument] if argument < len(names) else ""
 
 
-def _resolved(text: str, function: FunctionType) -> Any:
+def _resolve_callee(text: str, function: FunctionType) -> Any:
     """Return what the name of a callee stands for in a function's module, or None."""
     if text == "super().__init__":
-        owner = inspect.unwrap(function).__qualname__.rpartition(".")[0]
-        kind = function.__globals__.get(owner)
-        bases = kind.__mro__[1:] if isinstance(kind, type) else ()
-        return next((vars(b)["__init__"] for b in bases if "__init__" in vars(b)), None)
-    first, *rest = text.split(".")
-    value = function.__globals__.get(first, getattr(builtins, first, None))
-    for name in rest:
-        value = getattr(value, name, None)
-    return value
+        class_name = inspect.unwrap(function).__qualname__.rpartition(".")[0]
+        # super() goes by the class that the method is written in, not by that of the instance.
+        defining_class = function.__globals__.get(class_name)
+        bases = defining_class.__mro__[1:] if isinstance(defining_class, type) else ()
+        return next((vars(base)["__init__"] for base in bases if "__init__" in vars(base)), None)
+    head, *attributes = text.split(".")
+    callee = function.__globals__.get(head, getattr(builtins, head, None))
+    for name in attributes:
+        callee = getattr(callee, name, None)
+    return callee

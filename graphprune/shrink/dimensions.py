@@ -50,6 +50,7 @@ class Pieces:
 
     def of(self, layout: Layout) -> list[tuple[int, Layout]]:
         """Return the sizes and layouts of a dimension and its parts."""
+        # By identity: the same one comes again for every module around its tensor.
         pieces = self.of_layout.get(id(layout))
         if pieces is None:
             self.alive.append(layout)
@@ -77,6 +78,7 @@ def _parts(layout: Layout) -> Iterator[Layout]:
     if isinstance(layout, Product):
         factors = layout.factors
         for start in range(len(factors)):
+            # Of (a b c) also a, (a b), b, (b c) and c.
             for end in range(start + 1, len(factors) + 1):
                 if end - start == 1:
                     yield from _parts(factors[start])
@@ -111,8 +113,8 @@ class Dimensions:
         }
         for name, layouts in inference.parameters.items():
             owner, _, attribute = name.rpartition(".")
-            for path in self._around(owner):
-                self._add(path, (_relative(owner, path), attribute), layouts)
+            for path in self._find_modules_around(owner):
+                self._add(path, (_relative_path(owner, path), attribute), layouts)
         counts: dict[tuple[str, str], int] = {}
         for step in inference.steps:
             call = (step.place.module, step.place.operator)
@@ -124,9 +126,10 @@ class Dimensions:
         """Return the dimensions and parts of this size in and around a module."""
         return list(self.by_module.get(path, {}).get(size, {}).values())
 
-    def _around(self, owner: str) -> list[str]:
+    def _find_modules_around(self, owner: str) -> list[str]:
         """Return the modules looked at that a module is in, itself included."""
         if owner not in self.around:
+            # For "a.b.c": "", "a", "a.b" and "a.b.c".
             ends = [end for end, sign in enumerate(owner + ".") if sign == "."]
             paths = dict.fromkeys(["", *(owner[:end] for end in ends)])
             self.around[owner] = [path for path in paths if path in self.sizes]
@@ -134,43 +137,49 @@ class Dimensions:
 
     def _add_step(self, step: Step, call: tuple[str, str, int]) -> None:
         owner, operator, count = call
-        paths = self._around(owner)
+        paths = self._find_modules_around(owner)
         if not paths:
             return
-        asked = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
+        argument_sizes = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
         for number, value in enumerate((*step.inputs, *step.outputs)):
             is_output = number >= len(step.inputs)
             for path in paths:
-                address = (_relative(owner, path), operator, count, number)
-                own = asked if is_output and path == owner else set()
-                self._add(path, address, value.layouts, asked=own)
+                address = (_relative_path(owner, path), operator, count, number)
+                # Views and the like are told the sizes of their results, never of their operands.
+                given_sizes = argument_sizes if is_output and path == owner else set()
+                self._add(path, address, value.layouts, given_sizes=given_sizes)
 
     def _add_borders(self, inference: Inference) -> None:
         """Add what goes into modules and comes out of them."""
         owners = [step.place.module for step in inference.steps]
-        numbers: dict[tuple[str, str], int] = {}
-        seen: set[tuple[str, str, int | str]] = set()
+        last_numbers: dict[tuple[str, str], int] = {}
+        added: set[tuple[str, str, int | str]] = set()
 
         def add(paths: Iterable[str], side: str, value: Value) -> None:
             for path in paths:
-                if (path, side, value.source) not in seen:
-                    seen.add((path, side, value.source))
-                    numbers[path, side] = numbers.get((path, side), -1) + 1
-                    self._add(path, (side, numbers[path, side]), value.layouts, side=side)
+                if (path, side, value.source) not in added:
+                    added.add((path, side, value.source))
+                    last_numbers[path, side] = last_numbers.get((path, side), -1) + 1
+                    self._add(path, (side, last_numbers[path, side]), value.layouts, side=side)
 
         for step in inference.steps:
-            inside = set(self._around(step.place.module))
+            around_reader = set(self._find_modules_around(step.place.module))
             for value in step.inputs:
                 if isinstance(value.source, int):
-                    source = set(self._around(owners[value.source]))
-                    add(source - inside, "out", value)
-                    add(inside - source, "in", value)
+                    # It leaves the maker's modules that the reader is not in, and enters the others.
+                    around_maker = set(self._find_modules_around(owners[value.source]))
+                    add(around_maker - around_reader, "out", value)
+                    add(around_reader - around_maker, "in", value)
                 elif value.source in inference.inputs:
-                    add(inside, "in", value)
+                    add(around_reader, "in", value)
         for name, layouts in inference.outputs.items():
-            made_by = inference.output_sources[name]
-            if isinstance(made_by, int):
-                add(set(self._around(owners[made_by])), "out", Value(layouts, made_by))
+            output_source = inference.output_sources[name]
+            if isinstance(output_source, int):
+                add(
+                    set(self._find_modules_around(owners[output_source])),
+                    "out",
+                    Value(layouts, output_source),
+                )
 
     def _add(
         self,
@@ -179,17 +188,17 @@ class Dimensions:
         layouts: Iterable[Layout],
         *,
         side: str = "",
-        asked: Iterable[int] = (),
+        given_sizes: Iterable[int] = (),
     ) -> None:
-        sizes, kinds = self.sizes[path], self.by_module[path]
+        sizes, dimensions_by_size = self.sizes[path], self.by_module[path]
         for dim, layout in enumerate(layouts):
             for number, (size, part) in enumerate(self.pieces.of(layout)):
                 if size in sizes:
                     key = (*address, dim, number)
-                    kinds.setdefault(size, {})[key] = Dimension(
-                        key, part, side, self.pieces.is_of_weights(part), size in asked
+                    dimensions_by_size.setdefault(size, {})[key] = Dimension(
+                        key, part, side, self.pieces.is_of_weights(part), size in given_sizes
                     )
 
 
-def _relative(owner: str, path: str) -> str:
+def _relative_path(owner: str, path: str) -> str:
     return owner[len(path) :].lstrip(".")

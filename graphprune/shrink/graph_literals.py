@@ -31,18 +31,19 @@ def restricted_arguments(
     step: Step, args: Sequence[Any], kwargs: dict[str, Any], kept: Mapping[Axis, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a statistic once its tensors hold only the kept slots."""
-    given = bind_arguments(step.func, args, kwargs)
-    changed: dict[str, Any] = {}
-    if "normalized_shape" in given:
-        layouts = step.inputs[0].layouts[-len(given["normalized_shape"]) :]
-        changed["normalized_shape"] = [kept_size(layout, kept) for layout in layouts]
+    arguments_by_name = bind_arguments(step.func, args, kwargs)
+    slim_values: dict[str, Any] = {}
+    if "normalized_shape" in arguments_by_name:
+        layouts = step.inputs[0].layouts[-len(arguments_by_name["normalized_shape"]) :]
+        slim_values["normalized_shape"] = [kept_size(layout, kept) for layout in layouts]
     if step.func.overloadpacket is aten.native_group_norm:
         sizes = [kept_size(layout, kept) for layout in step.inputs[0].layouts]
         space = math.prod(sizes[2:])
-        changed.update(N=sizes[0], C=sizes[1], HxW=space, group=kept_groups(step, kept))
+        slim_values.update(N=sizes[0], C=sizes[1], HxW=space, group=kept_groups(step, kept))
+    # What was positional stays so: `args` are the first of the schema's arguments.
     names = [argument.name for argument in step.func._schema.arguments]
-    new_args = [changed.get(name, value) for name, value in zip(names, args, strict=False)]
-    return tuple(new_args), {name: changed.get(name, value) for name, value in kwargs.items()}
+    new_args = [slim_values.get(name, value) for name, value in zip(names, args, strict=False)]
+    return tuple(new_args), {name: slim_values.get(name, value) for name, value in kwargs.items()}
 
 
 class _Site:
@@ -57,8 +58,8 @@ class _Site:
 
     def layouts(self, name: str) -> Layouts:
         """Return the layouts of the tensor argument of that name."""
-        found = self.nodes.get(self.arguments[name].name)
-        return found if found is not None else []
+        node_layouts = self.nodes.get(self.arguments[name].name)
+        return node_layouts if node_layouts is not None else []
 
     @property
     def output(self) -> Any:
@@ -69,7 +70,7 @@ class _Site:
         """Say whether a dimension of this layout gets smaller."""
         return touches(layout, self.kept)
 
-    def left(self, layout: Layout) -> int:
+    def slim_size(self, layout: Layout) -> int:
         """Return the size of a dimension in the slim model."""
         return kept_size(layout, self.kept)
 
@@ -85,21 +86,22 @@ class _Site:
         """Make the node call another operator."""
         self.node.target, self.node.args, self.node.kwargs = target, args, {}
 
-    def resized(self, value: Any, layout: Layout) -> Any:
+    def resize(self, value: Any, layout: Layout) -> Any:
         """Return the slim size for an original one, which may be -1 or computed by the graph."""
         if not self.is_cut(layout) or (isinstance(value, int) and value < 0):
             return value
         if isinstance(value, int):
-            return self.left(layout)
-        return scaled(value, self.left(layout), size_of(layout), before=self.node)
+            return self.slim_size(layout)
+        return scaled(value, self.slim_size(layout), size_of(layout), before=self.node)
 
 
 def scaled(value: fx.Node, numerator: int, denominator: int, before: fx.Node) -> Any:
     """Return `value * numerator // denominator`, computed by the graph unless the value is known."""
-    known = value.meta.get("val")
-    if isinstance(known, int):
-        return known * numerator // denominator
+    traced_size = value.meta.get("val")
+    if isinstance(traced_size, int):
+        return traced_size * numerator // denominator
     with before.graph.inserting_before(before):
+        # Times first, which keeps the division whole: 6 * 2 // 4 is 3, where 6 // 4 * 2 is 2.
         product = before.graph.call_function(operator.mul, (value, numerator))
         return before.graph.call_function(operator.floordiv, (product, denominator))
 
@@ -116,22 +118,23 @@ def rewrite_literals(
 
     """
     changed = []
+    # A list, since rewriting adds nodes.
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.name not in inference.nodes:
             continue
-        before = (node.target, node.args, dict(node.kwargs))
+        call_before = (node.target, node.args, dict(node.kwargs))
         if node.target is aten.sym_size.int:
             _restore_size(node, inference, kept)
-        rewrite = _rewrite_of(node.target)
+        rewrite = _find_rewrite(node.target)
         if rewrite is not None:
             rewrite(_Site(node, inference, kept))
-        if before != (node.target, node.args, dict(node.kwargs)):
+        if call_before != (node.target, node.args, dict(node.kwargs)):
             changed.append(node)
     graph_module.recompile()
     return changed
 
 
-def _rewrite_of(target: Any) -> Callable[[_Site], None] | None:
+def _find_rewrite(target: Any) -> Callable[[_Site], None] | None:
     packet = getattr(target, "overloadpacket", None)
     name = target._schema.name if isinstance(target, OpOverload) else None
     return _REWRITES.get(packet) or _REWRITES.get(name)
@@ -143,6 +146,7 @@ def _restore_size(node: fx.Node, inference: Inference, kept: Mapping[Axis, int])
     layout = inference.nodes[tensor.name][dim]  # type: ignore[union-attr,index]
     if not touches(layout, kept):
         return
+    # `x.shape[1] // 64` was written for the original. Listed now: the new nodes use `node` too.
     users = list(node.users)
     original = scaled(node, size_of(layout), kept_size(layout, kept), before=node.next)
     for user in users:
@@ -156,8 +160,9 @@ def _sizes(name: str) -> Callable[[_Site], None]:
         if name not in site.arguments:  # an overload that takes no sizes, as view.dtype
             return
         sizes = site.arguments[name]
+        # From the end, where sizes belong; not `[-len(sizes):]`, which is all of them for none.
         layouts = site.output[len(site.output) - len(sizes) :]
-        site.set(name, [site.resized(s, layout) for s, layout in zip(sizes, layouts, strict=True)])
+        site.set(name, [site.resize(s, layout) for s, layout in zip(sizes, layouts, strict=True)])
 
     return rewrite
 
@@ -166,14 +171,15 @@ def _unflatten(site: _Site) -> None:
     dim = site.arguments["dim"] % len(site.layouts("self"))
     sizes = site.arguments["sizes"]
     layouts = site.output[dim : dim + len(sizes)]
-    site.set("sizes", [site.resized(s, layout) for s, layout in zip(sizes, layouts, strict=True)])
+    site.set("sizes", [site.resize(s, layout) for s, layout in zip(sizes, layouts, strict=True)])
 
 
 def _pieces(site: _Site) -> None:
     dim = site.arguments["dim"]
     pieces = [layouts[dim] for layouts in site.output]
     if any(map(site.is_cut, pieces)):
-        sizes = [site.left(piece) for piece in pieces]
+        # `chunk(x, 2)` makes pieces alike, of which the slim ones need not be.
+        sizes = [site.slim_size(piece) for piece in pieces]
         source = site.arguments["self"]
         site.replace_by(aten.split_with_sizes.default, (source, sizes, dim))
 
@@ -183,48 +189,50 @@ def _slice(site: _Site) -> None:
     if not site.is_cut(layout):
         return
     if site.arguments["step"] != 1:
+        # Whole strides go, so the start stays where it is from the front: -5 of six is 1.
         site.set("start", slice(site.arguments["start"], None).indices(size_of(layout))[0])
         return
-    given = site.arguments["start"], site.arguments["end"]
-    if not all(bound is None or isinstance(bound, int) for bound in given):
+    bounds = site.arguments["start"], site.arguments["end"]
+    if not all(bound is None or isinstance(bound, int) for bound in bounds):
         return
-    start, end, _ = slice(*given).indices(size_of(layout))
-    site.set("start", _kept_before(site, layout, start))
-    if not _is_open(given[1]):  # else it ends where the dimension does, at any size of the inputs
-        site.set("end", _kept_before(site, layout, max(start, end)))
+    start, end, _ = slice(*bounds).indices(size_of(layout))
+    site.set("start", _count_kept_before(site, layout, start))
+    if not _is_open(bounds[1]):  # else it ends where the dimension does, at any size of the inputs
+        site.set("end", _count_kept_before(site, layout, max(start, end)))
 
 
 def _is_open(end: int | None) -> bool:
     return end is None or end == torch.iinfo(torch.int64).max
 
 
-def _kept_before(site: _Site, layout: Layout, position: int) -> int:
-    return site.left(cut(layout, [position], _NO_REASON)[0])
+def _count_kept_before(site: _Site, layout: Layout, position: int) -> int:
+    return site.slim_size(cut(layout, [position], _NO_REASON)[0])
 
 
 def _select(site: _Site) -> None:
     layout = site.layouts("self")[site.arguments["dim"]]
     index = site.arguments["index"]
     if site.is_cut(layout) and isinstance(index, int):
-        site.set("index", _kept_before(site, layout, index % size_of(layout)))
+        site.set("index", _count_kept_before(site, layout, index % size_of(layout)))
 
 
 def _squeeze(site: _Site) -> None:
     layouts = site.layouts("self")
     if not any(map(site.is_cut, layouts)):
         return
-    named = site.arguments.get("dim", list(range(len(layouts))))
-    named = [named] if isinstance(named, int) else named
-    ones = [dim for dim in named if size_of(layouts[dim]) == 1]
-    site.replace_by(aten.squeeze.dims, (site.arguments["self"], ones))
+    dims = site.arguments.get("dim", list(range(len(layouts))))
+    dims = [dims] if isinstance(dims, int) else dims
+    # A dimension of which one slot is left has size 1 now and must not go.
+    unit_dims = [dim for dim in dims if size_of(layouts[dim]) == 1]
+    site.replace_by(aten.squeeze.dims, (site.arguments["self"], unit_dims))
 
 
 def _narrow(site: _Site) -> None:
     dim = site.arguments["dim"]
     layout, start = site.layouts("self")[dim], site.arguments["start"]
     if site.is_cut(layout):
-        site.set("start", _kept_before(site, layout, start % size_of(layout)))
-        site.set("length", site.left(site.output[dim]))
+        site.set("start", _count_kept_before(site, layout, start % size_of(layout)))
+        site.set("length", site.slim_size(site.output[dim]))
 
 
 def _repeat_by(name: str) -> Callable[[_Site], None]:
@@ -232,13 +240,16 @@ def _repeat_by(name: str) -> Callable[[_Site], None]:
 
     def rewrite(site: _Site) -> None:
         repeats = list(site.arguments[name])
+        # More repeats than dimensions: those in front are of new dimensions, whose layout is None.
         layouts: list[Layout | None] = [None] * len(repeats) + list(site.layouts("self"))
-        given = zip(repeats, layouts[-len(repeats) :], site.output[-len(repeats) :], strict=True)
-        new = []
-        for times, before, after in given:
-            each = 1 if before is None else site.left(before)
-            new.append(site.left(after) // each if site.is_cut(after) else times)
-        site.set(name, new)
+        dims = zip(repeats, layouts[-len(repeats) :], site.output[-len(repeats) :], strict=True)
+        new_repeats = []
+        for times, source, result in dims:
+            source_size = 1 if source is None else site.slim_size(source)
+            new_repeats.append(
+                site.slim_size(result) // source_size if site.is_cut(result) else times
+            )
+        site.set(name, new_repeats)
 
     return rewrite
 
@@ -246,29 +257,38 @@ def _repeat_by(name: str) -> Callable[[_Site], None]:
 def _repeat_interleave(site: _Site) -> None:
     dim = site.arguments["dim"]
     if dim is not None and site.is_cut(site.output[dim]):
-        each, after = site.left(site.layouts("self")[dim]), site.left(site.output[dim])
-        site.set("repeats", after // each)
+        source_size, result_size = (
+            site.slim_size(site.layouts("self")[dim]),
+            site.slim_size(site.output[dim]),
+        )
+        site.set("repeats", result_size // source_size)
         if site.arguments["output_size"] is not None:
-            site.set("output_size", after)
+            site.set("output_size", result_size)
 
 
 def _pad(site: _Site) -> None:
     amounts = list(site.arguments["pad"])
     for i in range(len(amounts) // 2):
-        layout, before, after = site.output[-1 - i], amounts[2 * i], amounts[2 * i + 1]
-        inside = site.layouts("self")[-1 - i]
-        if not site.is_cut(layout) and not site.is_cut(inside):
+        # `[left, right, top, bottom]`: the first two are those of the last dimension.
+        result, before, after = site.output[-1 - i], amounts[2 * i], amounts[2 * i + 1]
+        source = site.layouts("self")[-1 - i]
+        if not site.is_cut(result) and not site.is_cut(source):
             continue
-        ends = [max(before, 0), size_of(layout) - max(after, 0)]
-        pieces = cut(layout, ends, _NO_REASON)
-        ends_inside = [max(-before, 0), size_of(inside) - max(-after, 0)]
-        dropped = cut(inside, ends_inside, _NO_REASON)
+        # At each end slots are added or, by a negative amount, dropped: the result is (added +
+        # inside + added), the source (dropped + inside + dropped), and one of each two is empty.
+        result_ends = [max(before, 0), size_of(result) - max(after, 0)]
+        result_pieces = cut(result, result_ends, _NO_REASON)
+        source_ends = [max(-before, 0), size_of(source) - max(-after, 0)]
+        source_pieces = cut(source, source_ends, _NO_REASON)
         for offset, side in ((0, 0), (1, 2)):
-            amounts[2 * i + offset] = site.left(pieces[side]) - site.left(dropped[side])
+            amounts[2 * i + offset] = site.slim_size(result_pieces[side]) - site.slim_size(
+                source_pieces[side]
+            )
     site.set("pad", amounts)
 
 
-def _as_it_lies(site: _Site) -> None:
+def _drop_as_strided(site: _Site) -> None:
+    # The slim tensor has other strides. Only where it changed nothing is there something to cut.
     if any(map(site.is_cut, site.output)):
         site.replace_by(aten.alias.default, (site.arguments["self"],))
 
@@ -278,47 +298,52 @@ def _normalized_shape(site: _Site) -> None:
     layouts = site.layouts("input")[-len(shape) :]
     site.set(
         "normalized_shape",
-        [site.resized(s, layout) for s, layout in zip(shape, layouts, strict=True)],
+        [site.resize(s, layout) for s, layout in zip(shape, layouts, strict=True)],
     )
 
 
 def _group_norm(site: _Site) -> None:
     channels, groups = site.layouts("input")[1], site.arguments["num_groups"]
-    each = size_of(channels) // groups
-    if site.is_cut(channels) and can_split(channels, each):
-        site.set("num_groups", site.left(split(channels, each, _NO_REASON)[0]))
+    group_size = size_of(channels) // groups
+    if site.is_cut(channels) and can_split(channels, group_size):
+        site.set("num_groups", site.slim_size(split(channels, group_size, _NO_REASON)[0]))
 
 
 def _convolution_groups(site: _Site) -> None:
     weight = site.layouts("weight")
     transposed = site.arguments.get("transposed", "transpose" in str(site.func))
+    # Weights are `[out, in / groups]`, transposed ones `[in, out / groups]`: the channels of that
+    # side, divided by weight[1], are the groups.
     outer = site.output if transposed else site.layouts("input")
     if site.arguments["groups"] != 1:
-        site.set("groups", site.left(outer[1]) // site.left(weight[1]))
+        site.set("groups", site.slim_size(outer[1]) // site.slim_size(weight[1]))
 
 
 def _deformed_groups(site: _Site) -> None:
     _convolution_groups(site)
     window = math.prod(size_of(layout) for layout in site.layouts("weight")[2:])
-    site.set("offset_groups", site.left(site.layouts("offset")[1]) // (2 * window))
+    # The channels of the offsets are `[offset groups, positions in the window, 2]`.
+    site.set("offset_groups", site.slim_size(site.layouts("offset")[1]) // (2 * window))
 
 
 def _attention_scale(site: _Site) -> None:
     size = site.layouts("query")[-1]
+    # By default 1 / sqrt(head size), which would change with the size.
     if site.is_cut(size) and site.arguments["scale"] is None:
         site.set("scale", 1 / math.sqrt(size_of(size)))
 
 
 def _shuffle_groups(site: _Site) -> None:
     channels, groups = site.layouts("self")[1], site.arguments["groups"]
-    each = size_of(channels) // groups
-    if site.is_cut(channels) and can_split(channels, each):
-        site.set("groups", site.left(split(channels, each, _NO_REASON)[0]))
+    group_size = size_of(channels) // groups
+    if site.is_cut(channels) and can_split(channels, group_size):
+        site.set("groups", site.slim_size(split(channels, group_size, _NO_REASON)[0]))
 
 
 _REWRITES: dict[Any, Callable[[_Site], None]] = {
     **dict.fromkeys(
-        [aten.view, aten.expand, aten.zeros, aten.ones, aten.empty, aten.full], _sizes("size")
+        [aten.view, aten.expand, aten.zeros, aten.ones, aten.empty, aten.full],
+        _sizes("size"),
     ),
     **dict.fromkeys([aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full], _sizes("size")),
     **dict.fromkeys([aten._unsafe_view], _sizes("size")),
@@ -326,7 +351,7 @@ _REWRITES: dict[Any, Callable[[_Site], None]] = {
     aten.unflatten: _unflatten,
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_chunk], _pieces),
     **dict.fromkeys([aten.unsafe_split, aten.unsafe_split_with_sizes, aten.tensor_split], _pieces),
-    aten.as_strided: _as_it_lies,
+    aten.as_strided: _drop_as_strided,
     aten.slice: _slice,
     aten.select: _select,
     aten.squeeze: _squeeze,

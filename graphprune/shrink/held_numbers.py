@@ -63,20 +63,22 @@ def held_numbers(model: nn.Module, described: tuple[type, ...]) -> Iterator[Held
         described: classes of torch whose own attributes are left out.
 
     """
-    seen: set[int] = set()
+    visited_ids: set[int] = set()
     for path, module in model.named_modules():
-        own = _names_of_torch(type(module)) if isinstance(module, described) else frozenset()
+        torch_names = (
+            _names_of_torch(type(module)) if isinstance(module, described) else frozenset()
+        )
         for name, value in _attributes(module):
-            if name not in own:
-                for keys, number, texts in _inside(value, (name,), (), seen):
+            if name not in torch_names:
+                for keys, number, texts in _find_inside(value, (name,), (), visited_ids):
                     yield HeldNumber(path, type(module), keys, number, texts)
 
 
 def put_number(model: nn.Module, number: HeldNumber, value: int) -> None:
     """Let the model hold another number in this place."""
     module = model.get_submodule(number.module)
-    name, *rest = number.keys
-    setattr(module, str(name), _with(getattr(module, str(name)), rest, value))
+    name, *inner_keys = number.keys
+    setattr(module, str(name), _replace_in(getattr(module, str(name)), inner_keys, value))
 
 
 def _names_of_torch(kind: type) -> frozenset[str]:
@@ -89,35 +91,36 @@ def _names_of_torch(kind: type) -> frozenset[str]:
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield a module's attributes, and the numbers among those of its class."""
-    held = vars(module)
-    for name, value in held.items():
+    instance_attributes = vars(module)
+    for name, value in instance_attributes.items():
         if name not in _OF_EVERY_MODULE:
             yield name, value
-    seen: set[str] = set(held)
+    # The attribute of an instance or a subclass hides that of the class below.
+    names_so_far: set[str] = set(instance_attributes)
     for base in type(module).__mro__:
         if is_of_torch(base):
             return
         for name, value in vars(base).items():
-            if type(value) is int and name not in seen and not name.startswith("__"):
+            if type(value) is int and name not in names_so_far and not name.startswith("__"):
                 yield name, value
-            seen.add(name)
+            names_so_far.add(name)
 
 
-def _inside(
-    value: Any, keys: tuple[Key, ...], texts: tuple[str, ...], seen: set[int]
+def _find_inside(
+    value: Any, keys: tuple[Key, ...], texts: tuple[str, ...], visited_ids: set[int]
 ) -> Iterator[tuple[tuple[Key, ...], int, tuple[str, ...]]]:
     if type(value) is int:
         if value > 1:
             yield keys, value, texts
         return
     entries = _entries(value)
-    if entries is None or len(keys) > _DEPTH or id(value) in seen:
+    if entries is None or len(keys) > _DEPTH or id(value) in visited_ids:
         return
     if not (isinstance(value, tuple) or _is_frozen(value)):  # else each module holds its own
-        seen.add(id(value))
-    beside = tuple(entry for _, entry in entries if isinstance(entry, str))
+        visited_ids.add(id(value))
+    texts_beside = tuple(entry for _, entry in entries if isinstance(entry, str))
     for key, entry in entries[:_ENTRIES]:
-        yield from _inside(entry, (*keys, key), beside, seen)
+        yield from _find_inside(entry, (*keys, key), texts_beside, visited_ids)
 
 
 def _entries(value: Any) -> list[tuple[Key, Any]] | None:
@@ -125,6 +128,7 @@ def _entries(value: Any) -> list[tuple[Key, Any]] | None:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(zip(value._fields, value, strict=True))
     kind = type(value)
+    # A list of a class that sets entries in its own way may refuse to be changed.
     if kind in (tuple, Size) or (isinstance(value, list) and kind.__setitem__ is list.__setitem__):
         return list(enumerate(value))
     if isinstance(value, dict):
@@ -156,24 +160,26 @@ def _is_frozen(value: Any) -> bool:
     return bool(getattr(getattr(value, "__dataclass_params__", None), "frozen", False))
 
 
-def _with(container: Any, keys: Sequence[Key], value: int) -> Any:
+def _replace_in(container: Any, keys: Sequence[Key], value: int) -> Any:
     """Return the container with a number replaced, itself where it can be changed."""
     if not keys:
         return value
-    key, *rest = keys
+    key, *inner_keys = keys
     if isinstance(container, tuple) and isinstance(key, str):
-        return container._replace(**{key: _with(getattr(container, key), rest, value)})  # type: ignore[attr-defined]
+        # A namedtuple: its keys are names of fields.
+        return container._replace(**{key: _replace_in(getattr(container, key), inner_keys, value)})  # type: ignore[attr-defined]
     if isinstance(container, tuple):
         entries: list[Any] = list(container)
-        entries[key] = _with(entries[key], rest, value)  # type: ignore[index]
+        entries[key] = _replace_in(entries[key], inner_keys, value)  # type: ignore[index]
         return type(container)(entries)
     if isinstance(container, (list, dict)):
-        container[key] = _with(container[key], rest, value)  # type: ignore[index]
+        container[key] = _replace_in(container[key], inner_keys, value)  # type: ignore[index]
         return container
-    inner = _with(getattr(container, str(key)), rest, value)
-    changed = copy.copy(container) if _is_frozen(container) else container
-    vars(changed)[str(key)] = inner
-    return changed
+    new_entry = _replace_in(getattr(container, str(key)), inner_keys, value)
+    record = copy.copy(container) if _is_frozen(container) else container
+    # Past `__setattr__`, by which a frozen record refuses.
+    vars(record)[str(key)] = new_entry
+    return record
 
 
 # What the last telling word of a name says: a size of tensors, or another number.
@@ -199,6 +205,7 @@ def says_size(number: HeldNumber) -> bool | None:
         words = _words(name)
         if _OPTIONS.intersection(words):
             return None
+        # The last telling word decides: in `kernel_size` "size" tells nothing, "kernel" does.
         for word in reversed(words):
             if word in _SIZES:
                 return True
@@ -216,6 +223,7 @@ def says_side(number: HeldNumber) -> str:
 
 
 def _words(name: str) -> list[str]:
+    # "hiddenDim2" is ["hidden", "dim"].
     spaced = "".join(f"_{c.lower()}" if c.isupper() else c for c in name)
     return [word.rstrip("0123456789") for word in spaced.split("_") if word]
 
@@ -224,7 +232,7 @@ def by_place(
     numbers: Sequence[HeldNumber],
 ) -> Mapping[tuple[type, tuple[Key, ...]], list[HeldNumber]]:
     """Return the numbers by class and keys: what instances of one class hold in one place."""
-    places: dict[tuple[type, tuple[Key, ...]], list[HeldNumber]] = {}
+    by_class_and_keys: dict[tuple[type, tuple[Key, ...]], list[HeldNumber]] = {}
     for number in numbers:
-        places.setdefault((number.kind, number.keys), []).append(number)
-    return places
+        by_class_and_keys.setdefault((number.kind, number.keys), []).append(number)
+    return by_class_and_keys

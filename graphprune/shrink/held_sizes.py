@@ -43,13 +43,15 @@ def put_what_works(
         return set()
     put_sizes(model, {number: number.value for number in sizes})
     names = sorted({number.keys for number in sizes}, key=str)
+    # Numbers of one name go together, whatever modules hold them.
     if len(names) == 1:
         return set(sizes)
-    left: set[HeldNumber] = set()
+    refused: set[HeldNumber] = set()
+    # The second half is tried beside what worked of the first.
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        part = {number: size for number, size in sizes.items() if number.keys in half}
-        left |= put_what_works(model, part, works)
-    return left
+        half_of_sizes = {number: size for number, size in sizes.items() if number.keys in half}
+        refused |= put_what_works(model, half_of_sizes, works)
+    return refused
 
 
 def ways_to_follow_sizes(
@@ -69,54 +71,63 @@ def ways_to_follow_sizes(
         kept: how many slots of each cut axis are left.
 
     """
-    alike = _alike_by_choice(model, inference, kept)
-    choices = [choice for _, _, choice in alike]
-    for way in islice(_nearest_first(choices), _WAYS if alike else 0):
+    by_choice = _group_by_choice(model, inference, kept)
+    choices = [choice for _, _, choice in by_choice]
+    for picks in islice(_yield_nearest_first(choices), _WAYS if by_choice else 0):
         sizes = {
             number: size
-            for numbers, size in zip(alike.values(), way, strict=True)
+            for numbers, size in zip(by_choice.values(), picks, strict=True)
             for number in numbers
         }
         put_sizes(model, sizes)
         yield sizes
 
 
-def _nearest_first(choices: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+def _yield_nearest_first(choices: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
     """Yield picks of one from each of the choices, first those that take the first of most."""
+    # [a, b] and [c, d] give ac; then, one step away, ad, bc; then bd.
     for rank in range(sum(len(choice) - 1 for choice in choices) + 1):
-        yield from _of_rank(choices, rank)
+        yield from _yield_of_rank(choices, rank)
 
 
-def _of_rank(choices: Sequence[Sequence[int]], rank: int) -> Iterator[tuple[int, ...]]:
+def _yield_of_rank(choices: Sequence[Sequence[int]], rank: int) -> Iterator[tuple[int, ...]]:
     """Yield the picks whose positions in the choices add up to the rank."""
     if not choices:
         yield from [()] if rank == 0 else []
         return
     for position, picked in enumerate(choices[0][: rank + 1]):
-        for rest in _of_rank(choices[1:], rank - position):
-            yield (picked, *rest)
+        for later_picks in _yield_of_rank(choices[1:], rank - position):
+            yield (picked, *later_picks)
 
 
-def _alike_by_choice(
+def _group_by_choice(
     model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
 ) -> dict[tuple[type, tuple[str | int, ...], tuple[int, ...]], list[HeldNumber]]:
     """Return numbers by class, keys, and what they may be now, the likeliest first."""
-    asked: dict[tuple[str, int], set[int]] = {}
-    there: dict[tuple[str, int], set[int]] = {}
+    from_arguments: dict[tuple[str, int], set[int]] = {}
+    from_tensors: dict[tuple[str, int], set[int]] = {}
     for step in inference.steps:
         layouts = [layout for value in (*step.inputs, *step.outputs) for layout in value.layouts]
-        for sizes, seen in ((asked, _dimensions_asked(step)), (there, layouts)):
-            for layout in seen:
+        for sizes, dims in (
+            (from_arguments, _find_argument_dimensions(step)),
+            (from_tensors, layouts),
+        ):
+            for layout in dims:
+                # By module and size before, the sizes now: {("layer1", 64): {32, 48}}.
                 key = step.place.module, size_of(layout)
                 sizes.setdefault(key, set()).add(kept_size(layout, kept))
-    alike: dict[tuple[type, tuple[str | int, ...], tuple[int, ...]], list[HeldNumber]] = {}
+    by_choice: dict[tuple[type, tuple[str | int, ...], tuple[int, ...]], list[HeldNumber]] = {}
     for number in held_numbers(model, DESCRIBED):
-        likely = asked.get((number.module, number.value), set()) - {number.value}
-        others = there.get((number.module, number.value), set()) - {number.value, *likely}
-        if likely or others:
-            choice = (*sorted(likely), number.value, *sorted(others))
-            alike.setdefault((number.kind, number.keys, choice), []).append(number)
-    return alike
+        likely = from_arguments.get((number.module, number.value), set()) - {number.value}
+        possible = from_tensors.get((number.module, number.value), set()) - {
+            number.value,
+            *likely,
+        }
+        if likely or possible:
+            # First what operators were told, then to stay, then what only stands in the module.
+            choice = (*sorted(likely), number.value, *sorted(possible))
+            by_choice.setdefault((number.kind, number.keys, choice), []).append(number)
+    return by_choice
 
 
 def axes_given_as_sizes(
@@ -135,25 +146,26 @@ def axes_given_as_sizes(
     axes: set[Axis] = set()
     for step in inference.steps:
         if step.place.module in paths:
-            for layout in (*_dimensions_asked(step), *_ordered_by_code(step)):
+            for layout in (*_find_argument_dimensions(step), *_find_ordered_by_code(step)):
                 axes.update(axis for axis in free_axes(layout) if axis in kept)
     return axes
 
 
-def _ordered_by_code(step: Step) -> Iterator[Layout]:
+def _find_ordered_by_code(step: Step) -> Iterator[Layout]:
     """Yield the dimension of a step's result whose slots come in an order that stands in code."""
     if step.addresses and any(value.numbers and not value.numbers.name for value in step.inputs):
         for before, after in zip(step.inputs[0].layouts, step.outputs[0].layouts, strict=True):
+            # The dimension that was put in order is the one that came out with another layout.
             if resolve(before) != resolve(after):
                 yield after
 
 
-def _dimensions_asked(step: Step) -> Iterator[Layout]:
+def _find_argument_dimensions(step: Step) -> Iterator[Layout]:
     """Yield the dimensions of a step's results whose sizes are among its arguments."""
-    numbers = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
+    argument_numbers = {leaf for leaf in pytree.tree_leaves(step.arguments) if type(leaf) is int}
     for value in step.outputs:
         for layout in value.layouts:
-            if size_of(layout) in numbers:
+            if size_of(layout) in argument_numbers:
                 yield layout
 
 

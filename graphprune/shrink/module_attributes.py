@@ -36,36 +36,40 @@ def _calls(steps: Steps, operator: OpOverloadPacket) -> list[Step]:
     return [step for step in steps if step.func.overloadpacket is operator]
 
 
-def _convolution(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_convolution(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     weight = module.weight
+    # weight: `[out, in / groups, ...]`, transposed `[in, out / groups, ...]`. The groups that are
+    # left are the channels of the side that was divided by them, over what is left of dimension 1.
     for step in _calls(steps, aten.convolution)[:1]:
-        outer = (step.outputs if module.transposed else step.inputs)[0].layouts[1]
-        module.groups = kept_size(outer, kept) // weight.shape[1]
+        outer_layout = (step.outputs if module.transposed else step.inputs)[0].layouts[1]
+        module.groups = kept_size(outer_layout, kept) // weight.shape[1]
+    # Only now, with the new number of groups.
     by_weight = (weight.shape[0], weight.shape[1] * module.groups)
     module.in_channels, module.out_channels = by_weight if module.transposed else by_weight[::-1]
 
 
-def _linear(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_linear(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.out_features, module.in_features = module.weight.shape
 
 
-def _batch_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
-    held = module.weight if module.weight is not None else module.running_mean
-    if held is not None:
-        module.num_features = held.shape[0]
+def _describe_batch_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+    channel_tensor = module.weight if module.weight is not None else module.running_mean
+    if channel_tensor is not None:
+        module.num_features = channel_tensor.shape[0]
     else:
-        (module.num_features,) = _sizes_read(steps, slice(1, 2), (module.num_features,), kept)
+        # Without weights and statistics: by its input, `[batch, channels, ...]`.
+        (module.num_features,) = _find_kept_sizes(steps, slice(1, 2), (module.num_features,), kept)
 
 
-def _layer_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_layer_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     shape = tuple(module.normalized_shape)
     if module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
     else:
-        module.normalized_shape = _sizes_read(steps, slice(-len(shape), None), shape, kept)
+        module.normalized_shape = _find_kept_sizes(steps, slice(-len(shape), None), shape, kept)
 
 
-def _sizes_read(
+def _find_kept_sizes(
     steps: Steps, dims: slice, sizes: tuple[int, ...], kept: Mapping[Axis, int]
 ) -> tuple[int, ...]:
     """Return what is left of sizes along these dimensions of what the operators read."""
@@ -76,7 +80,7 @@ def _sizes_read(
     return sizes
 
 
-def _group_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_group_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     for step in _calls(steps, aten.native_group_norm)[:1]:
         module.num_groups = kept_groups(step, kept)
         module.num_channels = kept_size(step.inputs[0].layouts[1], kept)
@@ -84,42 +88,46 @@ def _group_norm(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
 
 def kept_groups(step: Step, kept: Mapping[Axis, int]) -> int:
     """Return how many normalisation groups are left of a group norm's."""
-    channels, each = step.inputs[0].layouts[1], step.arguments["C"] // step.arguments["group"]
-    if not can_split(channels, each):
+    channels, group_size = step.inputs[0].layouts[1], step.arguments["C"] // step.arguments["group"]
+    if not can_split(channels, group_size):
         return int(step.arguments["group"])
-    return kept_size(split(channels, each, step.place)[0], kept)
+    return kept_size(split(channels, group_size, step.place)[0], kept)
 
 
-def _embedding(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_embedding(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.embedding_dim = module.weight.shape[1]
 
 
-def _prelu(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_prelu(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
-def _recurrent(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_recurrent(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.input_size = module.weight_ih_l0.shape[1]
+    # weight_ih: `[gates * hidden, input]`, and an LSTM has four gates.
     module.hidden_size = module.weight_ih_l0.shape[0] // GATES[getattr(aten, module.mode.lower())]
     if module.proj_size:
         module.proj_size = module.weight_hr_l0.shape[0]
 
 
-def _recurrent_cell(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_recurrent_cell(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
 
 
-def _bilinear(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_bilinear(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     module.out_features, module.in1_features, module.in2_features = module.weight.shape
 
 
-def _attention(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
+def _describe_attention(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
     """Describe attention whose heads still make up its width; its code can run no other."""
-    first = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
-    inside, width = module.out_proj.weight.shape[1], first.shape[1]
-    last = [step.outputs[0].layouts[-1] for step in _calls(steps, aten.view)]
-    features = next((x for x in last if size_of(x) == module.head_dim), None)
-    if features is None or inside != width:
+    input_projection = (
+        module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+    )
+    inner_width, width = module.out_proj.weight.shape[1], input_projection.shape[1]
+    last_layouts = [step.outputs[0].layouts[-1] for step in _calls(steps, aten.view)]
+    features = next((x for x in last_layouts if size_of(x) == module.head_dim), None)
+    # out_proj.weight: `[width, heads * head size]`. Its code reshapes to the width that it reads.
+    if features is None or inner_width != width:
         return
     if module.in_proj_weight is None:
         module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
@@ -130,19 +138,19 @@ def _attention(module: Any, steps: Steps, kept: Mapping[Axis, int]) -> None:
 
 
 _UPDATES: dict[type[nn.Module], Callable[[Any, Steps, Mapping[Axis, int]], None]] = {
-    nn.modules.conv._ConvNd: _convolution,
-    nn.Linear: _linear,
-    nn.modules.batchnorm._NormBase: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.Embedding: _embedding,
-    nn.EmbeddingBag: _embedding,
-    nn.PReLU: _prelu,
-    nn.RNNBase: _recurrent,
-    nn.RNNCellBase: _recurrent_cell,
-    nn.Bilinear: _bilinear,
-    nn.MultiheadAttention: _attention,
+    nn.modules.conv._ConvNd: _describe_convolution,
+    nn.Linear: _describe_linear,
+    nn.modules.batchnorm._NormBase: _describe_batch_norm,
+    nn.LayerNorm: _describe_layer_norm,
+    nn.RMSNorm: _describe_layer_norm,
+    nn.GroupNorm: _describe_group_norm,
+    nn.Embedding: _describe_embedding,
+    nn.EmbeddingBag: _describe_embedding,
+    nn.PReLU: _describe_prelu,
+    nn.RNNBase: _describe_recurrent,
+    nn.RNNCellBase: _describe_recurrent_cell,
+    nn.Bilinear: _describe_bilinear,
+    nn.MultiheadAttention: _describe_attention,
 }
 
 DESCRIBED = tuple(_UPDATES)

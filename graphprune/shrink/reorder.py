@@ -27,17 +27,17 @@ def reordered(model: nn.Module, inference: Inference, orders: Mapping[Axis, Orde
 
     """
 
-    def ordered(name: str, tensor: Tensor) -> Tensor | None:
-        result = tensor.detach()
+    def reorder_tensor(name: str, tensor: Tensor) -> Tensor | None:
+        reordered_tensor = tensor.detach()
         if name in inference.addressed:  # an order of slots, whichever these are
             return None
         for dim, layout in enumerate(inference.parameters.get(name, [])):
             if touches(layout, orders):
                 index = torch.from_numpy(positions(layout, orders)).to(tensor.device)
-                result = result.index_select(dim, index)
-        return None if result.data_ptr() == tensor.data_ptr() else result
+                reordered_tensor = reordered_tensor.index_select(dim, index)
+        return None if reordered_tensor.data_ptr() == tensor.data_ptr() else reordered_tensor
 
-    return copy_with(model, ordered)
+    return copy_with(model, reorder_tensor)
 
 
 def positions(layout: Layout, orders: Mapping[Axis, Order]) -> Order:
@@ -50,9 +50,13 @@ def positions(layout: Layout, orders: Mapping[Axis, Order]) -> Order:
         parts = [positions(p, orders) + s for p, s in zip(layout.parts, starts, strict=False)]
         return np.concatenate(parts)
     if isinstance(layout, Permuted):
-        back = np.array(inverse_of(layout.order))
-        return back[positions(layout.inner, orders)[list(layout.order)]]
-    found = np.zeros(1, dtype=np.int64)
+        # Position i is `order[i]` of the inner layout: into its numbers, to the old one, and back.
+        inverse = np.array(inverse_of(layout.order))
+        return inverse[positions(layout.inner, orders)[list(layout.order)]]
+    # Row-major: (2 3) with its two outer slots swapped is [3, 4, 5, 0, 1, 2].
+    old_positions = np.zeros(1, dtype=np.int64)
     for factor in layout.factors:
-        found = (found[:, None] * size_of(factor) + positions(factor, orders)).flatten()
-    return found
+        old_positions = (
+            old_positions[:, None] * size_of(factor) + positions(factor, orders)
+        ).flatten()
+    return old_positions

@@ -21,13 +21,13 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
     The forward code is the model's own; `graphprune.shrink.graph_literals` rewrites a graph's.
     """
 
-    def slim(name: str, tensor: Tensor) -> Tensor | None:
-        smaller = sliced(tensor, inference.parameters.get(name, []), masks)
-        if smaller is None or name not in inference.addressed:
-            return smaller
-        return renumbered(smaller, mask_of(inference.addressed[name], masks))
+    def cut_and_renumber(name: str, tensor: Tensor) -> Tensor | None:
+        smaller_tensor = sliced(tensor, inference.parameters.get(name, []), masks)
+        if smaller_tensor is None or name not in inference.addressed:
+            return smaller_tensor
+        return renumbered(smaller_tensor, mask_of(inference.addressed[name], masks))
 
-    slimmer = copy_with(model, slim)
+    slimmer = copy_with(model, cut_and_renumber)
     kept = counts_of(masks)
     with evaluating(slimmer):  # reading a weight computed in training may update its buffers
         describe_tensors(slimmer, inference, kept)
@@ -36,8 +36,8 @@ def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -
 
 def sliced(tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]) -> Tensor | None:
     """Return the tensor without the removed slots, or None if it loses none."""
-    kept = [mask_of(layout, masks) for layout in layouts]
-    return None if all(mask.all() for mask in kept) else cut(tensor, kept)
+    masks_by_dim = [mask_of(layout, masks) for layout in layouts]
+    return None if all(mask.all() for mask in masks_by_dim) else cut(tensor, masks_by_dim)
 
 
 def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
@@ -45,14 +45,16 @@ def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
 
     It lies in memory as the tensor does: its dimensions in the same order, as in channels_last.
     """
-    result = tensor.detach()
+    kept_tensor = tensor.detach()
     for dim, mask in enumerate(kept):
         if not mask.all():
             index = torch.from_numpy(mask.nonzero()[0]).to(tensor.device)
-            result = result.index_select(dim, index)
+            kept_tensor = kept_tensor.index_select(dim, index)
     if tensor.layout is not torch.strided:
-        return result
+        return kept_tensor
     strides = tensor.stride()
+    # An image in channels_last, `[batch, channels, height, width]`, has the order 0, 2, 3, 1: laid
+    # out contiguous in that order and turned back, it lies as before.
     outermost_first = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     inverse = [outermost_first.index(dim) for dim in range(tensor.dim())]
-    return result.permute(outermost_first).contiguous().permute(inverse)
+    return kept_tensor.permute(outermost_first).contiguous().permute(inverse)

@@ -96,14 +96,18 @@ class _Judge:
         described: tuple[type, ...],
     ) -> None:
         self.pieces = Pieces(inference, kept)
-        cut = cut_sizes(inference, self.pieces)
-        places = by_place(list(held_numbers(model, described)))
-        self.places = [x for x in places.values() if any(n.value in cut for n in x)]
+        shrinking_sizes = cut_sizes(inference, self.pieces)
+        by_class_and_keys = by_place(list(held_numbers(model, described)))
+        self.places = [
+            instances
+            for instances in by_class_and_keys.values()
+            if any(held_number.value in shrinking_sizes for held_number in instances)
+        ]
         self.modules = dict(model.named_modules())
         sizes: dict[str, set[int]] = {}
         for numbers in self.places:
             for number in numbers:
-                for path in (number.module, *self._named_beside(number)):
+                for path in (number.module, *self._find_modules_beside(number)):
                     sizes.setdefault(path, set()).add(number.value)
         self.dimensions = Dimensions(inference, self.pieces, sizes)
         self.constructors = Constructors(model, inference, self.pieces)
@@ -115,17 +119,19 @@ class _Judge:
         for numbers in self.places:
             common = self._common_addresses(numbers)
             for number in numbers:
-                left = self._sizes_left(number, common)
-                if len(left) > 1:
-                    ambiguous[number] = tuple(left)
-                elif left and left[0] != number.value:
-                    sizes[number] = left[0]
+                kept_sizes = self._infer_kept_sizes(number, common)
+                if len(kept_sizes) > 1:
+                    ambiguous[number] = tuple(kept_sizes)
+                elif kept_sizes and kept_sizes[0] != number.value:
+                    sizes[number] = kept_sizes[0]
         return Ties(sizes, ambiguous)
 
     def _common_addresses(self, numbers: Sequence[HeldNumber]) -> set[object]:
         """Return where each of the instances that hold different numbers has a dimension of its size."""
         if len({number.value for number in numbers}) < 2:
             return set()
+        # One block holds 32, and conv.weight has 32 rows there; another holds 64, and has 64 rows:
+        # that each has a dimension of its number at the same address is no coincidence.
         addresses = [
             {dimension.address for dimension in self._dimensions(number)} for number in numbers
         ]
@@ -134,7 +140,7 @@ class _Judge:
     def _dimensions(self, number: HeldNumber) -> list[Dimension]:
         return self.dimensions.of(number.module, number.value)
 
-    def _sizes_left(self, number: HeldNumber, common: set[object]) -> list[int]:
+    def _infer_kept_sizes(self, number: HeldNumber, common: set[object]) -> list[int]:
         """Return what the number may be now, one size where it is told; nothing where it is no size."""
         if (number.module, number.value) in self.computed_with:
             return []
@@ -143,51 +149,56 @@ class _Judge:
             return []
         is_size = says_size(number)
         evident = False
-        agreeing = [x for x in dimensions if x.address in common]
+        agreeing = [dimension for dimension in dimensions if dimension.address in common]
         beside = list(self._dimensions_beside(number)) if is_size is not False else []
         for chosen in (agreeing, beside):
             if chosen:
                 dimensions, evident = chosen, True
         if is_size:
-            dimensions = [x for x in dimensions if x.of_weights]
-        left = self._left(dimensions)
-        if len(left) <= 1 and (evident or is_size):
-            return left
-        return self._left_by_code(number, dimensions, known=evident or is_size is True)
+            dimensions = [dimension for dimension in dimensions if dimension.of_weights]
+        kept_sizes = self._kept_sizes(dimensions)
+        if len(kept_sizes) <= 1 and (evident or is_size):
+            return kept_sizes
+        return self._infer_by_code(number, dimensions, is_size=evident or is_size is True)
 
-    def _left_by_code(
-        self, number: HeldNumber, dimensions: Sequence[Dimension], *, known: bool
+    def _infer_by_code(
+        self, number: HeldNumber, dimensions: Sequence[Dimension], *, is_size: bool
     ) -> list[int]:
         """Go by the code of the class, then by what else tells dimensions apart.
 
         Args:
             number: the number.
             dimensions: what it may be the size of.
-            known: whether something says that it is a size at all.
+            is_size: whether something says that it is a size at all.
 
         """
-        built = {self.pieces.left(layout) for layout in self.constructors.layouts_of(number)}
-        if len(built) == 1:
-            return list(built)
-        if not known and not built:
+        built_sizes = {self.pieces.left(layout) for layout in self.constructors.layouts_of(number)}
+        if len(built_sizes) == 1:
+            return list(built_sizes)
+        if not is_size and not built_sizes:
             return (
-                self._left([x for x in dimensions if x.asked]) if self._is_asked(dimensions) else []
+                self._kept_sizes([x for x in dimensions if x.asked])
+                if self._is_asked(dimensions)
+                else []
             )
         side = says_side(number)
+        # The name says a side (`in_channels`): what goes in there, of weights if there is such.
         at_border = [x for x in self._dimensions(number) if side and x.side == side]
         at_border = [x for x in at_border if x.of_weights] or at_border
-        asked = [x for x in dimensions if x.asked]
-        for chosen in (at_border, asked):
-            left = self._left(chosen)
-            if len(left) == 1:
-                return left
-        return sorted(built) or self._left(dimensions)
+        asked_dimensions = [x for x in dimensions if x.asked]
+        for chosen in (at_border, asked_dimensions):
+            kept_sizes = self._kept_sizes(chosen)
+            if len(kept_sizes) == 1:
+                return kept_sizes
+        return sorted(built_sizes) or self._kept_sizes(dimensions)
 
     def _is_asked(self, dimensions: Sequence[Dimension]) -> bool:
-        asked = [x for x in dimensions if x.asked]
-        return len(self._left(asked)) == 1 and len(self._left(dimensions)) == 1
+        asked_dimensions = [x for x in dimensions if x.asked]
+        return (
+            len(self._kept_sizes(asked_dimensions)) == 1 and len(self._kept_sizes(dimensions)) == 1
+        )
 
-    def _named_beside(self, number: HeldNumber) -> Iterator[str]:
+    def _find_modules_beside(self, number: HeldNumber) -> Iterator[str]:
         """Yield the submodules that texts beside the number name."""
         for text in number.texts:
             path = f"{number.module}.{text}".removeprefix(".")
@@ -196,7 +207,7 @@ class _Judge:
 
     def _dimensions_beside(self, number: HeldNumber) -> Iterator[Dimension]:
         side = "in" if "forward_pre" in number.texts else "out"
-        for path in self._named_beside(number):
+        for path in self._find_modules_beside(number):
             for dimension in self.dimensions.of(path, number.value):
                 if dimension.side == side:
                     yield dimension
@@ -204,7 +215,7 @@ class _Judge:
     def _is_cut(self, dimensions: Sequence[Dimension]) -> bool:
         return any(self.pieces.left(x.layout) != size_of(x.layout) for x in dimensions)
 
-    def _left(self, dimensions: Sequence[Dimension]) -> list[int]:
+    def _kept_sizes(self, dimensions: Sequence[Dimension]) -> list[int]:
         return sorted({self.pieces.left(x.layout) for x in dimensions})
 
 
@@ -218,12 +229,15 @@ def _numbers_computed_with(inference: Inference) -> set[tuple[str, int]]:
         if step.func.overloadpacket in _BY_NUMBER:
             for value in step.arguments.values():
                 if isinstance(value, (int, float)) and math.isfinite(value) and value != 0:
-                    numbers.update((step.place.module, number) for number in _behind(abs(value)))
+                    numbers.update(
+                        (step.place.module, number) for number in _find_integers_behind(abs(value))
+                    )
     return numbers
 
 
-def _behind(factor: float) -> Iterator[int]:
+def _find_integers_behind(factor: float) -> Iterator[int]:
     """Yield the whole numbers that a factor is, or the inverse or a root of."""
+    # Attention scores times 0.125, which is 1 / sqrt(64): 64 has to stay where it is held.
     for number in (factor, 1 / factor, factor**2, factor**-2):
         if 1.5 < number < 1e9 and math.isclose(number, round(number), rel_tol=1e-6):
             yield round(number)

@@ -70,18 +70,22 @@ def in_form(form: Form, job: Job) -> Slimmed:
         others = infer(job.module, job.inputs, at_other_sizes=True).others if job.check else []
         return as_graph(job, "asked for", others)
     graph = DependencyGraph(infer(job.module, job.inputs, at_other_sizes=job.check))
-    chosen = job.plan_for(graph)
-    try:
-        return as_module(job, graph, chosen)
-    except VerificationError as failure:
-        if form == "module":
-            if job.check:
-                raise
-            return as_module(job, graph, chosen, other_operators=True)
+    plan = job.plan_for(graph)
+    if form == "auto":
+        strategies = STRATEGIES
+    else:
+        strategies = STRATEGIES[:1] if job.check else UNCHECKED_MODULE_STRATEGIES
+    failure: GraphPruneError | None = None
+    for strategy, gives_up_with in strategies:
         try:
-            return as_graph(job, str(failure), graph.inference.others)
-        except CaptureError as untraceable:
-            return as_module_with_sizes(job, graph, chosen, untraceable)
+            result = strategy(job, graph, plan, str(failure))
+        except gives_up_with as reason:
+            failure = reason
+        else:
+            if result is not None:
+                return result
+    assert failure is not None  # the first strategy returns a result or raises
+    raise failure
 
 
 def as_module(
@@ -104,36 +108,40 @@ def as_module(
     slimmer = shrunk(job.module, graph.inference, masks)
     forget_derived(slimmer)
 
-    def checked() -> Verification | None:
+    def check() -> Verification | None:
         if job.check:
-            return _verified(job, job.module, slimmer, plan, graph)
+            return _verify(job, job.module, slimmer, plan, graph)
         kept = None if other_operators else counts_of(masks)
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
+    # Sizes that are told to follow are changed at once. Where the model is wrong then, they are put back, and
+    # those that forward needs are found by trying.
     ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
     put_sizes(slimmer, ties.sizes)
-    untold = ties.ambiguous
+    unclear = ties.ambiguous
     try:
-        seen = checked()
+        verification = check()
     except VerificationError:
         put_sizes(slimmer, {number: number.value for number in ties.sizes})
-        seen, untold = _checked_with_sizes(job, slimmer, plan, graph, checked, ties)
+        verification, unclear = _check_with_sizes(job, slimmer, plan, graph, check, ties)
     if masks:
         _warn_of_unused(graph, "they keep their sizes and may no longer fit where they are used")
-    ambiguous = _ambiguous(untold)
-    return Slimmed(slimmer, plan, graph, job.inputs, "module", "", seen, ambiguous_sizes=ambiguous)
+    ambiguous = _report_ambiguous(unclear)
+    return Slimmed(
+        slimmer, plan, graph, job.inputs, "module", "", verification, ambiguous_sizes=ambiguous
+    )
 
 
-def _checked_with_sizes(
+def _check_with_sizes(
     job: Job,
     slimmer: nn.Module,
     plan: Plan,
     graph: DependencyGraph,
-    checked: Callable[[], Verification | None],
+    check: Callable[[], Verification | None],
     ties: Ties,
 ) -> tuple[Verification | None, dict[HeldNumber, tuple[int, ...]]]:
-    """Change sizes that the slim modules hold until the model verifies, then the rest of what is told.
+    """Change sizes that the slim modules hold until the model verifies, then the others that are told.
 
     Returns:
         What was compared, and what the numbers that were left may be.
@@ -144,30 +152,30 @@ def _checked_with_sizes(
     """
     changed: dict[HeldNumber, int] = {}
     try:
-        seen = checked()
+        verification = check()
     except VerificationError as failure:
-        seen, changed = _first_way(job, slimmer, plan, graph, checked, failure)
-    rest = {
+        verification, changed = _follow_sizes(job, slimmer, plan, graph, check, failure)
+    unchanged = {
         number: size
         for number, size in ties.sizes.items()
         if changed.get(number, number.value) == number.value
     }
-    left = put_what_works(slimmer, rest, works_by(checked))
-    untold = {
+    left = put_what_works(slimmer, unchanged, works_by(check))
+    unclear = {
         number: sizes
         for number, sizes in ties.ambiguous.items()
         if changed.get(number, number.value) == number.value
     }
-    had_to_stay = {number: tuple(sorted((number.value, rest[number]))) for number in left}
-    return seen, untold | had_to_stay
+    had_to_stay = {number: tuple(sorted((number.value, unchanged[number]))) for number in left}
+    return verification, unclear | had_to_stay
 
 
-def _first_way(
+def _follow_sizes(
     job: Job,
     slimmer: nn.Module,
     plan: Plan,
     graph: DependencyGraph,
-    checked: Callable[[], Verification | None],
+    check: Callable[[], Verification | None],
     failure: VerificationError,
 ) -> tuple[Verification | None, dict[HeldNumber, int]]:
     """Change sizes that the slim modules hold until the model verifies.
@@ -182,16 +190,16 @@ def _first_way(
     for sizes in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
-            return checked(), sizes
+            return check(), sizes
         except VerificationError:
             continue
     raise failure from None
 
 
-def _ambiguous(untold: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousSize, ...]:
+def _report_ambiguous(unclear: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousSize, ...]:
     """Return the numbers that were left; warn of those that are no size of anything now."""
     ambiguous = tuple(
-        AmbiguousSize(str(number), number.value, sizes) for number, sizes in untold.items()
+        AmbiguousSize(str(number), number.value, sizes) for number, sizes in unclear.items()
     )
     stale = [str(size) for size in ambiguous if size.is_of_nothing]
     if stale:
@@ -202,26 +210,24 @@ def _ambiguous(untold: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[AmbiguousS
     return ambiguous
 
 
-def as_module_with_sizes(
-    job: Job, graph: DependencyGraph, plan: Plan, untraceable: CaptureError
-) -> Slimmed:
+def as_module_with_fewer_groups(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed | None:
     """Return the model's own class, cut only where no size in its code could be in the way.
 
     The heads of nn.MultiheadAttention are cut where that works: most of its sizes follow.
 
-    Raises:
-        CaptureError: that leaves nothing to cut, or the code does not follow all the same.
+    Returns:
+        None where that leaves nothing to cut, or the code does not follow all the same.
 
     """
     sizes = counts_of(plan.masks(graph))
     for of_attention in (False, True):
-        held = axes_given_as_sizes(job.module, graph.inference, sizes, of_attention=of_attention)
-        whole = sorted(graph.by_axis[axis].name for axis in held)
-        rest = plan.without(whole)
-        if not whole or not rest.removed:
+        axes = axes_given_as_sizes(job.module, graph.inference, sizes, of_attention=of_attention)
+        whole = sorted(graph.by_axis[axis].name for axis in axes)
+        smaller_plan = plan.without(whole)
+        if not whole or not smaller_plan.removed:
             continue
         try:
-            result = as_module(job, graph, rest)
+            result = as_module(job, graph, smaller_plan)
         except VerificationError:
             continue
         warn(
@@ -229,7 +235,7 @@ def as_module_with_sizes(
             "cannot be rewritten, since torch.export cannot trace it"
         )
         return result
-    raise untraceable
+    return None
 
 
 def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
@@ -255,12 +261,12 @@ def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
     slimmer = shrunk(module, graph.inference, masks)
     kept = counts_of(masks)
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
-    seen = _checked(job, module, slimmer, plan, graph)
+    verification = _check(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)
     if module is not job.module:
         _warn_of_unused(graph, "the graph holds them but has no code that uses them")
         _warn_of_sizes(job, module, others)
-    return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, seen)
+    return Slimmed(slimmer, plan, graph, job.inputs, "graph", why, verification)
 
 
 def _warn_of_sizes(job: Job, graph_module: fx.GraphModule, others: Sequence[OtherRun]) -> None:
@@ -284,17 +290,17 @@ def _warn_of_unused(graph: DependencyGraph, consequence: str) -> None:
         )
 
 
-def _checked(
+def _check(
     job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
 ) -> Verification | None:
     """Verify; where that is not asked for or not possible, see that the slim model runs at all."""
     if job.check:
-        return _verified(job, module, slimmer, plan, graph)
+        return _verify(job, module, slimmer, plan, graph)
     check_runs(slimmer, job.inputs, graph.inference)
     return None
 
 
-def _verified(
+def _verify(
     job: Job, module: nn.Module, slimmer: nn.Module, plan: Plan, graph: DependencyGraph
 ) -> Verification:
     """Verify; where values decide which operators run, analyse the model once more, silenced, on data."""
@@ -305,7 +311,7 @@ def _verified(
     except OtherOperatorsError as other:
         silenced = silenced_copy(module, graph.inference, masks, {})
         on_data = DependencyGraph(infer(silenced, job.inputs, with_data=True))
-        used = plan.without(_not_used(on_data, plan, graph))
+        used = plan.without(_find_unused_groups(on_data, plan, graph))
         try:
             masks = used.masks(on_data)
         except PlanError:  # sizes follow values too
@@ -341,7 +347,7 @@ def _check_same_axes(graph: DependencyGraph, masks: Mapping[Axis, Mask], other: 
         )
 
 
-def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:
+def _find_unused_groups(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> list[str]:
     """Return the groups that are cut and that the values of the example inputs do not reach."""
     unused = set(on_data.inference.unused)
     names = [
@@ -355,3 +361,26 @@ def _not_used(on_data: DependencyGraph, plan: Plan, graph: DependencyGraph) -> l
             "does not use them (experts that no token goes to, say); pass example_inputs that do"
         )
     return names
+
+
+Strategy: TypeAlias = Callable[[Job, DependencyGraph, Plan, str], Slimmed | None]
+"""Carries a plan out in one form, given why the one before failed; None where it has nothing to offer."""
+
+# How a plan is carried out, and the error after which the next strategy is tried.
+STRATEGIES: tuple[tuple[Strategy, type[GraphPruneError]], ...] = (
+    # The model's own class: tensors sliced, and the sizes that its modules hold made true.
+    (lambda job, graph, plan, _: as_module(job, graph, plan), VerificationError),
+    # A graph, in which every size is an argument that can be rewritten: for code that writes sizes down.
+    (lambda job, graph, _, why: as_graph(job, why, graph.inference.others), CaptureError),
+    # The class again, less the groups whose sizes its code may hold: for code that nothing can trace.
+    (lambda job, graph, plan, _: as_module_with_fewer_groups(job, graph, plan), CaptureError),
+)
+
+# Where the class is asked for and nothing verified, a model that takes another way is taken at its word.
+UNCHECKED_MODULE_STRATEGIES: tuple[tuple[Strategy, type[GraphPruneError]], ...] = (
+    STRATEGIES[0],
+    (
+        lambda job, graph, plan, _: as_module(job, graph, plan, other_operators=True),
+        VerificationError,
+    ),
+)

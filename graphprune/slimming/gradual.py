@@ -45,16 +45,17 @@ def slim_gradually(
     if order.plan is not None:
         raise TypeError("slim_gradually makes a plan for each step and takes none")
     steps = options.get("steps", 5)
-    whole: Whole | None = None
+    baseline: Whole | None = None
     if isinstance(model, nn.Module):  # its modules, not those of the copies that follow
         order = replace(order, request=order.request.named(unwrapped(model)))
     for step in range(1, steps + 1):
-        way = step / steps
-        request = replace(order.request, ratio=order.request.ratio * way, steps=1)
-        order_of_step = replace(order, request=request, way=way)
-        result = carried_out(order_of_step, model, example_inputs, whole)
-        if whole is None:
+        progress = step / steps
+        request = replace(order.request, ratio=order.request.ratio * progress, steps=1)
+        order_of_step = replace(order, request=request, way=progress)
+        result = carried_out(order_of_step, model, example_inputs, baseline)
+        # of the graph before the first cut, since every step's ratio counts from there
+        if baseline is None:
             nanoseconds = None if result.latency is None else result.latency.original / MILLI
-            whole = Whole.of(result.graph, request, nanoseconds)
+            baseline = Whole.of(result.graph, request, nanoseconds)
         model = result.model
         yield model

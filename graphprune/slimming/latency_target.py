@@ -7,7 +7,7 @@ from collections.abc import Callable
 from graphprune.errors import warn
 from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import Bench, LatencyModel, Reached
-from graphprune.selection.choose import Request
+from graphprune.selection.request import Request
 from graphprune.utils.progress import track
 
 # Before anything is chosen, the parts are measured with these fractions of the channels of each group.
@@ -31,10 +31,11 @@ def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyMod
     latency = bench.model_of_original()
     for width in track(_WIDTHS, "measuring the parts"):
         slim = at_width(width)
-        left = bench.left_by(slim.plan, slim.graph)
-        by_part = bench.by_part_at(left, slim.model)
-        whole = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
-        latency = latency.learned(left, by_part, whole)
+        kept = bench.left_by(slim.plan, slim.graph)
+        by_part = bench.by_part_at(kept, slim.model)
+        # not timed: the original's time, in proportion to what the profiler says of the parts of both
+        model_seconds = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
+        latency = latency.learned(kept, by_part, model_seconds)
     return latency
 
 
@@ -54,22 +55,23 @@ def met(
 
     """
     best: tuple[float, LatencyModel, float] | None = None
-    tried = []
+    tried_counts = []
     for _ in track(range(_ATTEMPTS), "meeting the latency"):
         slim = attempt(latency)
-        left = bench.left_by(slim.plan, slim.graph)
-        if left in tried:
+        kept = bench.left_by(slim.plan, slim.graph)
+        # the same numbers of channels again: measuring them once more would teach nothing
+        if kept in tried_counts:
             break
-        tried.append(left)
+        tried_counts.append(kept)
         measured = bench.measured(slim.model)
-        bench.doubt(latency.seconds_of(left), measured.by_part)
-        bench.remember(left, measured.by_part)
+        bench.doubt(latency.seconds_of(kept), measured.by_part)
+        bench.remember(kept, measured.by_part)
         miss = abs(measured.seconds * 1e3 / target - 1)
         if best is None or miss < best[0]:
             best = miss, latency, measured.seconds
         if miss <= _NEAR:
             break
-        latency = latency.learned(left, measured.by_part, measured.seconds)
+        latency = latency.learned(kept, measured.by_part, measured.seconds)
     assert best is not None  # the first attempt is always new
     _, latency, seconds = best
     return latency, Reached(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
@@ -83,6 +85,6 @@ def warn_of_missed(reached: Reached, request: Request) -> None:
         why = "the numbers of channels allowed are no finer"
         why += "" if request.align == 1 else "; align=1 may come nearer"
     else:
-        ways = "" if request.renormalised else "renormalised=True or "
-        why = f"no more can be cut as asked; {ways}other patterns may free more"
+        option = "" if request.renormalised else "renormalised=True or "
+        why = f"no more can be cut as asked; {option}other patterns may free more"
     warn(f"the slim model takes {reached}: {why}")

@@ -20,36 +20,44 @@ _CHOOSING = (
 )  # fmt: skip
 
 
-def check_use(ratio: float | None, asked: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+def check_use(
+    ratio: float | None, given_options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Warn of what is asked for and nothing will read.
 
     Args:
         ratio: the fraction to remove, or None where none was given.
-        asked: the options of `slim` that were given.
-        usual: their defaults; what is given as it would be anyway is not spoken of.
+        given_options: the options of `slim` that were given.
+        defaults: theirs; what is given as it would be anyway is not spoken of.
 
     Raises:
         InvalidRequestError: the loss is none.
 
     """
-    if asked.get("loss") is not None:
-        checked_loss(asked["loss"])
-    options = {n: value for n, value in asked.items() if not _same(value, usual.get(n))}
+    if given_options.get("loss") is not None:
+        checked_loss(given_options["loss"])
+    unusual_options = {
+        n: value for n, value in given_options.items() if not _is_default(value, defaults.get(n))
+    }
     if ratio is not None:
-        options["ratio"] = ratio
-    for names, why in _unread({**usual, **asked}, options):
-        given = [name for name in names if name in options]
-        if given:
-            warn(f"{' and '.join(given)} will not be read: {why}")
+        unusual_options["ratio"] = ratio
+    for names, why in _find_unread({**defaults, **given_options}, unusual_options):
+        unread_names = [name for name in names if name in unusual_options]
+        if unread_names:
+            warn(f"{' and '.join(unread_names)} will not be read: {why}")
 
 
-def _same(value: Any, usual: Any) -> bool:
-    if isinstance(value, (tuple, list)) and isinstance(usual, (tuple, list)):
-        return not value and not usual
-    return value is usual or (isinstance(value, (str, int, float)) and bool(value == usual))
+def _is_default(value: Any, default: Any) -> bool:
+    # [] is as good as (); a list that holds something is never the default
+    if isinstance(value, (tuple, list)) and isinstance(default, (tuple, list)):
+        return not value and not default
+    # `==` of arrays and tensors has no single truth
+    return value is default or (isinstance(value, (str, int, float)) and bool(value == default))
 
 
-def _unread(all_options: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+def _find_unread(
+    all_options: Mapping[str, Any], unusual_options: Mapping[str, Any]
+) -> Iterator[tuple[Any, str]]:
     """Yield names of options and why nothing reads them."""
     importance, compensate = all_options["importance"], all_options["compensate"]
     has_plan, latency_ms = all_options["plan"] is not None, all_options["latency_ms"] is not None
@@ -67,15 +75,15 @@ def _unread(all_options: Mapping[str, Any], given: Mapping[str, Any]) -> Iterato
         )
     looks_at_data = not has_plan and importance in LOOK_AT_DATA
     looks_at_loss = not has_plan and importance in LOOK_AT_LOSS
-    what = (
+    criterion = (
         f"importance={importance!r}" if isinstance(importance, str) else "the importance function"
     )
     if not looks_at_data and not compensate:
-        reads = "plan= says what goes" if has_plan else f"{what} does not look at data"
+        cause = "plan= says what goes" if has_plan else f"{criterion} does not look at data"
         yield (
             ("data",),
             (
-                f"{reads}, and no repair is asked for; compensate=True repairs the weights that stay on it"
+                f"{cause}, and no repair is asked for; compensate=True repairs the weights that stay on it"
                 + ("" if has_plan else ", importance='reconstruction' chooses by it")
             ),
         )
@@ -83,7 +91,7 @@ def _unread(all_options: Mapping[str, Any], given: Mapping[str, Any]) -> Iterato
         yield (
             ("loss",),
             (
-                f"{what} does not look at a loss (those that do are {', '.join(LOOK_AT_LOSS)}), and a "
+                f"{criterion} does not look at a loss (those that do are {', '.join(LOOK_AT_LOSS)}), and a "
                 "repair needs none"
             ),
         )

@@ -29,8 +29,9 @@ from graphprune.onnx_export.providers import Runtime
 from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import NANO, Bench, LatencyModel
 from graphprune.selection.allocation import Align
-from graphprune.selection.choose import Ranking, Request, Unit, Whole, choose
+from graphprune.selection.choose import Whole, choose
 from graphprune.selection.plan import Plan
+from graphprune.selection.request import Ranking, Request, Unit
 from graphprune.slimming.forms import Form, Job, in_form
 from graphprune.slimming.latency_target import calibrated, met, warn_of_missed
 from graphprune.slimming.preflight import check_use, refuse_nan
@@ -109,13 +110,18 @@ class Order:
         unknown = sorted(options.keys() - Options.__annotations__)
         if unknown:
             raise TypeError(f"there is no option {unknown[0]!r}; see graphprune.slim")
-        given: dict[str, Any] = dict(options)
-        if given.get("latency_ms") is not None:
-            given["of"] = _latency(given["latency_ms"], given.get("of", "channels"))
-        usual = {f.name: f.default for f in (*fields(Request), *fields(cls))}
-        check_use(ratio, options, usual)
-        asked = {f.name: given.pop(f.name) for f in fields(Request) if f.name in given}
-        return cls(Request(_HALF if ratio is None else ratio, **asked), **given)
+        order_options: dict[str, Any] = dict(options)
+        if order_options.get("latency_ms") is not None:
+            order_options["of"] = _check_latency(
+                order_options["latency_ms"], order_options.get("of", "channels")
+            )
+        defaults = {f.name: f.default for f in (*fields(Request), *fields(cls))}
+        check_use(ratio, options, defaults)
+        # taken out, so that what is left are the fields of the order itself
+        request_options = {
+            f.name: order_options.pop(f.name) for f in fields(Request) if f.name in order_options
+        }
+        return cls(Request(_HALF if ratio is None else ratio, **request_options), **order_options)
 
 
 def slim(
@@ -222,7 +228,7 @@ def slim(
     return result.model
 
 
-def _latency(milliseconds: float, of: str) -> str:
+def _check_latency(milliseconds: float, of: str) -> str:
     """Return the unit that `latency_ms` stands for, once both make sense."""
     if isinstance(milliseconds, bool) or not isinstance(milliseconds, Real) or milliseconds <= 0:
         raise InvalidRequestError(f"latency_ms={milliseconds!r} must be a number above 0")
@@ -245,14 +251,14 @@ def slimmed(
 
 @torch.inference_mode(False)
 def carried_out(
-    order: Order, model: Any, example_inputs: Any, whole: Whole | None = None
+    order: Order, model: Any, example_inputs: Any, baseline: Whole | None = None
 ) -> Slimmed:
-    """Return the slim model that was ordered; `whole` is what it is a part of, if cut before."""
+    """Return the slim model that was ordered; `baseline` is the model before any cut, if cut before."""
     with together(order.data is not None):
-        return _carried_out(order, model, example_inputs, whole)
+        return _carry_out(order, model, example_inputs, baseline)
 
 
-def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | None) -> Slimmed:
+def _carry_out(order: Order, model: Any, example_inputs: Any, baseline: Whole | None) -> Slimmed:
     if order.form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={order.form!r} must be 'auto', 'module' or 'graph'")
     method = method_of(order.compensate)
@@ -264,8 +270,9 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
     batches = None if order.data is None else batches_of(order.data)
     weights = None if order.weights is None else weights_for(order, module)
     if weights is not None:
+        # but those of index buffers come from the files: inference reads the orders in them
         module = weights.without_values(module)
-    choice = Choice(order, module, batches, whole, weights)
+    choice = Choice(order, module, batches, baseline, weights)
     job = Job(module, inputs, choice.plan_for, order.verify and has_data)
     if order.plan is None and order.request.of == "latency":
         result = towards_latency(order, job, choice, runtime)
@@ -274,6 +281,7 @@ def _carried_out(order: Order, model: Any, example_inputs: Any, whole: Whole | N
     result = with_own_config(result)
     result = replace(result, scores=choice.scores.get(groups_of(result.graph)))
     if batches is not None:
+        # before the repair, which sums over the processes and would mix up different slim models
         batches.ranks.agree("arrived at another plan", result.plan.digest)
     if method is None:
         return result
@@ -289,13 +297,13 @@ class Choice:
         order: Order,
         module: nn.Module,
         batches: Share | None,
-        whole: Whole | None,
+        baseline: Whole | None,
         weights: Weights | None,
     ) -> None:
         self.order = order
         self.module = module
         self.batches = batches
-        self.whole = whole
+        self.whole = baseline
         self.weights = weights
         self.scores: dict[Groups, Scores] = {}
         self.plans: dict[Groups, Plan] = {}
@@ -311,7 +319,7 @@ class Choice:
         self,
         graph: DependencyGraph,
         request: Request,
-        whole: Whole | None,
+        baseline: Whole | None,
         cost: Amount | None = None,
     ) -> Plan:
         """Return the plan that a request asks for."""
@@ -319,24 +327,32 @@ class Choice:
             return self.order.plan
         losses = are_losses(self.order.importance)
 
-        def scored(gone: Plan | None) -> Scores:
-            return self._scores(graph, gone)
+        def scores_without(plan_so_far: Plan | None) -> Scores:
+            return self._scores(graph, plan_so_far)
 
         return choose(
-            graph, scored, request, losses=losses, whole=whole, cost=cost, final=self.order.way == 1
+            graph,
+            scores_without,
+            request,
+            losses=losses,
+            whole=baseline,
+            cost=cost,
+            final=self.order.way == 1,
         )
 
-    def _scores(self, graph: DependencyGraph, gone: Plan | None) -> Scores:
-        if gone is not None:
-            return self._scored(graph, without(self.module, graph.inference, gone.masks(graph)))
+    def _scores(self, graph: DependencyGraph, plan_so_far: Plan | None) -> Scores:
+        if plan_so_far is not None:
+            return self._compute_scores(
+                graph, without(self.module, graph.inference, plan_so_far.masks(graph))
+            )
         groups = groups_of(graph)
         if groups not in self.scores:
-            self.scores[groups] = self._scored(graph, self.module)
+            self.scores[groups] = self._compute_scores(graph, self.module)
         return self.scores[groups]
 
-    def _scored(self, graph: DependencyGraph, left: nn.Module) -> Scores:
+    def _compute_scores(self, graph: DependencyGraph, model: nn.Module) -> Scores:
         order = self.order
-        subject = Subject(left, graph, self.batches, order.loss, order.seed, self.weights)
+        subject = Subject(model, graph, self.batches, order.loss, order.seed, self.weights)
         return scores(subject, order.importance)
 
 
@@ -383,37 +399,46 @@ def target_of(order: Order, original: float) -> float:
 def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) -> Slimmed:
     """Return the slim model whose measured latency is nearest to what was asked for."""
     request = order.request
-    quick = replace(job, check=False)
+    unverified_job = replace(job, check=False)
 
-    def at_width(width: float) -> Slimmed:
-        plain = replace(request, of="channels", ranking="uniform", ratio=1 - width, steps=1)
+    def slim_to_width(width: float) -> Slimmed:
+        uniform_request = replace(
+            request, of="channels", ranking="uniform", ratio=1 - width, steps=1
+        )
 
         def plan_for(graph: DependencyGraph) -> Plan:
-            alike = {group.name: np.zeros(group.size) for group in graph.groups}
-            return choose(graph, lambda _: alike, plain)
+            # which channels go is all the same for the time; of equal scores the first stay
+            equal_scores = {group.name: np.zeros(group.size) for group in graph.groups}
+            return choose(graph, lambda _: equal_scores, uniform_request)
 
-        return in_form(order.form, replace(quick, plan_for=plan_for))
+        return in_form(order.form, replace(unverified_job, plan_for=plan_for))
 
     with Bench(job.module, job.inputs, runtime) as bench:
 
-        def chosen_by(latency: LatencyModel) -> Callable[[DependencyGraph], Plan]:
+        def make_planner(latency: LatencyModel) -> Callable[[DependencyGraph], Plan]:
             def plan_for(graph: DependencyGraph) -> Plan:
-                whole = choice.whole or Whole.of(graph, request, bench.seconds * NANO)
-                asked = replace(request, ratio=max(1 - target / MILLI / whole.total, 0.0))
-                return choice.chosen(graph, asked, whole, bench.of_groups(latency, graph))
+                # `target` is set below, in milliseconds; the total of a baseline is in nanoseconds
+                baseline = choice.whole or Whole.of(graph, request, bench.seconds * NANO)
+                latency_request = replace(
+                    request, ratio=max(1 - target / MILLI / baseline.total, 0.0)
+                )
+                return choice.chosen(
+                    graph, latency_request, baseline, bench.of_groups(latency, graph)
+                )
 
             return plan_for
 
         def attempt(latency: LatencyModel) -> Slimmed:
-            return in_form(order.form, replace(quick, plan_for=chosen_by(latency)))
+            return in_form(order.form, replace(unverified_job, plan_for=make_planner(latency)))
 
-        total = bench.seconds * NANO if choice.whole is None else choice.whole.total
-        target = target_of(order, total * MILLI)
+        original_nanoseconds = bench.seconds * NANO if choice.whole is None else choice.whole.total
+        target = target_of(order, original_nanoseconds * MILLI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # what holds in the end is said then
-            latency = calibrated(bench, at_width)
+            latency = calibrated(bench, slim_to_width)
             latency, reached = met(bench, latency, attempt, target)
-        result = in_form(order.form, replace(job, plan_for=chosen_by(latency)))
+        # once more by the best latency model, this time verified and with the warnings of the choice
+        result = in_form(order.form, replace(job, plan_for=make_planner(latency)))
     if order.way == 1:
         warn_of_missed(reached, request)
     return replace(result, latency=reached)

@@ -41,26 +41,27 @@ def width_multiplier(
         raise InvalidRequestError(
             f"multiplier={multiplier} must be above 0 and at most 1; it is what stays of the channels"
         )
-    stuck = [
+    without_reset = [
         path or type(module).__name__
         for path, module in model.named_modules()
         if list(module.parameters(recurse=False)) and not hasattr(module, "reset_parameters")
     ]
-    if stuck:
+    if without_reset:
         raise InvalidRequestError(
-            f"{', '.join(stuck)} hold parameters and have no reset_parameters() that gives fresh ones; "
-            "write one, as torch.nn's layers have"
+            f"{', '.join(without_reset)} hold parameters and have no reset_parameters() that gives fresh "
+            "ones; write one, as torch.nn's layers have"
         )
     module, inputs = prepared(model, example_inputs)
     graph = DependencyGraph(infer(module, inputs))
     groups = [group for group in graph.groups if not group.inner]
+    # any would do, as all weights become fresh; less a little, since 0.07 * 100 is 7.000000000000001
     keep = {g.name: list(range(math.ceil(multiplier * g.size - 1e-9))) for g in groups}
     plan = Plan(keep, {group.name: group.size for group in groups})
     narrow = slimmed(module, example_inputs=inputs, plan=plan, form="module").model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for part in narrow.modules():
-            reset: Any = getattr(part, "reset_parameters", None)
+        for submodule in narrow.modules():
+            reset: Any = getattr(submodule, "reset_parameters", None)
             if reset is not None:
                 reset()
     return narrow

@@ -42,6 +42,7 @@ class Matrix:
 
     def scores(self) -> Tensor:
         """Return the largest absolute weight of each block, `[gates, blocks down, blocks across]`."""
+        # `[gates, 1, rows, columns]`, as images of one channel for max_pool2d
         by_gate = self.weight.detach().abs().unflatten(0, (self.gates, -1)).unsqueeze(1)
         return F.max_pool2d(by_gate, self.block, self.block, ceil_mode=True).squeeze(1)
 
@@ -49,11 +50,13 @@ class Matrix:
         """Return the Euclidean norm of each block, as `scores` are, with a gradient; none is quite zero."""
         by_gate = self.weight.unflatten(0, (self.gates, -1))
         down, across = self.block
-        whole = F.pad(by_gate, (0, -by_gate.shape[2] % across, 0, -by_gate.shape[1] % down))
-        by_block = whole.unflatten(2, (-1, across)).unflatten(1, (-1, down))
+        # zeros fill up the last blocks: -5 % 4 is 3, and F.pad begins with the last dimension
+        padded = F.pad(by_gate, (0, -by_gate.shape[2] % across, 0, -by_gate.shape[1] % down))
+        # `[gates, blocks down, down, blocks across, across]`
+        by_block = padded.unflatten(2, (-1, across)).unflatten(1, (-1, down))
         # the smallest number keeps the gradient of a block that is empty finite
         squares: Tensor = by_block.square().sum((2, 4))
-        return (squares + torch.finfo(whole.dtype).tiny).sqrt()
+        return (squares + torch.finfo(padded.dtype).tiny).sqrt()
 
     def spread(self, blocks: Tensor) -> Tensor:
         """Return what is said of each block for each weight, blocks at the ends being smaller."""
@@ -71,13 +74,14 @@ def without_lowest(scores: Tensor, count: int, balanced: bool = False) -> Tensor
         balanced: as many go of each row, and one stays in each at least; up to one more a row than asked.
 
     """
+    # unless balanced all scores are one row; `count` is of all rows together, rounded up for each
     rows = scores.flatten(0, -2) if balanced else scores.view(1, -1)
-    going = -(-count // len(rows))
+    count_per_row = -(-count // len(rows))
     lowest = rows.argsort(dim=1, stable=True)[
-        :, : min(going, rows.shape[1] - 1) if balanced else going
+        :, : min(count_per_row, rows.shape[1] - 1) if balanced else count_per_row
     ]
-    left = torch.ones_like(rows, dtype=torch.bool).scatter(1, lowest, False)
-    return left.view_as(scores)
+    stays = torch.ones_like(rows, dtype=torch.bool).scatter(1, lowest, False)
+    return stays.view_as(scores)
 
 
 class GradualSparsity:
@@ -184,10 +188,16 @@ class GradualSparsity:
         }
         self._slopes: dict[str, float] = {}
         if schedule == "threshold":
-            ends = _quantiles(self._matrices, parameter_names(reference or model), by_layer)
+            end_thresholds = _quantiles(
+                self._matrices, parameter_names(reference or model), by_layer
+            )
+            # ramp - start steps at the slope and end - ramp at 1.5 times it add up to the quantile; the
+            # largest weight of a block is larger than one weight, by about this power of its size
             span = 2 * (ramp - start) + 3 * (end - ramp)
             scale = prod(block) ** 0.25
-            self._slopes = {name: 2 * q * every * scale / span for name, q in ends.items()}
+            self._slopes = {
+                name: 2 * q * every * scale / span for name, q in end_thresholds.items()
+            }
 
     def threshold(self, name: str) -> float:
         """Return the threshold of a weight at the present step, before `end`.
@@ -220,14 +230,16 @@ class GradualSparsity:
     def _prune(self, matrix: Matrix) -> None:
         mask, scores = self.masks[matrix.name], matrix.scores()
         if self.schedule == "threshold":
-            going = int((mask & (scores < self.threshold(matrix.name))).sum() + (~mask).sum())
+            gone_count = int((mask & (scores < self.threshold(matrix.name))).sum() + (~mask).sum())
         else:
-            done = min(1.0, (self.steps - self.start) / (self.end - self.start))
-            share = 1.0 if self.schedule == "hard" else 1 - (1 - done) ** 3
-            going = round(self.sparsity * share * mask.numel())
-        going = min(max(going, int((~mask).sum())), int(self.most * mask.numel()))
+            progress = min(1.0, (self.steps - self.start) / (self.end - self.start))
+            ramp_share = 1.0 if self.schedule == "hard" else 1 - (1 - progress) ** 3
+            gone_count = round(self.sparsity * ramp_share * mask.numel())
+        # never fewer than before: weights that grow past a threshold do not bring blocks back
+        gone_count = min(max(gone_count, int((~mask).sum())), int(self.most * mask.numel()))
+        # what is gone gets a score below all absolute values, so that it goes first
         self.masks[matrix.name] = without_lowest(
-            scores.masked_fill(~mask, -1.0), going, self.balanced
+            scores.masked_fill(~mask, -1.0), gone_count, self.balanced
         )
 
     def lasso(self) -> Tensor:
@@ -261,13 +273,14 @@ class GradualSparsity:
             InvalidRequestError: the state is of other weights or other blocks.
 
         """
-        shapes, given = (
+        expected_shapes, state_shapes = (
             {name: tuple(mask.shape) for name, mask in masks.items()}
             for masks in (self.masks, state["masks"])
         )
-        if shapes != given:
+        if expected_shapes != state_shapes:
             raise InvalidRequestError(
-                f"the state is of other weights or blocks: it has {given}, and this schedule {shapes}"
+                f"the state is of other weights or blocks: it has {state_shapes}, and this schedule "
+                f"{expected_shapes}"
             )
         self.steps, self._slopes = int(state["steps"]), dict(state["slopes"])
         self.masks = {
@@ -280,13 +293,13 @@ class GradualSparsity:
 def _matrices(model: nn.Module, block: tuple[int, int]) -> Iterator[Matrix]:
     """Yield the weights of recurrent and linear layers, those with several names once."""
     names = {id(parameter): name for name, parameter in parameter_names(model).items()}
-    seen: set[int] = set()
+    yielded_ids: set[int] = set()
     for module in model.modules():
-        gates = next((count for kind, count in _GATES.items() if isinstance(module, kind)), 0)
+        gates = next((n for layer_type, n in _GATES.items() if isinstance(module, layer_type)), 0)
         kind: Kind = "linear" if isinstance(module, nn.Linear) else "recurrent"
         for leaf, weight in module.named_parameters(recurse=False):
-            if gates and leaf.startswith("weight") and id(weight) not in seen:
-                seen.add(id(weight))
+            if gates and leaf.startswith("weight") and id(weight) not in yielded_ids:
+                yielded_ids.add(id(weight))
                 projects = leaf.startswith("weight_hr")  # from the cell to what it passes on
                 yield Matrix(names[id(weight)], weight, kind, 1 if projects else gates, block)
 
@@ -310,13 +323,16 @@ def _quantiles(
     for matrix in matrices:
         values = reference[matrix.name].detach().abs().flatten().double()
         pools.setdefault(matrix.name if by_layer else matrix.kind, []).append(values)
-    found = {}
+    quantile_of_pool = {}
     for pool, parts in pools.items():
-        together = torch.cat(parts).sort().values
-        found[pool] = float(together[int(QUANTILE * (len(together) - 1))])
-        if found[pool] == 0:
+        sorted_values = torch.cat(parts).sort().values
+        quantile_of_pool[pool] = float(sorted_values[int(QUANTILE * (len(sorted_values) - 1))])
+        if quantile_of_pool[pool] == 0:
             raise InvalidRequestError(
                 f"nine tenths of the {pool} weights of the reference are zero, so they say no threshold; "
                 "pass reference=, a dense model"
             )
-    return {matrix.name: found[matrix.name if by_layer else matrix.kind] for matrix in matrices}
+    return {
+        matrix.name: quantile_of_pool[matrix.name if by_layer else matrix.kind]
+        for matrix in matrices
+    }

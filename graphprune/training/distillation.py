@@ -39,7 +39,7 @@ class Distillation:
 
     temperature: float | None = 2.0
 
-    def __call__(self, given: Any, wanted: Any) -> Tensor:
+    def __call__(self, slim_output: Any, original_output: Any) -> Tensor:
         """Return the distance, summed over the output's floating-point tensors.
 
         Raises:
@@ -47,24 +47,29 @@ class Distillation:
 
         """
         pairs = [
-            (dict(output_tensors(given)).get(name), tensor)
-            for name, tensor in output_tensors(wanted)
+            (dict(output_tensors(slim_output)).get(name), tensor)
+            for name, tensor in output_tensors(original_output)
             if tensor.is_floating_point()
         ]
-        if not pairs or any(mine is None or mine.shape != its.shape for mine, its in pairs):
+        if not pairs or any(
+            slim is None or slim.shape != original.shape for slim, original in pairs
+        ):
             raise InvalidRequestError(
                 "the outputs of the slim model and of the original do not match, tensor by tensor; "
                 "finetune needs the model that was cut and what it was cut to"
             )
         return torch.stack(
-            [self._between(mine, its) for mine, its in pairs if mine is not None]
+            [self._measure_distance(slim, original) for slim, original in pairs if slim is not None]
         ).sum()
 
-    def _between(self, given: Tensor, wanted: Tensor) -> Tensor:
+    def _measure_distance(self, slim: Tensor, original: Tensor) -> Tensor:
         if self.temperature is None:
-            return F.mse_loss(given, wanted) / 2
-        mine, its = (F.log_softmax(one / self.temperature, -1) for one in (given, wanted))
-        divergence = (its.exp() * (its - mine)).sum(-1).mean()
+            return F.mse_loss(slim, original) / 2
+        log_slim, log_original = (
+            F.log_softmax(logits / self.temperature, -1) for logits in (slim, original)
+        )
+        divergence = (log_original.exp() * (log_original - log_slim)).sum(-1).mean()
+        # gradients shrink by the square of the temperature, which this makes up for
         return divergence * self.temperature**2
 
 
@@ -129,30 +134,32 @@ def finetune(
     stepper = _optimiser(optimiser, parameters, learning_rate)
     steps = epochs * len(data)
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: _rate(step, steps))
-    means, stepped = [], 0
+    means, steps_done = [], 0
+    # the seed holds within: the caller's random numbers go on as if none had been drawn
     with torch.random.fork_rng(), evaluating(original), keeping_flags(slimmer):
         torch.manual_seed(seed)
         slimmer.train()
         for epoch in range(epochs):
             total = 0.0
             for batch in track(each_batch(data), f"epoch {epoch + 1} of {epochs}", len(data)):
-                before = {name: buffer.clone() for name, buffer in slimmer.named_buffers()}
-                value = _objective(slimmer, original, batch, distillation, loss)
+                # batch norms take in a batch before it is seen whether its numbers are finite
+                buffers_before = {name: buffer.clone() for name, buffer in slimmer.named_buffers()}
+                objective = _objective(slimmer, original, batch, distillation, loss)
                 stepper.zero_grad()
-                torch.autograd.backward(value)
-                if not _all_finite(value, parameters):
+                torch.autograd.backward(objective)
+                if not _is_finite(objective, parameters):
                     stepper.zero_grad()
-                    _put_back(slimmer, before)
+                    _put_back(slimmer, buffers_before)
                     raise InvalidRequestError(
-                        f"{batch} in epoch {epoch + 1} gives {float(value.detach()):.3g} to minimise, with "
-                        "NaN or infinite numbers in it or in its gradient, so a step would destroy the "
-                        f"slim model: it keeps what the {stepped} steps before gave it; look at the batch, "
-                        "or take a lower learning_rate"
+                        f"{batch} in epoch {epoch + 1} gives {float(objective.detach()):.3g} to minimise, "
+                        "with NaN or infinite numbers in it or in its gradient, so a step would destroy "
+                        f"the slim model: it keeps what the {steps_done} steps before gave it; look at the "
+                        "batch, or take a lower learning_rate"
                     )
                 stepper.step()
-                stepped += 1
+                steps_done += 1
                 schedule.step()
-                total += float(value.detach())
+                total += float(objective.detach())
             means.append(total / len(data))
     stepper.zero_grad()
     return means
@@ -166,20 +173,20 @@ def _objective(
     loss: Loss | None,
 ) -> Tensor:
     args, kwargs = batch.inputs.args, batch.inputs.kwargs
-    given = slimmer(*args, **kwargs)
-    value = torch.zeros(())
+    slim_output = slimmer(*args, **kwargs)
+    objective = torch.zeros(())
     if distillation is not None:
         with torch.no_grad():
-            wanted = original(*args, **kwargs)
-        value = distillation(given, wanted)
+            original_output = original(*args, **kwargs)
+        objective = distillation(slim_output, original_output)
     if loss is None:
-        return value
-    return value + value_of(loss, given, batch, differentiated=True)
+        return objective
+    return objective + value_of(loss, slim_output, batch, differentiated=True)
 
 
-def _all_finite(value: Tensor, parameters: list[nn.Parameter]) -> bool:
+def _is_finite(objective: Tensor, parameters: list[nn.Parameter]) -> bool:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    finite = [t.isfinite().all().to(value.device) for t in (value.detach(), *gradients)]
+    finite = [t.isfinite().all().to(objective.device) for t in (objective.detach(), *gradients)]
     return bool(torch.stack(finite).all())  # one wait for the device, not one a parameter
 
 
@@ -200,18 +207,22 @@ def _refuse_exchanged(slimmer: nn.Module, original: nn.Module) -> None:
     """
     trained, teacher = (parameter_names(unwrapped(model)) for model in (slimmer, original))
     shapes = {
-        name: (tuple(own.shape), tuple(teacher[name].shape))
-        for name, own in trained.items()
-        if name in teacher and own.dim() == teacher[name].dim()
+        name: (tuple(parameter.shape), tuple(teacher[name].shape))
+        for name, parameter in trained.items()
+        if name in teacher and parameter.dim() == teacher[name].dim()
     }
-    larger = [name for name, (own, other) in shapes.items() if own != other]
+    differing = [
+        name
+        for name, (trained_shape, teacher_shape) in shapes.items()
+        if trained_shape != teacher_shape
+    ]
     contained = all(a >= b for pair in shapes.values() for a, b in zip(*pair, strict=True))
-    if larger and contained:
-        own, other = shapes[larger[0]]
+    if differing and contained:
+        trained_shape, teacher_shape = shapes[differing[0]]
         raise InvalidRequestError(
             f"finetune trains its first model to give what the second gives, and the first is the larger "
-            f"({larger[0]} is {own} in it and {other} in the second): they are exchanged; call "
-            "finetune(slimmer, original, data)"
+            f"({differing[0]} is {trained_shape} in it and {teacher_shape} in the second): they are "
+            "exchanged; call finetune(slimmer, original, data)"
         )
 
 
@@ -225,7 +236,7 @@ def _optimiser(
 
 def _rate(step: int, steps: int) -> float:
     """Return the share of the learning rate at a step."""
-    rising = max(1, round(_WARM_UP * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising))) / 2
+    warm_up_steps = max(1, round(_WARM_UP * steps))
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    return (1 + math.cos(math.pi * (step - warm_up_steps) / max(1, steps - warm_up_steps))) / 2

@@ -49,24 +49,31 @@ class GroupLasso:
                     continue
                 tensor = tensors[member.parameter]
                 for slots in slots_of(member.layout, graph.by_name[name].axis):
-                    place = torch.from_numpy(slots)
-                    place = torch.where(place < 0, size, place).to(tensor.device)
-                    self._places.append((tensor, member.dim, name, place))
-                    each = tensor.numel() // max(1, len(place))
-                    counts[name].index_add_(0, place.cpu(), torch.full((len(place),), float(each)))
+                    slot_index = torch.from_numpy(slots)
+                    # slot -1, of other groups, counts as one channel more, which `[:-1]` leaves out
+                    slot_index = torch.where(slot_index < 0, size, slot_index).to(tensor.device)
+                    self._places.append((tensor, member.dim, name, slot_index))
+                    per_position = tensor.numel() // max(1, len(slot_index))
+                    counts[name].index_add_(
+                        0, slot_index.cpu(), torch.full((len(slot_index),), float(per_position))
+                    )
         self._weights = {name: count[:-1].sqrt() for name, count in counts.items()}
 
     def norms(self) -> Mapping[str, Tensor]:
         """Return, by group name, the norm of each channel's weights, `[channels]`."""
         squares: dict[str, Tensor] = {}
-        for tensor, dim, name, place in self._places:
-            others = [d for d in range(tensor.dim()) if d != dim]
-            own = tensor.square().sum(others) if others else tensor.square()
-            total = own.new_zeros(self.groups[name] + 1).index_add(0, place, own)
+        for tensor, dim, name, slot_index in self._places:
+            other_dims = [d for d in range(tensor.dim()) if d != dim]
+            position_squares = tensor.square().sum(other_dims) if other_dims else tensor.square()
+            # `[positions]` -> `[channels + 1]`
+            total = position_squares.new_zeros(self.groups[name] + 1).index_add(
+                0, slot_index, position_squares
+            )
             squares[name] = squares[name] + total if name in squares else total
         # the smallest number keeps the gradient of a channel that is empty finite
         return {
-            name: (own[:-1] + torch.finfo(own.dtype).tiny).sqrt() for name, own in squares.items()
+            name: (sums[:-1] + torch.finfo(sums.dtype).tiny).sqrt()
+            for name, sums in squares.items()
         }
 
     def __call__(self) -> Tensor:

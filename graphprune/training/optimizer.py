@@ -36,14 +36,14 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, result: Slimmed) -> 
             keeps tensors of another shape.
 
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    slim = dict(result.model.named_parameters())
+    name_by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    slim_parameters = dict(result.model.named_parameters())
     masks = result.plan.masks(result.graph)
     layouts = result.graph.inference.parameters
 
     def name_of(parameter: Tensor) -> str:
-        name = names.get(id(parameter))
-        if name is None or name not in slim:
+        name = name_by_id.get(id(parameter))
+        if name is None or name not in slim_parameters:
             raise InvalidRequestError(
                 f"the optimizer holds a parameter of shape {tuple(parameter.shape)} "
                 + (
@@ -54,26 +54,31 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, result: Slimmed) -> 
             )
         return name
 
-    def carried(name: str, what: str, value: Any, parameter: Tensor) -> Any:
+    def carry_state(name: str, state_name: str, value: Any, parameter: Tensor) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return copy.deepcopy(value)
         if value.shape != parameter.shape:
             raise InvalidRequestError(
-                f"{type(optimizer).__name__} keeps {what!r} of shape {tuple(value.shape)} for {name!r}, "
-                f"which has {tuple(parameter.shape)}, and what to leave out of it is not known; make a new "
-                "optimizer"
+                f"{type(optimizer).__name__} keeps {state_name!r} of shape {tuple(value.shape)} for "
+                f"{name!r}, which has {tuple(parameter.shape)}, and what to leave out of it is not known; "
+                "make a new optimizer"
             )
-        small = sliced(value, layouts.get(name, []), masks)
-        return value.detach().clone() if small is None else small
+        slim_value = sliced(value, layouts.get(name, []), masks)
+        return value.detach().clone() if slim_value is None else slim_value
 
     groups: list[dict[str, Any]] = []
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     for group in optimizer.param_groups:
-        own = [name_of(parameter) for parameter in group["params"]]
-        groups.append({**copy.copy(group), "params": [slim[name] for name in own]})
-        for name, parameter in zip(own, group["params"], strict=True):
-            for what, value in optimizer.state.get(parameter, {}).items():
-                state[slim[name]][what] = carried(name, what, value, parameter)
-    new = copy.copy(optimizer)
-    new.param_groups, new.state = groups, state
-    return new
+        parameter_names = [name_of(parameter) for parameter in group["params"]]
+        groups.append(
+            {**copy.copy(group), "params": [slim_parameters[name] for name in parameter_names]}
+        )
+        for name, parameter in zip(parameter_names, group["params"], strict=True):
+            for state_name, value in optimizer.state.get(parameter, {}).items():
+                state[slim_parameters[name]][state_name] = carry_state(
+                    name, state_name, value, parameter
+                )
+    # a shallow copy, of the same class and defaults; the groups and the state that it shares are replaced
+    slim_optimizer = copy.copy(optimizer)
+    slim_optimizer.param_groups, slim_optimizer.state = groups, state
+    return slim_optimizer

@@ -54,7 +54,7 @@ class Architecture:
         self.name = type(self._config).__name__
         self.content: dict[str, Any] = self._config.to_dict()
         self._shapes: dict[frozenset[tuple[Place, Number]], Shapes] = {}
-        self.numbers = self._numbers()
+        self.numbers = self._find_numbers()
 
     def config_of(self, content: Mapping[str, Any]) -> Any:
         """Return the config as it is read from such a file."""
@@ -66,6 +66,7 @@ class Architecture:
 
     def built(self, config: Any) -> nn.Module:
         """Return the model of a config, its weights on the meta device, its computed buffers real."""
+        # Building a model draws random numbers, filled or not; the user's generator must not move.
         with quiet(), _UnfilledOnMeta(), torch.random.fork_rng(devices=[]):
             model: nn.Module = self._kind(config)
         return model
@@ -100,8 +101,8 @@ class Architecture:
                 self._shapes[key] = {}
         return self._shapes[key]
 
-    def _numbers(self) -> dict[Place, Number | None]:
-        with _reads_of(type(self._config)) as read:
+    def _find_numbers(self) -> dict[Place, Number | None]:
+        with _record_reads(type(self._config)) as reads:
             try:
                 self.changed({})
             except Exception as refusal:  # of whatever kind it likes
@@ -109,7 +110,7 @@ class Architecture:
                     f"{self._kind.__name__} cannot be built from what its {self.name} writes, as "
                     f"from_pretrained would ({in_a_line(refusal)}); use graphprune.save"
                 ) from refusal
-        return dict(_numbers_read(self._config, read, ()))
+        return dict(_collect_numbers_read(self._config, reads, ()))
 
 
 def has_config(model: nn.Module) -> bool:
@@ -131,15 +132,16 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def with_changes(content: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """Return a copy of nested dicts and lists with other numbers."""
-    result = copy.deepcopy(dict(content))
-    for place, value in changes.items():
-        owner: Any = result
-        for key in place[:-1]:
-            if isinstance(owner[key], tuple):
-                owner[key] = list(owner[key])
-            owner = owner[key]
-        owner[place[-1]] = value
-    return result
+    changed_content = copy.deepcopy(dict(content))
+    for path, value in changes.items():
+        container: Any = changed_content
+        for key in path[:-1]:
+            # A tuple takes no other number; config.json would have a list for it anyway.
+            if isinstance(container[key], tuple):
+                container[key] = list(container[key])
+            container = container[key]
+        container[path[-1]] = value
+    return changed_content
 
 
 @contextmanager
@@ -157,62 +159,70 @@ def quiet() -> Iterator[None]:
 
 def _kernels_of(config: Any) -> Any:
     """Return which attention a config and the configs in it were given, as transformers takes them."""
-    inner = {
+    kernels_by_name = {
         name: getattr(value, _ATTENTION)
         for name, value in vars(config).items()
         if hasattr(value, _ATTENTION)
     }
     kernel = getattr(config, _ATTENTION)
-    return {"": kernel, **inner} if inner else kernel
+    return {"": kernel, **kernels_by_name} if kernels_by_name else kernel
 
 
 @contextmanager
-def _reads_of(kind: type) -> Iterator[set[tuple[type, str]]]:
+def _record_reads(kind: type) -> Iterator[set[tuple[type, str]]]:
     """Give the set to which every read of an attribute of such configs is added, present or not."""
+    # The root of all config classes, so that reads of the configs inside this one are seen too.
     base: Any = next(cls for cls in reversed(kind.__mro__) if "to_dict" in vars(cls))
-    read: set[tuple[type, str]] = set()
-    before = base.__getattribute__
+    reads: set[tuple[type, str]] = set()
+    getattribute = base.__getattribute__
 
-    def recording(config: Any, name: str) -> Any:
+    def record_read(config: Any, name: str) -> Any:
         if not name.startswith("_"):
-            aliases = before(config, "attribute_map") if hasattr(base, "attribute_map") else {}
-            read.add((type(config), aliases.get(name, name)))
-        return before(config, name)
+            aliases = (
+                getattribute(config, "attribute_map") if hasattr(base, "attribute_map") else {}
+            )
+            # Code reads GPT-2's `hidden_size`, config.json writes `n_embd`: this name counts.
+            reads.add((type(config), aliases.get(name, name)))
+        return getattribute(config, name)
 
-    overridden = "__getattribute__" in vars(base)
-    base.__getattribute__ = recording
+    # Put back as it was: an inherited method is uncovered again, not copied into the class.
+    base_defines_it = "__getattribute__" in vars(base)
+    base.__getattribute__ = record_read
     try:
-        yield read
+        yield reads
     finally:
-        if overridden:
-            base.__getattribute__ = before
+        if base_defines_it:
+            base.__getattribute__ = getattribute
         else:
             del base.__getattribute__
 
 
-def _numbers_read(
-    config: Any, read: set[tuple[type, str]], path: Place
+def _collect_numbers_read(
+    config: Any, reads: set[tuple[type, str]], path: Place
 ) -> Iterator[tuple[Place, Number | None]]:
     content = config.to_dict()
-    for kind, name in sorted(read, key=lambda pair: pair[1]):
+    for kind, name in sorted(reads, key=lambda pair: pair[1]):
+        # The reads are of every config that was seen, the one outside and those in it.
         if kind is not type(config):
             continue
-        inner = getattr(config, name, None)
-        if hasattr(inner, "to_dict"):
-            yield from _numbers_read(inner, read, (*path, name))
+        inner_config = getattr(config, name, None)
+        if hasattr(inner_config, "to_dict"):
+            yield from _collect_numbers_read(inner_config, reads, (*path, name))
+        # Lacking here, but read by `getattr(config, name, default)`: a number left open, None.
         elif name in content or not hasattr(config, name):
-            yield from _numbers_in(content.get(name), (*path, name))
+            yield from _collect_numbers(content.get(name), (*path, name))
 
 
-def _numbers_in(value: Any, place: Place) -> Iterator[tuple[Place, Number | None]]:
+def _collect_numbers(value: Any, path: Place) -> Iterator[tuple[Place, Number | None]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _numbers_in(inner, (*place, key))
+            yield from _collect_numbers(inner, (*path, key))
     elif isinstance(value, (list, tuple)):
         for position, inner in enumerate(value):
-            yield from _numbers_in(inner, (*place, position))
+            yield from _collect_numbers(inner, (*path, position))
+    # By type: a bool is an instance of int. Numbers up to 1 (epsilon, dropout) are no sizes.
     elif value is None or (type(value) in (int, float) and value > 1):
-        yield place, value
+        yield path, value
 
 
 class _UnfilledOnMeta(TorchFunctionMode):
@@ -222,8 +232,8 @@ class _UnfilledOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
-        filled = args[0] if args else kwargs.get("tensor")
+        tensor = args[0] if args else kwargs.get("tensor")
         name = getattr(func, "__name__", "")
-        if name in _FILLING and isinstance(filled, Tensor) and filled.is_meta:
-            return filled
+        if name in _FILLING and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
         return func(*args, **kwargs)

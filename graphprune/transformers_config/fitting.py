@@ -94,38 +94,38 @@ class Fit:
     difference: Difference | None = None
 
 
-def find(result: Slimmed, written: Written | None = None) -> Fit:
+def find(result: Slimmed, content_of: Written | None = None) -> Fit:
     """Look for a config that says the sizes of a slim model in module form.
 
     Args:
         result: the slim model, with or without values.
-        written: from changes of numbers to the content of the config.json that is to be written; by
-            default what the config itself writes.
+        content_of: from changes of numbers to the content of the config.json that is to be written;
+            by default what the config itself writes.
 
     Raises:
         InvalidRequestError: the model's class cannot be built from its config alone.
 
     """
     with alone():  # reads of the config's class are watched, whoever reads
-        return _found(result, written)
+        return _find_fit(result, content_of)
 
 
-def _found(result: Slimmed, written: Written | None) -> Fit:
+def _find_fit(result: Slimmed, content_of: Written | None) -> Fit:
     architecture = Architecture(result.model)
     search = Search(architecture, shapes(result.model), Numbers(architecture, result))
-    first: Difference | None = None
+    first_difference: Difference | None = None
     for changes in islice(search.fitting(), _MOST_COMPARED):
         try:
-            content = (written or architecture.file_of)(changes)
+            content = (content_of or architecture.file_of)(changes)
             model = architecture.built(architecture.config_of(content))
         except Exception as refusal:  # a config refuses some numbers in whatever way it likes
-            first = first or Difference(in_a_line(refusal))
+            first_difference = first_difference or Difference(in_a_line(refusal))
             continue
-        difference = _difference(architecture, model, result, search.numbers)
+        difference = _find_difference(architecture, model, result, search.numbers)
         if difference is None:
             return Fit(result, model, content, search)
-        first = first or difference
-    return Fit(result, None, {}, search, first)
+        first_difference = first_difference or difference
+    return Fit(result, None, {}, search, first_difference)
 
 
 class Numbers:
@@ -149,8 +149,10 @@ class Numbers:
         original, plan = self._result.graph.inference, self._result.plan
         kept = counts_of(plan.masks(self._result.graph))
         values = [value for step in original.steps for value in (*step.inputs, *step.outputs)]
+        # Sizes of dimensions; below also the numbers that operators are called with.
         pairs = [(size_of(x), kept_size(x, kept)) for value in values for x in value.layouts]
         before, after = _leaves(original), _leaves(self.slim)
+        # As many leaves: they stand for the same arguments. Else no pair of them can be told.
         if len(before) == len(after):
             pairs += zip(before, after, strict=True)
         counts: dict[int, Counter[int]] = {}
@@ -159,22 +161,24 @@ class Numbers:
                 counts.setdefault(old, Counter())[new] += 1
         return {old: [new for new, _ in count.most_common()] for old, count in counts.items()}
 
-    def are_said_by(self, place: Place, value: int, others: Changes) -> bool:
+    def are_said_by(self, path: Place, value: int, other_changes: Changes) -> bool:
         """Say whether a number at a place of the config makes an operator's number that of the slim model.
 
         Where no model of the config with that number can be run, it may.
         """
-        wanted = _leaves(self.slim)
-        for start in (others, {}):
-            before, after = self._of(start), self._of({**start, place: value})
+        slim_leaves = _leaves(self.slim)
+        # With the other changes first; where no model of these runs, with this one alone.
+        for start in (other_changes, {}):
+            before, after = self._find_leaves(start), self._find_leaves({**start, path: value})
             if before is not None and after is not None:
-                same_length = len(before) == len(after) == len(wanted)
+                same_length = len(before) == len(after) == len(slim_leaves)
                 return not same_length or any(
-                    old != slim == new for old, new, slim in zip(before, after, wanted, strict=True)
+                    old != slim == new
+                    for old, new, slim in zip(before, after, slim_leaves, strict=True)
                 )
         return True
 
-    def _of(self, changes: Changes) -> list[Any] | None:
+    def _find_leaves(self, changes: Changes) -> list[Any] | None:
         key = frozenset(changes.items())
         if key not in self._seen:
             try:
@@ -195,178 +199,198 @@ class Search:
 
     Args:
         architecture: the class and the config of the original.
-        wanted: the shapes.
+        target_shapes: the shapes.
         numbers: those of the operators.
         hidden: whether to try numbers that show in no shape too.
 
     """
 
     def __init__(
-        self, architecture: Architecture, wanted: Shapes, numbers: Numbers, hidden: bool = True
+        self,
+        architecture: Architecture,
+        target_shapes: Shapes,
+        numbers: Numbers,
+        hidden: bool = True,
     ) -> None:
         self.architecture = architecture
         self.numbers = numbers
-        self._wanted = wanted
+        self._wanted = target_shapes
         self._places = architecture.numbers
         self._hidden = hidden
-        self._asked = {place: self._asks(place, {}) for place in self._places}
+        self._asked = {path: self._find_followers(path, {}) for path in self._places}
         self.needed: dict[Place, Number] = {}
         self.conflicts: dict[Place, dict[Dim, Number | None]] = {}  # what is asked for in vain
         self.alone: dict[Place, list[Dim]] = {}  # dimensions that no other number moves
         self._find_needed()
         self.nearest: Changes = {}
-        self.missed = self._missed({})
+        self.missed = self._find_missed({})
 
     def fitting(self) -> Iterator[dict[Place, Number]]:
         """Yield changes of the config that give the shapes, the likeliest first."""
-        open_places = [
-            place for place, asks in self._asked.items() if self._is_open(place) and asks
+        open_paths = [
+            path for path, followers in self._asked.items() if self._is_open(path) and followers
         ]
         choices = dict(self._choices())
-        done: list[dict[Place, Number]] = []
+        yielded_changes: list[dict[Place, Number]] = []
         if not self.missed:
-            done.append({})
+            yielded_changes.append({})
             yield {}
-        for picks in islice(_likeliest_first(list(choices.values())), self._most_tried()):
+        for picks in islice(_yield_likeliest_first(list(choices.values())), self._limit_tries()):
             picked = dict(zip(choices, picks, strict=True))
             changes = {p: v for p, v in (self.needed | picked).items() if v != self._places[p]}
-            missed = self._missed(changes)
-            if missed and open_places:
-                changes |= self._open(open_places, changes, missed)
-                missed = self._missed(changes)
+            missed = self._find_missed(changes)
+            if missed and open_paths:
+                changes |= self._choose_open_numbers(open_paths, changes, missed)
+                missed = self._find_missed(changes)
             if len(missed) < len(self.missed):
                 self.nearest, self.missed = changes, missed
-            if not missed and changes not in done:
-                done.append(changes)
+            if not missed and changes not in yielded_changes:
+                yielded_changes.append(changes)
                 yield changes
 
-    def _most_tried(self) -> int:
-        moved = {dim for asks in self._asked.values() for dim in asks}
+    def _limit_tries(self) -> int:
+        moved = {dim for followers in self._asked.values() for dim in followers}
         in_vain = self.conflicts or any(dim not in moved for dim in self.missed)
         return _MOST_TRIED_IN_VAIN if in_vain else _MOST_TRIED
 
-    def _missed(self, changes: Changes) -> list[Dim]:
+    def _find_missed(self, changes: Changes) -> list[Dim]:
         """Return the dimensions that are not as they should be."""
-        now = self.architecture.shapes(changes)
+        actual = self.architecture.shapes(changes)
         return [
             (name, dim)
             for name, shape in self._wanted.items()
             for dim, size in enumerate(shape)
-            if name not in now or len(now[name]) != len(shape) or now[name][dim] != size
-        ] or ([] if now.keys() == self._wanted.keys() else [(name, 0) for name in now])
+            # A config that is refused has no shapes, so that everything is missed.
+            if name not in actual or len(actual[name]) != len(shape) or actual[name][dim] != size
+        ] or ([] if actual.keys() == self._wanted.keys() else [(name, 0) for name in actual])
 
-    def _is_open(self, place: Place) -> bool:
-        return self._places[place] is None
+    def _is_open(self, path: Place) -> bool:
+        return self._places[path] is None
 
-    def _asks(self, place: Place, start: Changes) -> dict[Dim, Number | None]:
+    def _find_followers(self, path: Place, start: Changes) -> dict[Dim, Number | None]:
         """Return which dimensions follow a number, and what each would have it be; None for nothing.
 
         Dimensions are taken to grow evenly with it.
         """
-        value = start.get(place, self._places[place])
+        value = start.get(path, self._places[path])
         low: Changes = start
-        values: tuple[Number, Number] = _PROBES
+        probed: tuple[Number, Number] = _PROBES
         if value is None:
-            low, high = ({**start, place: probe} for probe in _PROBES)
+            low, high = ({**start, path: probe} for probe in _PROBES)
         else:
-            values = value, self._moved(place, value, start)
-            high = {**start, place: values[1]}
+            probed = value, self._find_accepted(path, value, start)
+            high = {**start, path: probed[1]}
         before = self.architecture.shapes(low)
+        # Set to the first probe it changes nothing from where it is open: nothing goes by it.
         if value is None and before == self.architecture.shapes(start):
             return {}
         after = self.architecture.shapes(high)
-        asked: dict[Dim, Number | None] = {}
+        followers: dict[Dim, Number | None] = {}
         for name in before.keys() & after.keys() & self._wanted.keys():
             sizes = zip(before[name], after[name], self._wanted[name], strict=False)
-            for dim, (old, new, wanted) in enumerate(sizes):
+            for dim, (old, new, target) in enumerate(sizes):
                 if old != new:
-                    exact = values[0] + (wanted - old) * (values[1] - values[0]) / (new - old)
-                    asked[name, dim] = _as_number(exact, value)
-        return asked
+                    # The line through two points, read backwards. A head size of 16 gives 64 rows,
+                    # one of 32 gives 128: 48 rows want 16 + (48 - 64) * 16 / (128 - 64) = 12.
+                    exact = probed[0] + (target - old) * (probed[1] - probed[0]) / (new - old)
+                    followers[name, dim] = _as_number(exact, value)
+        return followers
 
-    def _moved(self, place: Place, value: Number, start: Changes) -> Number:
+    def _find_accepted(self, path: Place, value: Number, start: Changes) -> Number:
         """Return another number that the config does not refuse, or this one where there is none."""
-        others: list[Number] = [2 * value, 3 * value]
-        others += [value // 2, value + 1] if isinstance(value, int) else [value / 2]
-        accepted = (x for x in others if self.architecture.shapes({**start, place: x}))
+        # A width that heads have to divide takes twice its size; a number of heads may not.
+        candidates: list[Number] = [2 * value, 3 * value]
+        candidates += [value // 2, value + 1] if isinstance(value, int) else [value / 2]
+        accepted = (x for x in candidates if self.architecture.shapes({**start, path: x}))
         return next(accepted, value)
 
     def _find_needed(self) -> None:
         """Keep the numbers that have to be what they are asked to be: nothing else moves a dimension."""
-        movers = Counter(dim for asks in self._asked.values() for dim in asks)
-        for place, asks in self._asked.items():
-            alone = {dim: value for dim, value in asks.items() if movers[dim] == 1}
-            self.alone[place] = list(alone)
-            values = set(alone.values())
-            if self._is_open(place) or not alone:
+        mover_counts = Counter(dim for followers in self._asked.values() for dim in followers)
+        for path, followers in self._asked.items():
+            sole_followers = {
+                dim: value for dim, value in followers.items() if mover_counts[dim] == 1
+            }
+            self.alone[path] = list(sole_followers)
+            wanted_numbers = set(sole_followers.values())
+            if self._is_open(path) or not sole_followers:
                 continue
-            if len(values) == 1 and None not in values:
-                self.needed |= {place: value for value in values if value is not None}  # noqa: B035
+            if len(wanted_numbers) == 1 and None not in wanted_numbers:
+                self.needed |= {path: value for value in wanted_numbers if value is not None}  # noqa: B035
             else:
-                self.conflicts[place] = alone
+                self.conflicts[path] = sole_followers
 
     def _choices(self) -> Iterator[tuple[Place, list[Number]]]:
         """Yield the places whose numbers are still to be chosen, and what they may be, likely first."""
         hidden: list[tuple[Place, int]] = []
-        for place, value in self._places.items():
-            if value is None or place in self.needed:
+        for path, value in self._places.items():
+            if value is None or path in self.needed:
                 continue
-            became: list[Number] = []
+            successors: list[Number] = []
             if isinstance(value, int):
-                became += self.numbers.became.get(value, ())
-                hidden += [(place, value)] if became and not self._asked[place] else []
-            if self._asked[place]:
-                yield place, self._likely(place, value, became)
-        for place, value in hidden[: _MOST_HIDDEN if self._hidden else 0]:
-            became = [
-                new
-                for new in self.numbers.became[value]
-                if self.numbers.are_said_by(place, new, self.needed)
+                successors += self.numbers.became.get(value, ())
+                hidden += [(path, value)] if successors and not self._asked[path] else []
+            if self._asked[path]:
+                yield path, self._rank_candidates(path, value, successors)
+        for path, value in hidden[: _MOST_HIDDEN if self._hidden else 0]:
+            successors = [
+                successor
+                for successor in self.numbers.became[value]
+                if self.numbers.are_said_by(path, successor, self.needed)
             ]
-            if became:
-                yield place, [*became, value]
+            if successors:
+                yield path, [*successors, value]
 
-    def _likely(self, place: Place, value: Number, became: Sequence[Number]) -> list[Number]:
+    def _rank_candidates(
+        self, path: Place, value: Number, successors: Sequence[Number]
+    ) -> list[Number]:
         """Return what a number that dimensions follow may be, likely ones first."""
-        asked = [*self._asks(place, self.needed).values(), *self._asked[place].values()]
-        often = [x for x, _ in Counter(asked).most_common() if x is not None]
-        likely = [x for x in became if x in often]
-        return list(dict.fromkeys([*likely, *became, value, *often]))
+        wanted_numbers = [
+            *self._find_followers(path, self.needed).values(),
+            *self._asked[path].values(),
+        ]
+        wanted_by_most = [x for x, _ in Counter(wanted_numbers).most_common() if x is not None]
+        # Seen in the operators and wanted by dimensions; seen alone; unchanged; wanted alone.
+        seen_and_wanted = [x for x in successors if x in wanted_by_most]
+        return list(dict.fromkeys([*seen_and_wanted, *successors, value, *wanted_by_most]))
 
-    def _open(
-        self, places: Sequence[Place], changes: Changes, missed: Sequence[Dim]
+    def _choose_open_numbers(
+        self, paths: Sequence[Place], changes: Changes, missed: Sequence[Dim]
     ) -> dict[Place, Number]:
         """Return numbers for places that the config leaves open, so that dimensions fit that do not yet."""
-        asked = {place: self._asks(place, changes) for place in places}
-        movers = Counter(dim for asks in asked.values() for dim in asks)
-        values: dict[Place, Number] = {}
-        for place, asks in asked.items():
-            wanted = {asks[dim] for dim in missed if dim in asks and movers[dim] == 1}
-            if len(wanted) == 1 and None not in wanted:
-                values |= {place: value for value in wanted if value is not None}  # noqa: B035
-        return values
+        followers_by_path = {path: self._find_followers(path, changes) for path in paths}
+        mover_counts = Counter(dim for followers in followers_by_path.values() for dim in followers)
+        numbers: dict[Place, Number] = {}
+        for path, followers in followers_by_path.items():
+            wanted_numbers = {
+                followers[dim] for dim in missed if dim in followers and mover_counts[dim] == 1
+            }
+            if len(wanted_numbers) == 1 and None not in wanted_numbers:
+                numbers |= {path: value for value in wanted_numbers if value is not None}  # noqa: B035
+        return numbers
 
 
-def _as_number(exact: float, before: Number | None) -> Number | None:
+def _as_number(exact: float, original: Number | None) -> Number | None:
     """Return a number of the kind that was there, or None where it cannot be one."""
     if exact <= 0:
         return None
-    if isinstance(before, float):
+    if isinstance(original, float):
         # A factor may be rounded down with what it multiplies: a little above gives the size still.
         return exact if (exact * 1024).is_integer() else exact * (1 + 1e-12)
     return int(exact) if exact == int(exact) else None
 
 
-def _likeliest_first(choices: Sequence[Sequence[Number]]) -> Iterator[tuple[Number, ...]]:
+def _yield_likeliest_first(choices: Sequence[Sequence[Number]]) -> Iterator[tuple[Number, ...]]:
     """Yield picks of one from each of the choices, those that take the first of most first."""
+    # [a, b] and [c, d] give ac; then, with one that is not the first, bc, ad; then bd.
     for count in range(len(choices) + 1):
-        for odd in combinations(range(len(choices)), count):
+        for deviating in combinations(range(len(choices)), count):
             yield from product(
-                *(choice[1:] if i in odd else choice[:1] for i, choice in enumerate(choices))
+                *(choice[1:] if i in deviating else choice[:1] for i, choice in enumerate(choices))
             )
 
 
-def _difference(
+def _find_difference(
     architecture: Architecture, model: nn.Module, result: Slimmed, numbers: Numbers
 ) -> Difference | None:
     """Give a rebuilt model the slim model's values, and return in what it is not the slim model."""
@@ -377,15 +401,16 @@ def _difference(
         _give_values(model, state)
     reference = tensors_of(result.model)
     if any(tensor.is_meta for tensor in reference.values()):
+        # Without values there are no computed buffers either: those of the original stand for them.
         reference = tensors_of(architecture.changed({}))
     for name, tensor in tensors_of(model).items():
-        if name not in state and not _equal(tensor, reference[name]):
+        if name not in state and not _is_equal(tensor, reference[name]):
             return Difference(f"one that gives them computes another {name}", buffer=name)
     try:
-        found = infer(model, result.inputs)
+        rebuilt_inference = infer(model, result.inputs)
     except GraphPruneError as failure:
         return Difference(in_a_line(failure))
-    return _other_operator(found.steps, numbers.slim.steps)
+    return _find_other_operator(rebuilt_inference.steps, numbers.slim.steps)
 
 
 def _give_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -393,40 +418,41 @@ def _give_values(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ties: dict[int, list[str]] = {}
     for name, tensor in tensors_of(model).items():
         ties.setdefault(id(tensor), []).append(name)
+    # Each name gets a tensor of its own by this, tied or not.
     model.load_state_dict(state, assign=True)
-    now = tensors_of(model)
-    for first, *others in ties.values():
-        for name in others:
+    new_tensors = tensors_of(model)
+    for first_name, *tied_names in ties.values():
+        for name in tied_names:
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, now[first])
+            setattr(model.get_submodule(owner), attribute, new_tensors[first_name])
 
 
-def _equal(tensor: Tensor, reference: Tensor) -> bool:
+def _is_equal(tensor: Tensor, reference: Tensor) -> bool:
     """Say whether a computed buffer is that of the reference, which may have been cast since."""
     if tensor.is_meta or reference.is_meta:
         return False
     return torch.equal(tensor.to(reference.device, reference.dtype), reference)
 
 
-def _other_operator(steps: Sequence[Step], wanted: Sequence[Step]) -> Difference | None:
+def _find_other_operator(steps: Sequence[Step], slim_steps: Sequence[Step]) -> Difference | None:
     """Return the first operator that is another, or is called with other numbers or on something else."""
-    for number, (step, slim) in enumerate(zip(steps, wanted, strict=False)):
-        mine, its = _described(step), _described(slim)
-        if step.func is not slim.func or mine != its:
-            pairs = zip(mine, its, strict=False)
-            odd = next(((a, b) for a, b in pairs if a != b), ("another operator", slim.func))
-            place = f"{slim.place.operator} in {slim.place.module} ({slim.place.source})"
-            return Difference(f"{place} would have {odd[0]} for {odd[1]}", number)
-    if len(steps) != len(wanted):
-        return Difference(f"it would call {len(steps)} operators, not {len(wanted)}")
+    for number, (step, slim) in enumerate(zip(steps, slim_steps, strict=False)):
+        rebuilt_leaves, slim_leaves = _describe_step(step), _describe_step(slim)
+        if step.func is not slim.func or rebuilt_leaves != slim_leaves:
+            pairs = zip(rebuilt_leaves, slim_leaves, strict=False)
+            odd_pair = next(((a, b) for a, b in pairs if a != b), ("another operator", slim.func))
+            call_text = f"{slim.place.operator} in {slim.place.module} ({slim.place.source})"
+            return Difference(f"{call_text} would have {odd_pair[0]} for {odd_pair[1]}", number)
+    if len(steps) != len(slim_steps):
+        return Difference(f"it would call {len(steps)} operators, not {len(slim_steps)}")
     return None
 
 
 def _leaves(inference: Inference) -> list[Any]:
-    return [leaf for step in inference.steps for leaf in _described(step)]
+    return [leaf for step in inference.steps for leaf in _describe_step(step)]
 
 
-def _described(step: Step) -> list[Any]:
+def _describe_step(step: Step) -> list[Any]:
     """Return an operator's arguments: numbers as they are, tensors as their sources and sizes."""
 
     def describe(leaf: Any) -> Any:

@@ -23,6 +23,7 @@ from graphprune.utils.tensors import evaluating
 
 _TOLERANCE = 1e-4
 
+# For an attribute that a config had not; None is a number left open.
 _ABSENT = object()
 
 # What an earlier model may have left in the folder, and another one's config would not fit.
@@ -40,8 +41,8 @@ def with_own_config(result: Slimmed) -> Slimmed:
 
     """
     model: Any = result.model
-    empty = any(tensor.is_meta for tensor in tensors_of(model).values())
-    if result.form != "module" or not has_config(model) or not result.plan.removed or empty:
+    lacks_values = any(tensor.is_meta for tensor in tensors_of(model).values())
+    if result.form != "module" or not has_config(model) or not result.plan.removed or lacks_values:
         return result
     try:
         fit = find(result)
@@ -56,33 +57,36 @@ def with_own_config(result: Slimmed) -> Slimmed:
     )
     stale = tuple(
         AmbiguousSize(
-            ".".join(map(str, ("config", *place))), value, tuple(sorted({value, *became}))
+            ".".join(map(str, ("config", *path))), value, tuple(sorted({value, *successors}))
         )
-        for place, value in fit.search.architecture.numbers.items()
-        if isinstance(value, int) and (became := fit.search.numbers.became.get(value))
+        for path, value in fit.search.architecture.numbers.items()
+        if isinstance(value, int) and (successors := fit.search.numbers.became.get(value))
     )
     return replace(result, ambiguous_sizes=result.ambiguous_sizes + stale)
 
 
 def _takes_numbers_of(model: nn.Module, rebuilt: nn.Module, result: Slimmed) -> bool:
     """Put the numbers of the configs of a rebuilt model into a model's, if it computes the same then."""
-    wanted = _outputs(model, result)
-    theirs, mine = dict(rebuilt.named_modules()), dict(model.named_modules())
+    expected_outputs = _outputs(model, result)
+    rebuilt_modules, modules = dict(rebuilt.named_modules()), dict(model.named_modules())
     changes = [
         change
-        for path, module in mine.items()
-        if hasattr(module, "config") and hasattr(theirs.get(path), "config")
-        for change in _other_numbers(module.config, theirs[path].config)
+        # Not the model's config alone: an encoder inside may have one of its own, or a copy.
+        for path, module in modules.items()
+        if hasattr(module, "config") and hasattr(rebuilt_modules.get(path), "config")
+        for change in _other_numbers(module.config, rebuilt_modules[path].config)
     ]
-    before = [(config, name, vars(config).get(name, _ABSENT)) for config, name, _ in changes]
+    previous_values = [
+        (config, name, vars(config).get(name, _ABSENT)) for config, name, _ in changes
+    ]
     for config, name, value in changes:
         setattr(config, name, value)
     try:
-        if _alike(_outputs(model, result), wanted):
+        if _are_alike(_outputs(model, result), expected_outputs):
             return True
     except Exception:  # the code refuses numbers in whatever way it likes
         pass
-    for config, name, value in before:
+    for config, name, value in previous_values:
         if value is _ABSENT:
             delattr(config, name)
         else:
@@ -90,13 +94,13 @@ def _takes_numbers_of(model: nn.Module, rebuilt: nn.Module, result: Slimmed) -> 
     return False
 
 
-def _other_numbers(config: Any, other: Any) -> Iterator[tuple[Any, str, Any]]:
+def _other_numbers(config: Any, twin: Any) -> Iterator[tuple[Any, str, Any]]:
     """Yield where a config, or one in it, says another number than its twin, and that number."""
-    for name, value in vars(other).items():
-        held = vars(config).get(name)
-        if hasattr(value, "to_dict") and held is not None:
-            yield from _other_numbers(held, value)
-        elif _is_of_numbers(value) and held != value and not name.startswith("_"):
+    for name, value in vars(twin).items():
+        current = vars(config).get(name)
+        if hasattr(value, "to_dict") and current is not None:
+            yield from _other_numbers(current, value)
+        elif _is_of_numbers(value) and current != value and not name.startswith("_"):
             yield config, name, copy.deepcopy(value)
 
 
@@ -152,10 +156,11 @@ def save_pretrained(result: Slimmed, folder: str | Path) -> None:
 
 
 def _gives_the_same(rebuilt: nn.Module, model: nn.Module, result: Slimmed) -> bool:
-    slim = tensors_of(model)
+    slim_tensors = tensors_of(model)
     for name, tensor in tensors_of(rebuilt).items():
-        tensor.data = tensor.data.to(slim[name].device, slim[name].dtype)
-    return _alike(_outputs(rebuilt, result), _outputs(model, result))
+        # In place, as this is the model that gets saved, in the slim model's precision.
+        tensor.data = tensor.data.to(slim_tensors[name].device, slim_tensors[name].dtype)
+    return _are_alike(_outputs(rebuilt, result), _outputs(model, result))
 
 
 def _outputs(model: nn.Module, result: Slimmed) -> list[Tensor]:
@@ -164,9 +169,10 @@ def _outputs(model: nn.Module, result: Slimmed) -> list[Tensor]:
         return [tensor for _, tensor in output_tensors(call(model, result.inputs))]
 
 
-def _alike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    return len(found) == len(wanted) and all(
+def _are_alike(outputs: Sequence[Tensor], expected_outputs: Sequence[Tensor]) -> bool:
+    return len(outputs) == len(expected_outputs) and all(
         a.shape == b.shape
+        # Relative to each value, and to the largest: near zero a sum keeps only that accuracy.
         and torch.allclose(a, b, _TOLERANCE, _TOLERANCE * float(b.abs().max()), equal_nan=True)
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(outputs, expected_outputs, strict=True)
     )

@@ -25,12 +25,14 @@ def why_none(fit: Fit) -> str:
     architecture, plan = fit.search.architecture, fit.result.plan
     why = _odd_sizes(fit) if fit.difference is None else fit.difference.text
     text = f"no {architecture.name} says the sizes of the slim model: {why}"
-    left = _groups_to_leave(architecture, fit)
-    if left is None:
+    groups_to_leave = _find_groups_to_leave(architecture, fit)
+    if groups_to_leave is None:
         return text
-    if not left:
+    if not groups_to_leave:
         return f"{text}; none of the groups that are cut can be said by one"
-    advice = f"slim with exclude={patterns_of(left, plan)}, which leaves these groups whole"
+    advice = (
+        f"slim with exclude={patterns_of(groups_to_leave, plan)}, which leaves these groups whole"
+    )
     if fit.search.conflicts and not _cuts_alike(plan):
         advice = f"cut every layer alike (of='channels', ranking='uniform'), or {advice}"
     return f"{text}; {advice}"
@@ -46,114 +48,132 @@ def patterns_of(names: Iterable[str], plan: Plan) -> list[str]:
     names = list(names)
     patterns: dict[str, None] = {}
     for name in names:
-        wide = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        others = [cut for cut in plan.keep if fnmatchcase(cut, wide) and cut not in names]
-        patterns[name if others or wide.count("*") == 0 else wide] = None
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        wrongly_cut = [
+            group_name
+            for group_name in plan.keep
+            if fnmatchcase(group_name, pattern) and group_name not in names
+        ]
+        # "layers.0.mlp" becomes "layers.*.mlp", unless that would also leave out layers to be cut.
+        patterns[name if wrongly_cut or pattern.count("*") == 0 else pattern] = None
     return list(patterns)
 
 
 def _odd_sizes(fit: Fit) -> str:
     """Return which sizes no number of the config gives."""
     missed = set(fit.search.missed)
-    unused = set(fit.result.graph.inference.unused)
-    for place, asked in fit.search.conflicts.items():
-        firsts = {value: dim for dim, value in sorted(asked.items(), reverse=True)}
-        if None not in firsts and len(firsts) > 1 and asked.keys() & missed:
-            wanted = [
+    unused_names = set(fit.result.graph.inference.unused)
+    for path, followers in fit.search.conflicts.items():
+        # Last written wins: each number with the first of the dimensions that want it.
+        first_dims = {value: dim for dim, value in sorted(followers.items(), reverse=True)}
+        if None not in first_dims and len(first_dims) > 1 and followers.keys() & missed:
+            demands = [
                 f"{value} for {name}:{dim}"
-                + (" (which the example inputs do not reach)" if name in unused else "")
-                for value, (name, dim) in sorted(firsts.items(), key=lambda item: item[1])
+                + (" (which the example inputs do not reach)" if name in unused_names else "")
+                for value, (name, dim) in sorted(first_dims.items(), key=lambda item: item[1])
             ]
-            return f"{_spelt(place)} would have to be {' and '.join(wanted[:3])}"
+            return f"{_format_path(path)} would have to be {' and '.join(demands[:3])}"
     slim = shapes(fit.result.model)
     names = list(dict.fromkeys(name for name, _ in fit.search.missed))
     return f"no number in it gives {listed([f'{n} {list(slim.get(n, ()))}' for n in names])}"
 
 
-def _spelt(place: Place) -> str:
-    first, *rest = place
-    return str(first) + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in rest)
+def _format_path(path: Place) -> str:
+    first_key, *inner_keys = path
+    return str(first_key) + "".join(
+        f"[{key}]" if isinstance(key, int) else f".{key}" for key in inner_keys
+    )
 
 
-def _groups_to_leave(architecture: Architecture, fit: Fit) -> list[str] | None:
+def _find_groups_to_leave(architecture: Architecture, fit: Fit) -> list[str] | None:
     """Return groups without whose cut a config gives the shapes: none where that takes all.
 
     None instead of a list stands for not known.
     """
     result = fit.result
-    left = _of_operator(fit) or _of_buffer(fit) or _of_shapes(result, result.plan, fit.search)
-    more = left
+    group_names = (
+        _find_groups_of_operator(fit)
+        or _find_groups_of_buffer(fit)
+        or _find_groups_of_shapes(result, result.plan, fit.search)
+    )
+    new_names = group_names
     for _ in range(_ROUNDS):
-        plan = result.plan.without(left)
+        plan = result.plan.without(group_names)
         if not plan.removed:
             return []
-        if not more:
+        # Nothing more to blame, and still no config: which groups it would take is not known.
+        if not new_names:
             return None
-        search = Search(architecture, _shapes_by(result, plan), fit.search.numbers, hidden=False)
+        search = Search(
+            architecture, _shapes_by_plan(result, plan), fit.search.numbers, hidden=False
+        )
         if next(search.fitting(), None) is not None:
-            return left
-        more = _of_shapes(result, plan, search)
-        left = left + more
+            return group_names
+        new_names = _find_groups_of_shapes(result, plan, search)
+        group_names = group_names + new_names
     return None
 
 
-def _of_operator(fit: Fit) -> list[str]:
+def _find_groups_of_operator(fit: Fit) -> list[str]:
     """Return the groups that are cut in the operator that would have other numbers."""
     steps = fit.result.graph.inference.steps
     if fit.difference is None or fit.difference.step is None or fit.difference.step >= len(steps):
         return []
     step = steps[fit.difference.step]
     layouts = [layout for value in (*step.outputs, *step.inputs) for layout in value.layouts]
-    return _cut_in(fit.result, fit.result.plan, layouts)
+    return _find_cut_groups(fit.result, fit.result.plan, layouts)
 
 
-def _of_buffer(fit: Fit) -> list[str]:
+def _find_groups_of_buffer(fit: Fit) -> list[str]:
     """Return the groups whose sizes a buffer is computed from that would be another."""
     if fit.difference is None or fit.difference.buffer is None:
         return []
     search, name = fit.search, fit.difference.buffer
     original = tensors_of(search.architecture.changed({}))[name]
     dims: list[Dim] = []
-    for place, value in search.nearest.items():
-        if search.architecture.shapes({place: value}):
-            changed = tensors_of(search.architecture.changed({place: value}))[name]
-            dims += [] if torch.equal(changed, original) else search.alone[place]
-    return _of_dimensions(fit.result, fit.result.plan, dims)
+    # Each changed number by itself: where the buffer moves, it is computed from that one.
+    for path, value in search.nearest.items():
+        if search.architecture.shapes({path: value}):
+            changed = tensors_of(search.architecture.changed({path: value}))[name]
+            dims += [] if torch.equal(changed, original) else search.alone[path]
+    return _find_groups_of_dimensions(fit.result, fit.result.plan, dims)
 
 
-def _of_shapes(result: Slimmed, plan: Plan, search: Search) -> list[str]:
+def _find_groups_of_shapes(result: Slimmed, plan: Plan, search: Search) -> list[str]:
     """Return the groups that a plan cuts in dimensions that come out wrong.
 
     Where these are the ones that it leaves, groups in dimensions that go by the same number.
     """
-    conflicts = [dim for asked in search.conflicts.values() for dim in asked]
-    return _of_dimensions(result, plan, search.missed) or _of_dimensions(result, plan, conflicts)
+    conflicting_dims = [dim for followers in search.conflicts.values() for dim in followers]
+    return _find_groups_of_dimensions(result, plan, search.missed) or _find_groups_of_dimensions(
+        result, plan, conflicting_dims
+    )
 
 
-def _of_dimensions(result: Slimmed, plan: Plan, dims: Sequence[Dim]) -> list[str]:
+def _find_groups_of_dimensions(result: Slimmed, plan: Plan, dims: Sequence[Dim]) -> list[str]:
     """Return the groups that a plan cuts in dimensions of parameters."""
     by_name = _layouts_by_name(result)
     layouts = [by_name[name][dim] for name, dim in dims if dim < len(by_name.get(name, []))]
-    return _cut_in(result, plan, layouts)
+    return _find_cut_groups(result, plan, layouts)
 
 
-def _cut_in(result: Slimmed, plan: Plan, layouts: Iterable[Layout]) -> list[str]:
-    cut = plan.masks(result.graph)
-    axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout) if axis in cut)
+def _find_cut_groups(result: Slimmed, plan: Plan, layouts: Iterable[Layout]) -> list[str]:
+    masks = plan.masks(result.graph)
+    axes = dict.fromkeys(axis for layout in layouts for axis in free_axes(layout) if axis in masks)
     return [result.graph.names[axis] for axis in axes]
 
 
 def _layouts_by_name(result: Slimmed) -> dict[str, list[Layout]]:
     inference = result.graph.inference
     return {
-        name: inference.parameters[first]
-        for first, names in inference.names.items()
+        name: inference.parameters[first_name]
+        for first_name, names in inference.names.items()
         for name in names
-        if first in inference.parameters
+        if first_name in inference.parameters
     }
 
 
-def _shapes_by(result: Slimmed, plan: Plan) -> Shapes:
+def _shapes_by_plan(result: Slimmed, plan: Plan) -> Shapes:
     """Return the shapes that a plan would give."""
     kept, by_name = counts_of(plan.masks(result.graph)), _layouts_by_name(result)
     return {

@@ -65,6 +65,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     What was written of it until a failure is removed, and what was there before stays.
     """
     with drafted(Path(path)) as draft:
+        # no writing through a link that somebody put in the draft's place; a device's path may be one
         flags = getattr(os, "O_NOFOLLOW", 0) if draft != Path(path) else 0
         with open(draft, "wb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
             yield file
@@ -87,11 +88,11 @@ def drafted(path: Path) -> Iterator[Path]:
         os.close(os.open(draft, flags, 0o666))
         mode = _mode_of(path) or _mode_of(draft)
         yield draft
+        # content before name: the other way round a power cut leaves an empty file under the old name
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        if (
-            _mode_of(draft) != mode
-        ):  # that of the old file; or the writer put a file of its own here
+        # that of the old file; or the writer put a file of its own here
+        if _mode_of(draft) != mode:
             draft.chmod(mode)
         os.replace(draft, path)
     except BaseException:
@@ -103,10 +104,10 @@ def drafted(path: Path) -> Iterator[Path]:
 def _mode_of(path: Path) -> int:
     """Return the permissions of a file, or 0 where there is none or a link."""
     try:
-        found = os.lstat(path).st_mode
+        mode = os.lstat(path).st_mode
     except OSError:
         return 0
-    return stat.S_IMODE(found) & 0o777 if stat.S_ISREG(found) else 0
+    return stat.S_IMODE(mode) & 0o777 if stat.S_ISREG(mode) else 0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -133,13 +134,14 @@ def drafted_folder(folder: Path, instead_of: Sequence[str] = (), last: str = "")
 
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as elsewhere:
-        draft = Path(elsewhere)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft_path:
+        draft = Path(draft_path)
         yield draft
         files = sorted(draft.iterdir(), key=lambda file: (file.name == last, file.name))
         for file in files:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+            # all content before the first name, so that a full disk shows while the old files still stand
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         for file in files:
             os.replace(file, folder / file.name)
     names = {file.name for file in files}
@@ -160,9 +162,9 @@ def alone(lock: Path, wait: float = 0.0) -> Iterator[bool]:
         wait: seconds at most until another gives it back.
 
     """
-    held = FileLock(lock, timeout=wait)
+    file_lock = FileLock(lock, timeout=wait)
     try:
-        held.acquire()
+        file_lock.acquire()
     except Timeout:
         yield False
         return
@@ -170,4 +172,4 @@ def alone(lock: Path, wait: float = 0.0) -> Iterator[bool]:
         yield True
     finally:
         lock.unlink(missing_ok=True)
-        held.release()
+        file_lock.release()

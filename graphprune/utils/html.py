@@ -27,9 +27,12 @@ def rendered(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
     """
     loader = jinja2.PackageLoader("graphprune")
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    known = [printable(script) for script in scripts]  # in a script, the same by another spelling
+    # in a script, the same by another spelling
+    printable_scripts = [printable(script) for script in scripts]
     page = pages.get_template(template)
-    return printable(page.render(policy=_policy(known), scripts=known, **values))
+    return printable(
+        page.render(policy=_policy(printable_scripts), scripts=printable_scripts, **values)
+    )
 
 
 def _policy(scripts: Sequence[str]) -> str:

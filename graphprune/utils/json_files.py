@@ -24,9 +24,11 @@ def parsed(text: str | bytes, *, finite: bool = True) -> Any:
             deeper than can be read.
 
     """
-    constant, number = (_no_number, _finite) if finite else (None, None)
+    parse_constant, parse_float = (_refuse_constant, _parse_finite) if finite else (None, None)
     try:
-        return json.loads(text, parse_constant=constant, parse_float=number, parse_int=_integer)
+        return json.loads(
+            text, parse_constant=parse_constant, parse_float=parse_float, parse_int=_parse_integer
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -42,7 +44,7 @@ def read(path: Path, *, finite: bool = True) -> Any:
     return parsed(path.read_bytes(), finite=finite)
 
 
-def mapping(value: Any, what: str) -> dict[str, Any]:
+def mapping(value: Any, label: str) -> dict[str, Any]:
     """Return a value that has to be a JSON object.
 
     Raises:
@@ -50,7 +52,7 @@ def mapping(value: Any, what: str) -> dict[str, Any]:
 
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is {reprlib.repr(value)}, not an object")
+        raise ValueError(f"{label} is {reprlib.repr(value)}, not an object")
     return value
 
 
@@ -62,13 +64,16 @@ def of_format(value: Any, name: str, version: int | str) -> dict[str, Any]:
 
     """
     content = mapping(value, "it")
-    said = content.get("format"), content.get("version")
-    if said != (name, version) or isinstance(said[1], bool):
-        raise ValueError(f"format {reprlib.repr(said[0])} version {reprlib.repr(said[1])}")
+    format_and_version = content.get("format"), content.get("version")
+    # in Python True == 1, so that version true would pass for 1
+    if format_and_version != (name, version) or isinstance(format_and_version[1], bool):
+        raise ValueError(
+            f"format {reprlib.repr(format_and_version[0])} version {reprlib.repr(format_and_version[1])}"
+        )
     return content
 
 
-def integer(value: Any, what: str) -> int:
+def integer(value: Any, label: str) -> int:
     """Return a value that has to be an integer: not a text of one, nor a number with a point, nor true.
 
     Raises:
@@ -76,21 +81,21 @@ def integer(value: Any, what: str) -> int:
 
     """
     if type(value) is not int:
-        raise ValueError(f"{what} is {reprlib.repr(value)}, not an integer")
+        raise ValueError(f"{label} is {reprlib.repr(value)}, not an integer")
     return value
 
 
-def _no_number(word: str) -> NoReturn:
+def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is no number")
 
 
-def _finite(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
         raise ValueError(f"{digits[:20]} is too large for a number")
     return value
 
 
-def _integer(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits is too large")
     return int(digits)

@@ -15,7 +15,7 @@ from torch import nn
 _Cached: Any = type(functools.lru_cache(lambda: None))
 
 # A cache, and what puts another function in its place.
-_Place: TypeAlias = tuple[Any, Callable[[Any], None]]
+_CacheAndSetter: TypeAlias = tuple[Any, Callable[[Any], None]]
 
 
 @contextmanager
@@ -25,42 +25,50 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     A run without data, or in float64, would leave its tensors in the caches for the user's own runs
     to find; and tensors that an earlier run left would hide the operators that make them.
     """
-    places = list(_places(model))
-    for cache, put in places:
+    caches = list(_find_caches(model))
+    for cache, put in caches:
         cache.cache_clear()
         put(cache.__wrapped__)
     try:
         yield
     finally:
-        for cache, put in places:
+        for cache, put in caches:
             put(cache)
             cache.cache_clear()  # other code may have called it by another name
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _find_caches(model: nn.Module) -> Iterator[_CacheAndSetter]:
     """Yield the caches among the functions and methods of the files that the model's classes are in."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    files = {name for name in (cls.__module__ for cls in classes) if name.split(".")[0] != "torch"}
-    holders = {sys.modules[name] for name in files - {"builtins"} if name in sys.modules}
-    for holder in [*holders, *(cls for cls in classes if cls.__module__ in files - {"builtins"})]:
-        for name, value in list(vars(holder).items()):
+    module_names = {
+        name for name in (cls.__module__ for cls in classes) if name.split(".")[0] != "torch"
+    }
+    holders = {sys.modules[name] for name in module_names - {"builtins"} if name in sys.modules}
+    for holder in [
+        *holders,
+        *(cls for cls in classes if cls.__module__ in module_names - {"builtins"}),
+    ]:
+        for name, attribute in list(vars(holder).items()):
             put = partial(setattr, holder, name)
-            if isinstance(value, (staticmethod, classmethod)):
-                yield from _in_function(value.__func__, partial(_put_method, put, type(value)))
+            if isinstance(attribute, (staticmethod, classmethod)):
+                yield from _find_in_function(
+                    attribute.__func__, partial(_put_method, put, type(attribute))
+                )
             else:
-                yield from _in_function(value, put)
+                yield from _find_in_function(attribute, put)
 
 
 def _put_method(put: Callable[[Any], None], kind: Any, function: Any) -> None:
     put(kind(function))
 
 
-def _in_function(value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
+def _find_in_function(attribute: Any, put: Callable[[Any], None]) -> Iterator[_CacheAndSetter]:
     """Yield the cache that a function is, or that a decorated one has in its closure."""
-    if isinstance(value, _Cached):
-        yield value, put
-    elif inspect.isfunction(value):
-        for cell in value.__closure__ or ():
+    if isinstance(attribute, _Cached):
+        yield attribute, put
+    elif inspect.isfunction(attribute):
+        # with `@log` above `@lru_cache` the name is log's wrapper, and a cell of that holds the cache
+        for cell in attribute.__closure__ or ():
             try:
                 if isinstance(cell.cell_contents, _Cached):
                     yield cell.cell_contents, partial(setattr, cell, "cell_contents")

@@ -70,25 +70,26 @@ class Stored:
             for start, stop in row_blocks(self.shape):
                 shape = (stop - start, *self.shape[1:])
                 count = prod(shape) * DTYPES[self.dtype].itemsize
-                held = torch.empty(count, dtype=torch.uint8)
-                if file.readinto(held.numpy().data) != count:
+                # raw bytes into the tensor's memory: numpy has no bfloat16 to read them as
+                buffer = torch.empty(count, dtype=torch.uint8)
+                if file.readinto(buffer.numpy().data) != count:
                     raise InvalidRequestError(f"{self.path} ends before its tensors do")
-                yield held.view(DTYPES[self.dtype]).view(shape)
+                yield buffer.view(DTYPES[self.dtype]).view(shape)
 
     def copy_to(self, tensor: Tensor) -> None:
         """Fill a tensor of the same shape, of whatever type and wherever it is."""
-        rows, done = tensor if tensor.dim() else tensor[None], 0
+        rows, row = tensor if tensor.dim() else tensor[None], 0
         for block in self.blocks():
-            rows[done : done + len(block)] = block
-            done += len(block)
+            rows[row : row + len(block)] = block
+            row += len(block)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield first row and the one after the last of each block; a number is a block of one row."""
     rows = shape[0] if shape else 1
-    each = max(1, BLOCK // max(1, prod(shape[1:])))
-    for start in range(0, rows, each):
-        yield start, min(start + each, rows)
+    rows_per_block = max(1, BLOCK // max(1, prod(shape[1:])))
+    for start in range(0, rows, rows_per_block):
+        yield start, min(start + rows_per_block, rows)
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,15 @@ class Shard:
         except (OSError, SafetensorError, ValueError) as error:
             raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
         metadata = content.pop("__metadata__", None) or {}
-        odd = {
+        unsupported = {
             name: entry["dtype"] for name, entry in content.items() if entry["dtype"] not in DTYPES
         }
-        for name, dtype in odd.items():
+        for name, dtype in unsupported.items():
             raise InvalidRequestError(
                 f"{path} holds {name} in {dtype}, which cannot be cut; those that can are "
                 f"{', '.join(DTYPES)}"
             )
+        # a file is 8 bytes with the header's length, the header, and the data that offsets count from
         tensors = {
             name: Stored(
                 path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
@@ -185,18 +187,20 @@ class Checkpoint:
                     f"{path} holds neither {INDEX} nor {SINGLE}; save the weights as safetensors first"
                 )
             return cls(path, {SINGLE: Shard.of(path / SINGLE)})
-        index, weight_map = _index(path / INDEX)
+        index, weight_map = _read_index(path / INDEX)
         shards = {name: Shard.of(path / name) for name in dict.fromkeys(weight_map.values())}
-        held = {name: file for file, shard in shards.items() for name in shard.tensors}
-        odd = sorted(
+        file_of_tensor = {name: file for file, shard in shards.items() for name in shard.tensors}
+        misplaced = sorted(
             name
-            for name in held.keys() | weight_map.keys()
-            if held.get(name) != weight_map.get(name)
+            for name in file_of_tensor.keys() | weight_map.keys()
+            if file_of_tensor.get(name) != weight_map.get(name)
         )
-        if odd:
+        if misplaced:
             raise InvalidRequestError(
-                f"{path / INDEX} says that {odd[0]} is in {weight_map.get(odd[0], 'no file')}, and "
-                f"{held.get(odd[0], 'no file')} holds it; {len(odd)} tensors are not where it says"
+                f"{path / INDEX} says that {misplaced[0]} is in "
+                f"{weight_map.get(misplaced[0], 'no file')}, and "
+                f"{file_of_tensor.get(misplaced[0], 'no file')} holds it; {len(misplaced)} tensors are "
+                "not where it says"
             )
         return cls(path, shards, index)
 
@@ -208,7 +212,7 @@ class Checkpoint:
         }
 
 
-def _index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         index = json_files.mapping(json_files.read(path), "it")
         weight_map = json_files.mapping(index.pop("weight_map", None), "its weight_map")
@@ -245,20 +249,27 @@ class Weights:
             InvalidRequestError: the checkpoint lacks a tensor that the model has, or the other way round.
 
         """
-        own, kind = named_tensors(model), type(model).__name__
+        model_tensors, kind = named_tensors(model), type(model).__name__
         prefix = getattr(model, "base_model_prefix", "")
-        names = {name: _name_in(own, name, prefix) for name in checkpoint.tensors}
-        unknown = [name for name, mine in names.items() if mine not in own]
+        names = {name: _name_in(model_tensors, name, prefix) for name in checkpoint.tensors}
+        unknown = [name for name, model_name in names.items() if model_name not in model_tensors]
         if unknown:
             raise InvalidRequestError(
                 f"{checkpoint.path} holds {listed(unknown)}, which {kind} lacks; pass the model that the "
                 "checkpoint is of"
             )
-        held: dict[int, Stored] = {}
-        for name, mine in names.items():
-            held.setdefault(id(own[mine]), checkpoint.tensors[name])
-        by_name = {name: held[id(t)] for name, t in own.items() if id(t) in held}
-        missing = [name for name in model.state_dict() if name in own and name not in by_name]
+        stored_by_id: dict[int, Stored] = {}
+        for name, model_name in names.items():
+            # by identity, so that tied tensors, one under several names, are found under each of them
+            stored_by_id.setdefault(id(model_tensors[model_name]), checkpoint.tensors[name])
+        by_name = {
+            name: stored_by_id[id(tensor)]
+            for name, tensor in model_tensors.items()
+            if id(tensor) in stored_by_id
+        }
+        missing = [
+            name for name in model.state_dict() if name in model_tensors and name not in by_name
+        ]
         if missing:
             raise InvalidRequestError(
                 f"{checkpoint.path} lacks {listed(missing)} of {kind}; pass the model that the "
@@ -269,7 +280,7 @@ class Weights:
     def without_values(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model on the meta device, but for what may be orders of its channels."""
 
-        def emptied(name: str, tensor: Tensor) -> Tensor:
+        def drop_values(name: str, tensor: Tensor) -> Tensor:
             if not may_be_an_order(tensor):
                 return tensor.detach().to("meta")
             if name not in self.by_name:
@@ -278,7 +289,7 @@ class Weights:
             self.by_name[name].copy_to(order)
             return order
 
-        return copy_with(model, emptied)
+        return copy_with(model, drop_values)
 
     def check_shapes(self, model: nn.Module) -> None:
         """Check that the tensors of a model have the shapes of those in the files.
@@ -288,17 +299,19 @@ class Weights:
 
         """
         for name, tensor in named_tensors(model).items():
-            found = self.by_name[name].shape if name in self.by_name else tuple(tensor.shape)
-            if found != tuple(tensor.shape):
+            stored_shape = self.by_name[name].shape if name in self.by_name else tuple(tensor.shape)
+            if stored_shape != tuple(tensor.shape):
                 raise InvalidRequestError(
-                    f"{name} has shape {found} in {self.checkpoint.path}, and {tuple(tensor.shape)} in "
-                    f"{type(model).__name__}; pass the model that the checkpoint is of"
+                    f"{name} has shape {stored_shape} in {self.checkpoint.path}, and "
+                    f"{tuple(tensor.shape)} in {type(model).__name__}; pass the model that the "
+                    "checkpoint is of"
                 )
 
 
-def _name_in(own: Mapping[str, Tensor], name: str, prefix: str) -> str:
+def _name_in(model_tensors: Mapping[str, Tensor], name: str, prefix: str) -> str:
     """Return the model's name for a tensor: a checkpoint may be of the model inside, or of one around."""
-    if name in own or not prefix:
+    if name in model_tensors or not prefix:
         return name
+    # "pooler.weight" of a BertModel is "bert.pooler.weight" in a model around it, or the other way round
     within = f"{prefix}.{name}"
-    return within if within in own else name.removeprefix(f"{prefix}.")
+    return within if within in model_tensors else name.removeprefix(f"{prefix}.")

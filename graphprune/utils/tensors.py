@@ -30,21 +30,21 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         InvalidRequestError: a lazy module has not seen its first input yet.
 
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in _own_tensors(module):
-            found[f"{path}.{name}" if path else name] = tensor
-    lazy = sorted(name for name, tensor in found.items() if is_lazy(tensor))
+            tensors[f"{path}.{name}" if path else name] = tensor
+    lazy = sorted(name for name, tensor in tensors.items() if is_lazy(tensor))
     if lazy:
         raise InvalidRequestError(
             f"{', '.join(lazy)} have no shape yet; run the model once on an example input first"
         )
-    return found
+    return tensors
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for held in (module._parameters, module._buffers, vars(module)):
-        for name, value in held.items():
+    for attributes in (module._parameters, module._buffers, vars(module)):
+        for name, value in attributes.items():
             if isinstance(value, Tensor):
                 yield name, value
 
@@ -108,13 +108,14 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
         CaptureError: the model cannot be copied.
 
     """
+    # deepcopy takes what is in its memo for copied already, and puts it where the original was
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model).items():
         if id(tensor) not in memo:
-            value = replace(name, tensor)
-            if value is not None:
-                memo[id(tensor)] = _like(tensor, value)
-    for tensor in _computed(model):
+            replacement = replace(name, tensor)
+            if replacement is not None:
+                memo[id(tensor)] = _wrap_like(tensor, replacement)
+    for tensor in _find_computed(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone()
     try:
@@ -127,7 +128,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
         ) from error
 
 
-def _computed(model: nn.Module) -> Iterator[Tensor]:
+def _find_computed(model: nn.Module) -> Iterator[Tensor]:
     """Yield tensors that a module holds and computed from others: old-style masks, kept results.
 
     Python refuses to copy them, since their history would be lost.
@@ -173,21 +174,24 @@ def forget_derived(model: nn.Module) -> None:
         model.train(model.training)
 
 
-def _like(original: Tensor, value: Tensor) -> Tensor:
+def _wrap_like(original: Tensor, replacement: Tensor) -> Tensor:
     """Return the value as a parameter if the original is one, with the attributes users gave it."""
-    if not isinstance(original, nn.Parameter) or isinstance(value, nn.Parameter):
-        return value
-    trains = original.requires_grad and (value.is_floating_point() or value.is_complex())
-    parameter = nn.Parameter(value.detach(), requires_grad=trains)
+    if not isinstance(original, nn.Parameter) or isinstance(replacement, nn.Parameter):
+        return replacement
+    trains = original.requires_grad and (
+        replacement.is_floating_point() or replacement.is_complex()
+    )
+    parameter = nn.Parameter(replacement.detach(), requires_grad=trains)
     parameter.__dict__.update(original.__dict__)
     return parameter
 
 
-def digest(seen: Hash, name: str, tensor: Tensor) -> None:
+def digest(hasher: Hash, name: str, tensor: Tensor) -> None:
     """Let a hash see a tensor: its name, dtype, shape and values."""
+    # as bytes, since numpy has no bfloat16
     values: npt.NDArray[Any] = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    seen.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    seen.update(values.tobytes())
+    hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    hasher.update(values.tobytes())
 
 
 def double_of(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ def told() -> Iterator[None]:
 
     Meanwhile modules of the current folder can be imported, where none of that name is installed.
     """
-    before = list(sys.path)
+    old_path = list(sys.path)
     sys.path.append("")
     try:
         with warnings.catch_warnings():
@@ -34,19 +34,19 @@ def told() -> Iterator[None]:
         print(f"graphprune: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     finally:
-        sys.path[:] = before
+        sys.path[:] = old_path
 
 
-def _show(others: Callable[..., None], text: Warning | str, *where: Any, **more: Any) -> None:
+def _show(show_other: Callable[..., None], text: Warning | str, *where: Any, **more: Any) -> None:
     """Print a warning of this library as a line; show those of others as they are shown."""
     if isinstance(text, GraphPruneWarning):
         print(f"graphprune: warning: {text}", file=sys.stderr)
     else:
-        others(text, *where, **more)
+        show_other(text, *where, **more)
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
+def working(activity: str) -> Iterator[None]:
     """Show that something is going on, where a person watches."""
-    with Console(stderr=True).status(what), no_bars():
+    with Console(stderr=True).status(activity), no_bars():
         yield

@@ -35,18 +35,18 @@ def fused_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def warn_of_fused(model: nn.Module, what: str, difference: float) -> None:
+def warn_of_fused(model: nn.Module, artefact: str, difference: float) -> None:
     """Warn that a graph or file gives something else than the fused path of a module does."""
     name = fused_modules(model)[0].removeprefix("model.") or "the model"
     warn(
-        f"{what} gives what {name} gives in training, with gradients, or with "
+        f"{artefact} gives what {name} gives in training, with gradients, or with "
         "torch.backends.mha.set_fastpath_enabled(False); in evaluation without gradients torch takes a "
         f"fast path there whose outputs differ, by {difference:.3g} of the largest value: it sets padded "
         "positions to zero. What comes after should not read padded positions"
     )
 
 
-def _causal_as_said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+def _is_causal_as_said(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
     """Answer in the place of torch's look at the values of a mask, which only saves time."""
     return is_causal is True
 
@@ -62,7 +62,7 @@ def plain_transformers() -> Iterator[None]:
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with patch.object(transformer, "_detect_is_causal_mask", _causal_as_said):
+            with patch.object(transformer, "_detect_is_causal_mask", _is_causal_as_said):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -87,7 +87,8 @@ def plain_kernels() -> Iterator[None]:
 @contextmanager
 def hushed() -> Iterator[None]:
     """Keep torch's own logging and warnings from the user, and the graph it prints where it fails."""
-    with _ONE_THREAD, patch.object(torch.export._trace, "print", _nothing, create=True):
+    # a global of that module's own, which hides the builtin `print` from its code alone
+    with _ONE_THREAD, patch.object(torch.export._trace, "print", _do_nothing, create=True):
         logger = logging.getLogger("torch")
         level = logger.level
         logger.setLevel(logging.CRITICAL)
@@ -99,7 +100,7 @@ def hushed() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 

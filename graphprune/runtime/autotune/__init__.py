@@ -30,21 +30,23 @@ def raced(models: Mapping[str, onnx.ModelProto], feed: Feed, runtime: Runtime) -
     return {name: latency.steadiest.median for name, latency in times.items()}
 
 
-def warn_of_slow(what: str, slow: Sequence[str], runtime: Runtime, advice: str = "") -> None:
+def warn_of_slow(kind: str, layers: Sequence[str], runtime: Runtime, advice: str = "") -> None:
     """Warn of sparse layers, in words, that are fastest as they are."""
-    if slow:
-        warn(f"sparse {what} that run no faster on {runtime} stay dense: {_shown(slow)}{advice}")
-
-
-def warn_of_alone(what: str, alone: Sequence[str]) -> None:
-    """Warn of layers whose zeros are in no blocks."""
-    if alone:
+    if layers:
         warn(
-            f"the zeros of {what} stand alone, in no blocks of several rows, so they gain no time: "
-            f"{_shown(alone)}; export(..., sparse_weights=True) makes the file smaller, and blocks, as of "
-            "SparseRecurrent or GradualSparsity(block=(32, 32), balanced=True), the time"
+            f"sparse {kind} that run no faster on {runtime} stay dense: {_format_names(layers)}{advice}"
         )
 
 
-def _shown(names: Sequence[str]) -> str:
+def warn_of_alone(kind: str, layers: Sequence[str]) -> None:
+    """Warn of layers whose zeros are in no blocks."""
+    if layers:
+        warn(
+            f"the zeros of {kind} stand alone, in no blocks of several rows, so they gain no time: "
+            f"{_format_names(layers)}; export(..., sparse_weights=True) makes the file smaller, and "
+            "blocks, as of SparseRecurrent or GradualSparsity(block=(32, 32), balanced=True), the time"
+        )
+
+
+def _format_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

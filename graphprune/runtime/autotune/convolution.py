@@ -49,8 +49,8 @@ class Shape:
     @property
     def forms(self) -> list[Form]:
         """The forms that there are: a window of one position, moved by one, is a product of matrices."""
-        one = (1,) * len(self.stride)
-        is_product = self.weight[2:] == self.stride == one and not any(self.padding)
+        ones = (1,) * len(self.stride)
+        is_product = self.weight[2:] == self.stride == ones and not any(self.padding)
         return ["dense", "grouped", "product"] if is_product else ["dense", "grouped"]
 
 
@@ -71,7 +71,7 @@ class _Nodes:
 
     def add(self, kind: str, *arrays: object, weight_first: bool = False, **options: Any) -> None:
         """Add a node that reads the last value and some constants."""
-        names = [f"c{len(self.tensors) + at}" for at in range(len(arrays))]
+        names = [f"c{len(self.tensors) + index}" for index in range(len(arrays))]
         self.tensors += [
             numpy_helper.from_array(np.asarray(array), name)
             for array, name in zip(arrays, names, strict=True)
@@ -84,45 +84,48 @@ class _Nodes:
 def _model(shape: Shape, form: Form) -> onnx.ModelProto:
     """Return the convolution between two cheap ones, which have data in the layout of such kernels."""
     nodes = _Nodes()
-    _depthwise(nodes, shape.data[1], len(shape.stride))
-    _convolution(nodes, shape, form)
+    _add_depthwise(nodes, shape.data[1], len(shape.stride))
+    _add_convolution(nodes, shape, form)
     nodes.add("Relu")
-    _depthwise(nodes, shape.weight[0], len(shape.stride))
-    info = [
+    _add_depthwise(nodes, shape.weight[0], len(shape.stride))
+    value_infos = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
         for name, dims in (("x", shape.data), (nodes.last, [None] * len(shape.data)))
     ]
-    graph = helper.make_graph(nodes.nodes, form, info[:1], info[1:], nodes.tensors)
+    graph = helper.make_graph(nodes.nodes, form, value_infos[:1], value_infos[1:], nodes.tensors)
     opset = [helper.make_opsetid("", OPSET)]
     return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
 
 
-def _depthwise(nodes: _Nodes, channels: int, dims: int) -> None:
+def _add_depthwise(nodes: _Nodes, channels: int, dims: int) -> None:
     nodes.add("Conv", np.ones((channels, 1, *[1] * dims), np.float32), group=channels)
 
 
-def _convolution(nodes: _Nodes, shape: Shape, form: Form) -> None:
+def _add_convolution(nodes: _Nodes, shape: Shape, form: Form) -> None:
     outputs, inputs, *window = shape.weight
     if form == "dense":
-        _conv(nodes, shape, (outputs, inputs, *window), 1)
+        _add_conv(nodes, shape, (outputs, inputs, *window), 1)
         return
-    places = shape.blocks * shape.filters
+    # Blocks that are short of filters are filled up, so there may be more slots than outputs.
+    slots = shape.blocks * shape.filters
     if shape.gathers:
+        # Channels 7 apart: in order, they would be gathered faster than those of a trained layer.
         order = np.arange(shape.blocks * shape.channels, dtype=np.int64)
         nodes.add("Gather", order * 7 % inputs, axis=1)
     if form == "grouped":
-        _conv(nodes, shape, (places, shape.channels, *window), shape.blocks)
+        _add_conv(nodes, shape, (slots, shape.channels, *window), shape.blocks)
     else:
+        # [blocks, filters, channels] times [batch, blocks, channels, positions], one product a block.
         batch, space = shape.data[0], shape.data[2:]
         nodes.add("Reshape", np.array([batch, shape.blocks, shape.channels, math.prod(space)]))
         weight = _weights((1, shape.blocks, shape.filters, shape.channels))
         nodes.add("MatMul", weight, weight_first=True)
-        nodes.add("Reshape", np.array([batch, places, *space]))
+        nodes.add("Reshape", np.array([batch, slots, *space]))
     if shape.sorts:
-        nodes.add("Gather", np.arange(outputs, dtype=np.int64) * 7 % places, axis=1)
+        nodes.add("Gather", np.arange(outputs, dtype=np.int64) * 7 % slots, axis=1)
 
 
-def _conv(nodes: _Nodes, shape: Shape, weight: Sequence[int], groups: int) -> None:
+def _add_conv(nodes: _Nodes, shape: Shape, weight: Sequence[int], groups: int) -> None:
     nodes.add(
         "Conv", _weights(weight), group=groups, kernel_shape=list(weight[2:]),
         strides=list(shape.stride), pads=[*shape.padding, *shape.padding],

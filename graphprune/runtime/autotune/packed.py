@@ -64,18 +64,21 @@ class RecurrentShape:
     def times(self, runtime: Runtime) -> dict[str, float]:
         """Return the seconds of the "dense" and the "packed" form."""
         shape = self.time, self.batch, self.input.columns
-        return _times(shape, {"dense": self._dense, "packed": self._packed}, runtime)
+        return _times(shape, {"dense": self._write_dense, "packed": self._write_packed}, runtime)
 
-    def _dense(self, model: _Model) -> ir.Value:
+    def _write_dense(self, model: _Model) -> ir.Value:
         kind, options = _DENSE[self.kind]
         weights = [model.weight(1, m.rows, m.columns) for m in (self.input, self.hidden)]
+        # ONNX has the biases of the input's matrix and of the state's side by side.
         biases = [model.weight(1, 2 * self.input.rows)] if self.biases else []
         options = {"hidden_size": self.hidden.columns, **options}
         return model.op.several(kind, 1, model.x, *weights, *biases, **options)[0]
 
-    def _packed(self, model: _Model) -> ir.Value:
+    def _write_packed(self, model: _Model) -> ir.Value:
         height, rows = self.hidden.columns, self.hidden.rows
+        # The packed form is feature-major: [time, batch, features] to [time, features, batch] and back.
         data = model.op("Transpose", model.x, perm=[0, 2, 1])
+        # An LSTM has a cell beside the hidden state.
         states = [model.weight(height, self.batch) for _ in range(1 + (self.kind == "lstm"))]
         biases = [model.weight(rows) if self.biases else None for _ in range(2)]
         output, *_ = write(
@@ -100,16 +103,16 @@ class LinearShape:
     def times(self, runtime: Runtime) -> dict[str, float]:
         """Return the seconds of the "dense" and the "packed" form."""
         shape = self.count, self.matrix.columns
-        return _times(shape, {"dense": self._dense, "packed": self._packed}, runtime)
+        return _times(shape, {"dense": self._write_dense, "packed": self._write_packed}, runtime)
 
-    def _dense(self, model: _Model) -> ir.Value:
+    def _write_dense(self, model: _Model) -> ir.Value:
         return model.op("MatMul", model.x, model.weight(self.matrix.columns, self.matrix.rows))
 
-    def _packed(self, model: _Model) -> ir.Value:
+    def _write_packed(self, model: _Model) -> ir.Value:
         data = model.op("Transpose", model.x, perm=[1, 0])
         data = model.typed(data, self.matrix.columns, self.count)
-        made = write_product(model.op, model.matrix(self.matrix), data, 1, self.matrix.rows)
-        return model.op("Transpose", made, perm=[1, 0])
+        product = write_product(model.op, model.matrix(self.matrix), data, 1, self.matrix.rows)
+        return model.op("Transpose", product, perm=[1, 0])
 
 
 class _Model:
@@ -128,12 +131,15 @@ class _Model:
     def weight(self, *shape: int) -> ir.Value:
         """Hold some numbers of that shape."""
         numbers = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        # Divided by the width, so that sums over it stay small, through all steps of a recurrence too.
         return self._hold(numbers / shape[-1])
 
     def matrix(self, shape: MatrixShape) -> Matrix:
         """Hold a matrix, packed or whole."""
         if shape.blocks is None:
             return self.weight(shape.rows, shape.columns), None
+        # A row of blocks holds blocks[2] columns in places / blocks[0] blocks, each a run of columns wide.
+        # Runs are read 7 apart: in order, they would be read faster than those of a trained layer.
         runs = shape.columns // (shape.blocks[2] * shape.blocks[0] // shape.places)
         return self.weight(*shape.blocks), self._hold(np.arange(shape.places) * 7 % runs)
 
@@ -162,8 +168,8 @@ def _times(
     shape: tuple[int, ...], forms: dict[str, Callable[[_Model], ir.Value]], runtime: Runtime
 ) -> dict[str, float]:
     models = {}
-    for name, written in forms.items():
+    for name, write_form in forms.items():
         model = _Model(shape)
-        models[name] = model.proto(written(model))
+        models[name] = model.proto(write_form(model))
     feed: dict[str, Any] = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     return raced(models, feed, runtime)

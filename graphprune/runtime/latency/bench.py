@@ -97,19 +97,19 @@ class Bench:
     def __enter__(self) -> Self:
         """Export, profile and time the original."""
         self.folder = tempfile.TemporaryDirectory()
-        self.original = self._exported(self.model)
+        self.original = self._export(self.model)
         self.feed = self.original.exported.feed(self.inputs)
         self.program = Program(self.original, self.inputs)
-        events = self._by_node(self.original)
+        events = self._profile_by_node(self.original)
         self.part_of = self.program.parts(events)
         self.parts = tuple({part.name: part for part in self.part_of.values()}.values())
-        self.by_part = self._by_part(events)
+        self.by_part = self._sum_by_part(events)
         if not self.by_part:
             raise ExportError(
                 "nothing that ONNX Runtime runs could be traced back to the model's operators, so its "
                 "latency cannot be divided among its channels"
             )
-        self.seconds = self._timed({"original": self.original})["original"]
+        self.seconds = self._time_models({"original": self.original})["original"]
         return self
 
     def __exit__(
@@ -123,6 +123,7 @@ class Bench:
 
     def model_of_original(self) -> LatencyModel:
         """Return the latency, known at full size alone."""
+        # Without a count for any axis, all slots are there.
         return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
 
     def of_groups(self, latency: LatencyModel, graph: Dependencies) -> GroupLatency:
@@ -135,118 +136,129 @@ class Bench:
 
     def measured(self, slim: nn.Module) -> Measured:
         """Return what a slim model takes; it is timed in turns with the original."""
-        exported = self._exported(slim)
-        by_part = self._by_part(self._by_node(exported))
-        timed = self._timed({"original": self.original, "slim": exported})
-        exported.exported.path.unlink()
-        return Measured(self.seconds * timed["slim"] / timed["original"], by_part)
+        traced = self._export(slim)
+        by_part = self._sum_by_part(self._profile_by_node(traced))
+        seconds = self._time_models({"original": self.original, "slim": traced})
+        traced.exported.path.unlink()
+        # As if the machine were as fast now as when the original was timed first.
+        return Measured(self.seconds * seconds["slim"] / seconds["original"], by_part)
 
-    def by_part_at(self, left: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
+    def by_part_at(self, kept: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
         """Return the seconds of the parts of a slim model, from the disk where they were measured before.
 
         Args:
-            left: how many slots of each axis of the parts it has.
+            kept: how many slots of each axis of the parts it has.
             slim: the model.
 
         """
-        signatures = {part.name: part.signature(left) for part in self.parts}
-        before = self._once(lambda: self._known(signatures))
-        if before.keys() == signatures.keys() and self._plausible(before, left):
+        signatures = {part.name: part.signature(kept) for part in self.parts}
+        cached = self._run_in_first_process(lambda: self._read_cached(signatures))
+        if cached.keys() == signatures.keys() and self._is_plausible(cached, kept):
             self.trusted.append(signatures)
-            return before
-        found = self._by_part(self._by_node(self._exported(slim)))
-        self.remember(left, found)
-        return found
+            return cached
+        by_part = self._sum_by_part(self._profile_by_node(self._export(slim)))
+        self.remember(kept, by_part)
+        return by_part
 
-    def _known(self, signatures: Mapping[str, str]) -> dict[str, float]:
+    def _read_cached(self, signatures: Mapping[str, str]) -> dict[str, float]:
         """Return the seconds of the parts that were measured before."""
-        known = self.cache.seconds
-        return {name: known[key] for name, key in signatures.items() if key in known}
+        cached = self.cache.seconds
+        return {name: cached[key] for name, key in signatures.items() if key in cached}
 
-    def _plausible(self, by_part: Mapping[str, float], left: Mapping[Axis, int]) -> bool:
+    def _is_plausible(self, by_part: Mapping[str, float], kept: Mapping[Axis, int]) -> bool:
         """Say whether times of a slim model can be those of parts of this original, just measured.
 
         A part that does less takes no longer, and by no more less than it does less: by a factor, which
         measuring and other ways to run it may make, and but for what hardly shows in the whole.
         """
-        most, least, slack = 0.0, 0.0, _LITTLE * sum(self.by_part.values())
+        total, proportional_total, slack = 0.0, 0.0, _LITTLE * sum(self.by_part.values())
         for part in self.parts:
-            whole, seconds = self.by_part.get(part.name, 0.0), by_part[part.name]
-            share = whole * part.amount(left) / max(part.amount({}), 1)
-            if seconds > _FACTOR * whole + slack:
+            # What is kept of the part's work, 30 of 100 say, should take 30% to 100% of its seconds.
+            original_seconds, seconds = self.by_part.get(part.name, 0.0), by_part[part.name]
+            proportional = original_seconds * part.amount(kept) / max(part.amount({}), 1)
+            if seconds > _FACTOR * original_seconds + slack:
                 return False
-            if _NOTHING < seconds < share / _FACTOR - slack:
+            if _NOTHING < seconds < proportional / _FACTOR - slack:
                 return False
-            most, least = most + seconds, least + share
-        return most >= least / _FACTOR
+            total, proportional_total = total + seconds, proportional_total + proportional
+        return total >= proportional_total / _FACTOR
 
-    def remember(self, left: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
+    def remember(self, kept: Mapping[Axis, int], by_part: Mapping[str, float]) -> None:
         """Keep on the disk what the parts of a slim model took."""
         if self.ranks.rank == 0:
+            # Not 0, which the cache would not take for a time.
             self.cache.add(
-                {part.signature(left): by_part.get(part.name) or _NOTHING for part in self.parts}
+                {part.signature(kept): by_part.get(part.name) or _NOTHING for part in self.parts}
             )
 
     def doubt(self, expected: Mapping[str, float], by_part: Mapping[str, float]) -> None:
         """Forget what the disk said of parts of which something else than it led to expect was measured."""
         slack = _LITTLE * sum(self.by_part.values())
-        odd = {
+        odd_parts = {
             name
             for name, seconds in expected.items()
-            if _differ(seconds, by_part.get(name, 0.0), slack)
+            if _is_different(seconds, by_part.get(name, 0.0), slack)
         }
-        doubtful = [key for known in self.trusted for name, key in known.items() if name in odd]
+        doubtful = [
+            key
+            for signatures in self.trusted
+            for name, key in signatures.items()
+            if name in odd_parts
+        ]
         if doubtful and self.ranks.rank == 0:
             self.cache.forget(doubtful)
 
-    def _once(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    def _run_in_first_process(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Measure in the first process of a group, while the others wait, and tell them."""
         self.ranks.gathered(None)  # so that nothing else runs where they share a machine
-        found: dict[str, float] = self.ranks.gathered(measure() if self.ranks.rank == 0 else None)[
-            0
-        ]
-        return found
+        seconds_by_name: dict[str, float] = self.ranks.gathered(
+            measure() if self.ranks.rank == 0 else None
+        )[0]
+        return seconds_by_name
 
-    def _exported(self, model: nn.Module) -> Traced:
+    def _export(self, model: nn.Module) -> Traced:
         self.files += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # of a batch that is not free
             path = Path(self.folder.name) / f"{self.files}.onnx"
             return traced_export(model, self.inputs, path)
 
-    def _by_node(self, traced: Traced) -> dict[str, float]:
+    def _profile_by_node(self, traced: Traced) -> dict[str, float]:
         """Return seconds by the node of the traced program that they end with."""
 
         def measure() -> dict[str, float]:
-            found: dict[str, float] = {}
+            by_node: dict[str, float] = {}
             for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
                 node = traced.origins.get(event.source)
                 if node is not None:
-                    found[node] = found.get(node, 0.0) + event.seconds
-            return found
+                    by_node[node] = by_node.get(node, 0.0) + event.seconds
+            return by_node
 
-        return self._once(measure)
+        return self._run_in_first_process(measure)
 
-    def _by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def _sum_by_part(self, by_node: Mapping[str, float]) -> dict[str, float]:
+        by_part: dict[str, float] = {}
         for node, seconds in by_node.items():
             part = self.part_of.get(node)
             if part is not None:
-                found[part.name] = found.get(part.name, 0.0) + seconds
-        return found
+                by_part[part.name] = by_part.get(part.name, 0.0) + seconds
+        return by_part
 
-    def _timed(self, files: Mapping[str, Traced]) -> dict[str, float]:
-        feeds: dict[str, Feed] = dict.fromkeys(files, self.feed)
-        paths = {name: traced.exported.path for name, traced in files.items()}
+    def _time_models(self, exports: Mapping[str, Traced]) -> dict[str, float]:
+        feeds: dict[str, Feed] = dict.fromkeys(exports, self.feed)
+        paths = {name: traced.exported.path for name, traced in exports.items()}
 
         def measure() -> dict[str, float]:
-            timed = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
-            return {name: each.steadiest.median for name, each in timed[str(self.runtime)].items()}
+            latencies = time_onnx(paths, feeds, runtimes=[self.runtime], seconds=self.duration)
+            return {
+                name: latency.steadiest.median
+                for name, latency in latencies[str(self.runtime)].items()
+            }
 
-        return self._once(measure)
+        return self._run_in_first_process(measure)
 
 
-def _differ(one: float, other: float, slack: float) -> bool:
+def _is_different(expected: float, measured: float, slack: float) -> bool:
     """Say whether two times are more than a factor apart, but for the slack."""
-    low, high = sorted((one, other))
+    low, high = sorted((expected, measured))
     return high > _FACTOR * low + slack

@@ -33,8 +33,10 @@ class Cache:
     """
 
     def __init__(self, runtime: Runtime, folder: Path | None = None) -> None:
-        asked = os.environ.get("GRAPHPRUNE_CACHE")
-        where = folder or Path(asked or platformdirs.user_cache_dir("graphprune")).expanduser()
+        folder_name = os.environ.get("GRAPHPRUNE_CACHE")
+        cache_folder = (
+            folder or Path(folder_name or platformdirs.user_cache_dir("graphprune")).expanduser()
+        )
         key = {
             "runtime": str(runtime),
             "threads": runtime.threads,
@@ -43,7 +45,7 @@ class Cache:
         }
         self.about = {name: str(value) for name, value in key.items()}
         name = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = where / f"latency-{name}.json"
+        self.path = cache_folder / f"latency-{name}.json"
         self.seconds = self._read()
 
     def _read(self) -> dict[str, float]:
@@ -65,19 +67,22 @@ class Cache:
         self._write({}, signatures)
 
     def _write(self, more: Mapping[str, float], fewer: Iterable[str]) -> None:
-        gone = set(fewer)
+        forgotten = set(fewer)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with alone(self.path.with_suffix(".lock"), wait=_WAIT):
-                known = {**self._read(), **more}
-                self.seconds = {name: known[name] for name in known if name not in gone}
+                # Read again under the lock: another process may have written since.
+                merged = {**self._read(), **more}
+                self.seconds = {name: merged[name] for name in merged if name not in forgotten}
                 content = {
                     "format": FORMAT, "version": VERSION, "about": self.about, "seconds": self.seconds,
                 }  # fmt: skip
                 write_text(self.path, json.dumps(content))
         except OSError:
             self.seconds = {
-                name: value for name, value in {**self.seconds, **more}.items() if name not in gone
+                name: value
+                for name, value in {**self.seconds, **more}.items()
+                if name not in forgotten
             }
 
 

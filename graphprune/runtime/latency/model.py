@@ -37,25 +37,27 @@ class LatencyModel:
 
     def _seconds(self, part: Part, kept: Mapping[Axis, int]) -> float:
         points = self.points[part.name]
-        work = sorted(points)
-        seconds = np.maximum.accumulate([points[amount] for amount in work])
+        amounts = sorted(points)
+        # More work never takes less: a time below that of less work is raised to it.
+        seconds = np.maximum.accumulate([points[amount] for amount in amounts])
         amount = part.amount(kept)
-        if len(work) == 1:
-            return float(seconds[0]) * amount / max(work[0], 1)
-        if amount < work[0]:
-            slope = (seconds[1] - seconds[0]) / (work[1] - work[0])
-            return max(float(seconds[0] - slope * (work[0] - amount)), 0.0)
-        return float(np.interp(amount, work, seconds))
+        # One point: in proportion. Below the first: along the first line, but not below 0.
+        if len(amounts) == 1:
+            return float(seconds[0]) * amount / max(amounts[0], 1)
+        if amount < amounts[0]:
+            slope = (seconds[1] - seconds[0]) / (amounts[1] - amounts[0])
+            return max(float(seconds[0] - slope * (amounts[0] - amount)), 0.0)
+        return float(np.interp(amount, amounts, seconds))
 
     def learned(
-        self, kept: Mapping[Axis, int], by_part: Mapping[str, float], whole: float
+        self, kept: Mapping[Axis, int], by_part: Mapping[str, float], total_seconds: float
     ) -> LatencyModel:
         """Return the model that agrees with one more measurement.
 
         Args:
             kept: how many slots of each axis of the parts were left.
             by_part: seconds of each part.
-            whole: seconds of the whole.
+            total_seconds: of the whole model.
 
         """
         points = {
@@ -65,9 +67,12 @@ class LatencyModel:
             }
             for part in self.parts
         }
-        better = replace(self, points=points, scale=1.0)
-        total = better.total(kept)
-        return replace(better, scale=whole * NANO / total if total else self.scale)
+        # Scaled by this measurement alone, so that the model gives it exactly.
+        unscaled = replace(self, points=points, scale=1.0)
+        unscaled_total = unscaled.total(kept)
+        return replace(
+            unscaled, scale=total_seconds * NANO / unscaled_total if unscaled_total else self.scale
+        )
 
     def seconds_of(self, kept: Mapping[Axis, int]) -> dict[str, float]:
         """Return the seconds of each part, as its curve says, without what the parts leave out."""
@@ -94,4 +99,6 @@ class GroupLatency:
 
 def translated(axes: Mapping[Axis, Axis], kept: Mapping[Axis, int]) -> dict[Axis, int]:
     """Return the slots that are left by the parts' own axes."""
-    return {mine: kept[its] for mine, its in axes.items() if its in kept}
+    return {
+        part_axis: kept[graph_axis] for part_axis, graph_axis in axes.items() if graph_axis in kept
+    }

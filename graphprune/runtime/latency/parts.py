@@ -50,8 +50,8 @@ class Part:
                 [kept_size(dim, kept) for dim in value.layouts]
                 for value in (*step.inputs, *step.outputs)
             ]
-            given = pytree.tree_leaves(step.arguments, is_leaf=_is_value)
-            options = [argument for argument in given if not _is_value(argument)]
+            arguments = pytree.tree_leaves(step.arguments, is_leaf=_is_value)
+            options = [argument for argument in arguments if not _is_value(argument)]
             lines.append(f"{step.func} {tensors} {options}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
@@ -82,28 +82,30 @@ class Program:
 
         A node that no part ends with was fused into the first that reads its result.
         """
-        last = set(ends)
+        end_names = set(ends)
         end_of: dict[str, str] = {}
+        # Backwards, so that the readers of a node have their part when its turn comes.
         for name in reversed(self.order):
-            behind = (end_of[reader] for reader in self.readers[name] if reader in end_of)
-            end = name if name in last else next(behind, None)
+            reader_ends = (end_of[reader] for reader in self.readers[name] if reader in end_of)
+            end = name if name in end_names else next(reader_ends, None)
             if end is not None:
                 end_of[name] = end
-        steps: dict[str, list[Step]] = {}
+        steps_by_end: dict[str, list[Step]] = {}
         for step in self.inference.steps:
             if step.node in end_of:
-                steps.setdefault(end_of[step.node], []).append(step)
-        parts = {name: Part(name, tuple(its)) for name, its in steps.items()}
+                steps_by_end.setdefault(end_of[step.node], []).append(step)
+        parts = {name: Part(name, tuple(part_steps)) for name, part_steps in steps_by_end.items()}
         return {node: parts[end] for node, end in end_of.items() if end in parts}
 
     def axes_of(self, graph: Dependencies) -> dict[Axis, Axis]:
         """Return by axis of the program the axis that it is in the model's own graph."""
-        found: dict[Axis, Axis] = {}
+        axes: dict[Axis, Axis] = {}
         for name, layouts in graph.inference.parameters.items():
-            for mine, its in zip(
+            for program_layout, graph_layout in zip(
                 self.inference.parameters.get(PREFIX + name, []), layouts, strict=False
             ):
-                pairs = list(leaves(mine)), list(leaves(its))
-                if list(map(size_of, pairs[0])) == list(map(size_of, pairs[1])):
-                    found.update(zip(*pairs, strict=True))
-        return found
+                # Leaf by leaf, where both are divided alike: `(heads dim)` tells nothing of a plain 12.
+                leaf_lists = list(leaves(program_layout)), list(leaves(graph_layout))
+                if list(map(size_of, leaf_lists[0])) == list(map(size_of, leaf_lists[1])):
+                    axes.update(zip(*leaf_lists, strict=True))
+        return axes

@@ -12,7 +12,7 @@ _STARTS = 4
 
 
 def clustered(
-    saliency: Saliency, block_of: npt.NDArray[np.int64], count: int, chance: np.random.Generator
+    saliency: Saliency, block_of: npt.NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the block of each filter and each block's channels, best first, such that little is lost.
 
@@ -24,34 +24,41 @@ def clustered(
         saliency: how much each connection matters, `[outputs, inputs]`, none below zero.
         block_of: the block of each filter at first, `[outputs]`; blocks keep their sizes.
         count: channels that a block keeps.
-        chance: where to start.
+        rng: where to start.
 
     Returns:
         The blocks of the filters, `[outputs]`, and the channels of the blocks in order, `[blocks, inputs]`.
 
     """
-    starts = [block_of, *(chance.permutation(block_of) for _ in range(_STARTS - 1))]
-    _, best = max((_improved(saliency, start, count) for start in starts), key=lambda each: each[0])
-    return best, np.argsort(-_wanted(saliency, best), axis=1, kind="stable")
+    starts = [block_of, *(rng.permutation(block_of) for _ in range(_STARTS - 1))]
+    _, best = max(
+        (_improve(saliency, start, count) for start in starts), key=lambda outcome: outcome[0]
+    )
+    return best, np.argsort(-_sum_by_block(saliency, best), axis=1, kind="stable")
 
 
-def _wanted(saliency: Saliency, block_of: npt.NDArray[np.int64]) -> Saliency:
+def _sum_by_block(saliency: Saliency, block_of: npt.NDArray[np.int64]) -> Saliency:
     """Return how much each channel matters to each block, `[blocks, inputs]`."""
     return np.stack([saliency[block_of == block].sum(0) for block in range(block_of.max() + 1)])
 
 
-def _improved(
+def _improve(
     saliency: Saliency, block_of: npt.NDArray[np.int64], count: int
 ) -> tuple[float, npt.NDArray[np.int64]]:
     """Return what is kept in the end, and the block of each filter."""
-    kept, places = -np.inf, np.sort(block_of)
+    # Two steps in turns, as in k-means: the best channels for the filters of each block, then the
+    # best block for each filter. A block of 2 filters has 2 seats (0 0 1 2 2 for blocks of 2, 1 and
+    # 2), and each filter takes one, so that blocks keep their sizes.
+    kept_saliency, block_of_seat = -np.inf, np.sort(block_of)
     for _ in range(_ROUNDS):
-        wanted = _wanted(saliency, block_of)
-        chosen = np.argsort(-wanted, axis=1, kind="stable")[:, :count]
-        total = float(np.take_along_axis(wanted, chosen, 1).sum())
-        if total <= kept * (1 + 1e-9):
+        block_saliency = _sum_by_block(saliency, block_of)
+        kept_channels = np.argsort(-block_saliency, axis=1, kind="stable")[:, :count]
+        total = float(np.take_along_axis(block_saliency, kept_channels, 1).sum())
+        # neither step makes it worse, so a gain within rounding is none
+        if total <= kept_saliency * (1 + 1e-9):
             break
-        kept, best = total, block_of
-        gains = np.stack([saliency[:, channels].sum(1) for channels in chosen], axis=1)
-        block_of = places[linear_sum_assignment(gains[:, places], maximize=True)[1]]
-    return kept, best
+        kept_saliency, best = total, block_of
+        # `[outputs, blocks]`: what each filter would keep if it were in each block
+        gains = np.stack([saliency[:, channels].sum(1) for channels in kept_channels], axis=1)
+        block_of = block_of_seat[linear_sum_assignment(gains[:, block_of_seat], maximize=True)[1]]
+    return kept_saliency, best

@@ -87,8 +87,8 @@ def wired(
     """
     check_fraction(fraction)
     if pattern not in get_args(PatternName):
-        known = ", ".join(get_args(PatternName))
-        raise InvalidRequestError(f"pattern={pattern!r} is none of {known}")
+        pattern_names = ", ".join(get_args(PatternName))
+        raise InvalidRequestError(f"pattern={pattern!r} is none of {pattern_names}")
     if share < 1:
         raise InvalidRequestError(f"share={share} must be a number of filters, 1 or more")
     sites = sites_of(graph, first)
@@ -100,18 +100,22 @@ def wired(
     )
 
     def choose(site: Site, live: Flags) -> Connections:
-        chance = np.random.default_rng([seed, crc32(site.weight.encode())])
+        # by name, so that other convolutions change nothing here; hash() differs from run to run
+        rng = np.random.default_rng([seed, crc32(site.weight.encode())])
         count = fan_in(fraction, site.inputs)
         block_of = blocks_of(site.outputs, site.inputs, count, share)
         if pattern in PATTERNS:
-            read = np.bincount(block_of, live) > 0
-            order = PATTERNS[pattern](len(read), site.inputs, count, read, chance)
+            # `[blocks]`: whether a block has a live filter, by a sum of those flags
+            live_blocks = np.bincount(block_of, live) > 0
+            order = PATTERNS[pattern](len(live_blocks), site.inputs, count, live_blocks, rng)
         else:
+            # filters that nothing reads have no say in what their block reads
             saliency = saliencies[site.weight] * live[:, None]
-            block_of, order = clustered(saliency, block_of, count, chance)
+            block_of, order = clustered(saliency, block_of, count, rng)
         turns[site.weight] = turns_of(order, block_of)
         return first_of(turns[site.weight], fraction, live)
 
+    # for what `choose` notes in `turns`: only this walk knows which filters are live
     connected(graph, sites, choose)
     return Wiring(graph, sites, turns)
 
@@ -152,7 +156,7 @@ def _saliencies(
     """Return how much each connection matters, by the name of the weight."""
     if pattern == "magnitude":
         weights = {site.weight: values_of(site.weight, _weight(model, site)) for site in sites}
-        return {name: _by_connection(weight.double() ** 2) for name, weight in weights.items()}
+        return {name: _sum_over_window(weight.double() ** 2) for name, weight in weights.items()}
     with together(data is not None):
         batches = None if data is None else batches_of(data)
         return _taylor(Subject(model, graph, batches, loss), sites)
@@ -162,7 +166,7 @@ def _weight(model: nn.Module, site: Site) -> nn.Parameter:
     return parameter_names(model)[site.weight]
 
 
-def _by_connection(entries: torch.Tensor) -> Saliency:
+def _sum_over_window(entries: torch.Tensor) -> Saliency:
     """Return the sums over windows, `[outputs, inputs]`."""
     saliency: Saliency = entries.flatten(2).sum(2).cpu().numpy().astype(np.float64)
     return saliency
@@ -184,15 +188,16 @@ def _taylor(subject: Subject, sites: Sequence[Site]) -> dict[str, Saliency]:
         raise InvalidRequestError(
             "pattern='taylor' asks what the loss does; pass loss=, a function of output and target"
         )
+    # a copy, since weights that are frozen in the user's model get gradients here
     model = copy_with(subject.model, lambda name, tensor: None)
     weights = [_weight(model, site).requires_grad_() for site in sites]
-    total = [np.zeros((site.outputs, site.inputs)) for site in sites]
+    sums = [np.zeros((site.outputs, site.inputs)) for site in sites]
     with evaluating(model), torch.enable_grad():
         for batch in track(batches, "connections by taylor"):
             inputs = Inputs.of(batch.inputs)
             output = model(*inputs.args, **inputs.kwargs)
             gradients = torch.autograd.grad(subject.loss(output, batch.target), weights)
-            for at, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-                total[at] += _by_connection(weight.detach().double() * gradient.double()) ** 2
-    means = batches.mean(total)
+            for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+                sums[index] += _sum_over_window(weight.detach().double() * gradient.double()) ** 2
+    means = batches.mean(sums)
     return {site.weight: mean.numpy() for site, mean in zip(sites, means, strict=True)}

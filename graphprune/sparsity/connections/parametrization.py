@@ -41,6 +41,7 @@ class ConnectionMask(nn.Module):
         """Return the weight, zero where a connection is off."""
         masked = weight * self.mask
         if self.watched and masked.requires_grad:
+            # by the product: the derivative by the weight itself is zero wherever the mask is
             masked.register_hook(self._note)
         return masked
 
@@ -59,6 +60,7 @@ class ConnectionMask(nn.Module):
 
 def mask_like(weight: Tensor, connections: Connections) -> Tensor:
     """Return connections as a mask of a weight, `[outputs, inputs, 1, ...]`."""
+    # a copy, since torch.from_numpy shares memory; for a weight `[o, i, 3, 3]` a mask `[o, i, 1, 1]`
     mask = torch.from_numpy(np.array(connections))
     return mask.reshape(*mask.shape, *[1] * (weight.dim() - 2)).to(weight.device)
 
@@ -66,29 +68,31 @@ def mask_like(weight: Tensor, connections: Connections) -> Tensor:
 def masks_of(model: nn.Module) -> dict[str, ConnectionMask]:
     """Return the masks of a model by the name of the weight, of a dense model none."""
     return {
-        f"{path}.{name}" if path else name: way
+        f"{path}.{name}" if path else name: parametrization
         for path, module in model.named_modules()
         if parametrize.is_parametrized(module)
-        for name, ways in cast(nn.ModuleDict, module.parametrizations).items()
-        for way in cast(nn.ModuleList, ways)
-        if isinstance(way, ConnectionMask)
+        for name, parametrizations in cast(nn.ModuleDict, module.parametrizations).items()
+        for parametrization in cast(nn.ModuleList, parametrizations)
+        if isinstance(parametrization, ConnectionMask)
     }
 
 
 def unmasked(model: nn.Module, name: str) -> Tensor:
     """Return the parameter behind a masked weight of that name."""
     owner, _, leaf = name.rpartition(".")
-    ways = cast(nn.ModuleDict, model.get_submodule(owner).parametrizations)
-    return cast(Tensor, ways[leaf].original)
+    parametrizations = cast(nn.ModuleDict, model.get_submodule(owner).parametrizations)
+    return cast(Tensor, parametrizations[leaf].original)
 
 
 def mask(model: nn.Module, connections: Mapping[str, Connections]) -> None:
     """Register a mask at each of the weights; the model itself is changed."""
-    for name, its in connections.items():
+    for name, weight_connections in connections.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         weight = cast(Tensor, getattr(module, leaf))
-        parametrize.register_parametrization(module, leaf, ConnectionMask(weight, its))
+        parametrize.register_parametrization(
+            module, leaf, ConnectionMask(weight, weight_connections)
+        )
 
 
 def make_permanent(model: nn.Module) -> nn.Module:
@@ -146,11 +150,11 @@ def connect_sparsely(
 
     """
     module, inputs = prepared(model, example_inputs)
-    result = copy_with(module, lambda name, tensor: None)
-    graph = Dependencies(infer(result, inputs))
+    sparse_copy = copy_with(module, lambda name, tensor: None)
+    graph = Dependencies(infer(sparse_copy, inputs))
     wiring = wired(
-        result, graph, fraction,
+        sparse_copy, graph, fraction,
         pattern=pattern, share=share, seed=seed, first=first, data=data, loss=loss,
     )  # fmt: skip
-    mask(result, wiring.connections(fraction))
-    return result
+    mask(sparse_copy, wiring.connections(fraction))
+    return sparse_copy

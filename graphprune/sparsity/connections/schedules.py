@@ -93,6 +93,7 @@ class IncrementalConnections:
         self.steps = 0
         on = self._wiring.connections(start)
         if new_weights == "zero":
+            # in the parameters, which masks only hide: else connections come on with what these hold
             _silence(self.model, on)
         mask(self.model, on)
 
@@ -173,7 +174,10 @@ class DropAndGrow:
                 "numbers of steps"
             )
         self._weights = {name: unmasked(model, name) for name in self._masks}
-        self._blocks = {name: _blocks(way.connections) for name, way in self._masks.items()}
+        self._blocks = {
+            name: _blocks(connection_mask.connections)
+            for name, connection_mask in self._masks.items()
+        }
         self.every, self.until, self.fraction = every, until, fraction
         self.steps = 0
         self._watch()
@@ -183,10 +187,10 @@ class DropAndGrow:
         self.steps += 1
         is_due = self._is_due(self.steps)
         if is_due:
-            share = self.fraction / 2 * (1 + math.cos(math.pi * self.steps / self.until))
-            for name, way in self._masks.items():
-                if way.gradient is not None:
-                    _exchange(way, self._weights[name], self._blocks[name], share)
+            fraction = self.fraction / 2 * (1 + math.cos(math.pi * self.steps / self.until))
+            for name, connection_mask in self._masks.items():
+                if connection_mask.gradient is not None:
+                    _exchange(connection_mask, self._weights[name], self._blocks[name], fraction)
         self._watch()
         return is_due
 
@@ -204,39 +208,45 @@ class DropAndGrow:
 
     def _watch(self) -> None:
         """Have the masks note derivatives in the next step, if an exchange follows it."""
-        for way in self._masks.values():
-            way.watched, way.gradient = self._is_due(self.steps + 1), None
+        for connection_mask in self._masks.values():
+            # the flag is read in the forward pass, which comes before the step that uses the derivative
+            connection_mask.watched, connection_mask.gradient = self._is_due(self.steps + 1), None
 
 
 def _blocks(on: Connections) -> list[Tensor]:
     """Return the filters of each block that reads the same channels; those that read none have no block."""
+    # flat, since versions of numpy differ in its shape
     _, block_of = np.unique(on, axis=0, return_inverse=True)
     blocks = [np.flatnonzero(block_of.flatten() == block) for block in range(block_of.max() + 1)]
     return [torch.from_numpy(filters) for filters in blocks if on[filters[0]].any()]
 
 
 @torch.no_grad()
-def _exchange(way: ConnectionMask, weight: Tensor, blocks: list[Tensor], share: float) -> None:
-    """Exchange a share of each block's connections, the weakest for those with the largest derivatives."""
-    assert way.gradient is not None
-    strength = weight.abs().flatten(2).sum(2)
-    promise = way.gradient.abs().flatten(2).sum(2)
-    on = torch.from_numpy(way.connections)
-    grown = torch.zeros_like(on)
+def _exchange(
+    connection_mask: ConnectionMask, weight: Tensor, blocks: list[Tensor], fraction: float
+) -> None:
+    """Exchange a part of each block's connections, the weakest for those with the largest derivatives."""
+    assert connection_mask.gradient is not None
+    magnitudes = weight.abs().flatten(2).sum(2)
+    derivatives = connection_mask.gradient.abs().flatten(2).sum(2)
+    on = torch.from_numpy(connection_mask.connections)
+    is_new = torch.zeros_like(on)
     for filters in blocks:
-        now = on[filters[0]]
-        count = min(int(share * int(now.sum())), int((~now).sum()))
+        # `[inputs]`: the filters of a block read the same channels, so the first speaks for all
+        is_on = on[filters[0]]
+        count = min(int(fraction * int(is_on.sum())), int((~is_on).sum()))
         if count:
-            weak = (
-                strength[filters]
+            weakest = (
+                magnitudes[filters]
                 .sum(0)
                 .cpu()
-                .masked_fill(~now, math.inf)
+                .masked_fill(~is_on, math.inf)
                 .topk(count, largest=False)
             )
-            strong = promise[filters].sum(0).cpu().masked_fill(now, -math.inf).topk(count)
-            on[filters.unsqueeze(1), weak.indices] = False
-            on[filters.unsqueeze(1), strong.indices] = True
-            grown[filters.unsqueeze(1), strong.indices] = True
-    weight[grown.to(weight.device)] = 0.0
-    way.connect(on.numpy())
+            strongest = derivatives[filters].sum(0).cpu().masked_fill(is_on, -math.inf).topk(count)
+            on[filters.unsqueeze(1), weakest.indices] = False
+            on[filters.unsqueeze(1), strongest.indices] = True
+            is_new[filters.unsqueeze(1), strongest.indices] = True
+    # the parameter behind the mask still has what it had when its connection went off
+    weight[is_new.to(weight.device)] = 0.0
+    connection_mask.connect(on.numpy())

@@ -56,17 +56,18 @@ def sites_of(graph: Dependencies, first: bool = False) -> list[Site]:
     """
     inference = graph.inference
     reads = Counter(id(value) for step in inference.steps for value in step.inputs)
-    given = {id(resolve(dim)) for layouts in inference.inputs.values() for dim in layouts}
-    found = []
+    input_dims = {id(resolve(dim)) for layouts in inference.inputs.values() for dim in layouts}
+    sites = []
     for step in inference.steps:
         weight = _weight(step)
         if weight is None or weight.source not in inference.trainable or reads[id(weight)] > 1:
             continue
-        reads_input = id(resolve(step.inputs[0].layouts[1])) in given
+        # of data `[batch, channels, ...]`: by identity, since two axes may have one size
+        reads_input = id(resolve(step.inputs[0].layouts[1])) in input_dims
         site = Site(str(weight.source), *map(size_of, weight.layouts[:2]))
         if min(site.outputs, site.inputs) >= MANY_CHANNELS and (first or not reads_input):
-            found.append(site)
-    return found
+            sites.append(site)
+    return sites
 
 
 def _weight(step: Step) -> Value | None:
@@ -92,68 +93,76 @@ def connected(
 
     """
     by_weight = {site.weight: site for site in sites}
-    read = _Read()
-    found: dict[str, Connections] = {}
+    read_slots = _ReadSlots()
+    connections: dict[str, Connections] = {}
     for step in reversed(graph.inference.steps):
         weight = _weight(step)
         site = by_weight.get(str(weight.source)) if weight is not None else None
         if site is not None:
-            live = read.positions(step.outputs[0].layouts[1], step.outputs[0])
-            found[site.weight] = choose(site, live)
-        summed = None if site is None else (step.inputs[0], np.asarray(found[site.weight].any(0)))
-        read.by(step, summed)
-    return {site.weight: found[site.weight] for site in sites}
+            live = read_slots.positions(step.outputs[0].layouts[1], step.outputs[0])
+            connections[site.weight] = choose(site, live)
+        # a channel is read by a site if any of its filters has a connection to it
+        site_reads = (
+            None if site is None else (step.inputs[0], np.asarray(connections[site.weight].any(0)))
+        )
+        read_slots.note_step(step, site_reads)
+    return {site.weight: connections[site.weight] for site in sites}
 
 
-class _Read:
+class _ReadSlots:
     """Which slots of its axes are read, of each value, by what comes after it."""
 
     def __init__(self) -> None:
         self.slots: dict[int, dict[Axis, Flags]] = {}
 
-    def of(self, value: Value, axis: Axis) -> Flags:
+    def get(self, value: Value, axis: Axis) -> Flags:
         """Return the slots that are read, `[slots]`."""
         nothing = np.zeros(axis.size, dtype=bool)
         return self.slots.get(id(value), {}).get(axis, nothing)
 
     def positions(self, layout: Layout, value: Value) -> Flags:
         """Return the positions of a dimension of a value that are read; what is fixed counts as read."""
-        read = np.ones(size_of(layout), dtype=bool)
+        position_is_read = np.ones(size_of(layout), dtype=bool)
         for axis in free_axes(layout):
-            its = self.of(value, axis)
+            slot_is_read = self.get(value, axis)
             for slots in slots_of(layout, axis):
-                read &= (slots < 0) | its[slots]
-        return read
+                # -1 is a position of other slots; one of `(heads dim)` is read if its head and its
+                # dim are
+                position_is_read &= (slots < 0) | slot_is_read[slots]
+        return position_is_read
 
-    def by(self, step: Step, summed: tuple[Value, Flags] | None) -> None:
+    def note_step(self, step: Step, site_reads: tuple[Value, Flags] | None) -> None:
         """Note what an operator reads.
 
         Args:
             step: the operator, whose results' readers are noted already.
-            summed: for a site, its data and which of their channels it reads; others read all channels
-                that their results lack.
+            site_reads: for a site, its data and which of their channels it reads; other operators read
+                all channels that their results lack.
 
         """
-        made: dict[Axis, Flags] = {}
+        read_later: dict[Axis, Flags] = {}
         for value in step.outputs:
             for axis in _axes(value):
-                made[axis] = made.get(axis, False) | self.of(value, axis)
-        if made and not any(slots.any() for slots in made.values()):
+                read_later[axis] = read_later.get(axis, False) | self.get(value, axis)
+        # what nobody reads reads nothing itself, so that whole dead branches free their channels
+        if read_later and not any(slots.any() for slots in read_later.values()):
             return
         for value in step.inputs:
             for axis in _axes(value):
                 everything = np.ones(axis.size, dtype=bool)
-                if axis in made:
-                    self._note(value, axis, made[axis])
-                elif summed is not None and value is summed[0]:
+                # an axis that a result has too is read as there; any other was summed over here
+                if axis in read_later:
+                    self._note(value, axis, read_later[axis])
+                elif site_reads is not None and value is site_reads[0]:
                     for slots in slots_of(value.layouts[1], axis):
-                        self._note(value, axis, np.isin(np.arange(axis.size), slots[summed[1]]))
+                        # the slots that stand at the positions that some connection reads
+                        self._note(value, axis, np.isin(np.arange(axis.size), slots[site_reads[1]]))
                 else:
                     self._note(value, axis, everything)
 
     def _note(self, value: Value, axis: Axis, slots: Flags) -> None:
-        its = self.slots.setdefault(id(value), {})
-        its[axis] = its[axis] | slots if axis in its else slots
+        slots_by_axis = self.slots.setdefault(id(value), {})
+        slots_by_axis[axis] = slots_by_axis[axis] | slots if axis in slots_by_axis else slots
 
 
 def _axes(value: Value) -> list[Axis]:
