@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -258,19 +259,23 @@ def verify(
 
     """
     constants = {} if as_it_is else _constants_for_zeros(model)
-    in_double = _Sides(model, slimmer, run, constants, Precision(run.inference.in_double))
-    try:
-        sides, verification = in_double, in_double.compared_on(run)
-    except CaptureError:
-        if not in_double.precision.double:
-            raise
-        sides = _Sides(model, slimmer, run, constants, Precision(double=False))
-        verification = sides.compared_on(run)
-    for other in others:
+    with ExitStack() as copies:
+        in_double = _Sides(model, slimmer, run, constants, Precision(run.inference.in_double))
+        copies.callback(in_double.release)
         try:
-            verification = verification.joined(sides.compared_on(other))
-        except (CaptureError, InvalidRequestError, OtherOperatorsError):
-            continue  # the values of these inputs take the original another way, or nowhere
+            sides, verification = in_double, in_double.compared_on(run)
+        except CaptureError:
+            if not in_double.precision.double:
+                raise
+            in_double.release()
+            sides = _Sides(model, slimmer, run, constants, Precision(double=False))
+            copies.callback(sides.release)
+            verification = sides.compared_on(run)
+        for other in others:
+            try:
+                verification = verification.joined(sides.compared_on(other))
+            except (CaptureError, InvalidRequestError, OtherOperatorsError):
+                continue  # the values of these inputs take the original another way, or nowhere
     if sides.precision.operators:
         _say_how_precisely(model, sides.precision)
     return replace(verification, dtype=sides.precision.dtype)
@@ -311,6 +316,16 @@ class _Sides:
         self.original = silenced_copy(model, run.inference, run.masks, constants, precision)
         filled = partial(_filled_copy, constants=constants, precision=precision)
         self.slim = _without_derivatives(copy_with(slimmer, filled))
+
+    def release(self) -> None:
+        """Give the memory of both copies back.
+
+        The error of a comparison that failed holds their modules, by the frames of its traceback, and is
+        kept while the next way is tried.
+        """
+        for copy in (self.original, self.slim):
+            for tensor in named_tensors(copy).values():
+                tensor.data = tensor.data.new_empty(0)
 
     def compared_on(self, run: Run) -> Verification:
         """Run both, each from the state that it was given in, and compare their outputs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,51 @@ def test_a_model_without_weights_is_analysed() -> None:
     with torch.device("meta"):
         model = Attention()
     assert len(gp.analyze(model, torch.randn(2, 5, 10)).groups) == 3
+
+
+def weighted(x: Tensor, scale: float | None, weight: Tensor) -> Tensor:
+    return x @ weight.t() * (1.0 if scale is None else scale)
+
+
+def product_of_all(xs: list[Tensor]) -> Tensor:
+    return xs[0] @ xs[1]
+
+
+UNDESCRIBED: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "a number that is None": (weighted, "b i, o i -> b o", lambda op, x, w: op(x, None, w)),
+    "an operand too many": (weighted, "b i -> b o", lambda op, x, w: op(x, None, w)),
+    "another rank": (weighted, "b t i, o i -> b t o", lambda op, x, w: op(x, None, w)),
+    "tensors in a list": (product_of_all, "b i -> b i", lambda op, x, w: op([x, w])),
+}
+
+
+@pytest.mark.parametrize("name", UNDESCRIBED)
+def test_what_a_pattern_does_not_describe_stays_whole(name: str) -> None:
+    function, text, run = UNDESCRIBED[name]
+    defined = library.custom_op(f"graphprune_test::{function.__name__}", mutates_args=())(function)
+    defined.register_fake(function)
+    operator = getattr(torch.ops.graphprune_test, function.__name__)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(run(operator, self.a(x), self.weight))  # type: ignore[no-any-return]
+
+    gp.pattern(text, operator)
+    try:
+        graph = gp.analyze(Net(), torch.randn(2, 6))
+        if name == "a number that is None":
+            gp.slim(Net(), 0.5, torch.randn(2, 6), align=1)
+            assert [group.name for group in graph.groups] == ["weight:0", "weight:1"]
+        else:
+            assert not graph.groups
+            assert f"the pattern {text!r} does not describe" in str(graph)
+    finally:
+        gp.rules.unregister(operator)
 
 
 def test_two_analyses_of_a_model_read_the_same() -> None:

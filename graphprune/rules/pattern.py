@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 
 from torch import Tensor
@@ -77,11 +78,16 @@ class Pattern:
 
     def __call__(self, call: Call) -> Sequence[Layouts]:
         """Unify what the pattern says is the same; return the layouts of the results."""
-        # An absent tensor (a `bias` that is None) has its operand in the pattern all the same.
-        arguments = [
-            value for value in call.arguments.values() if value is None or _is_tensor(value)
+        # A tensor that is None (an absent bias) has its operand in the pattern, a number has none.
+        operands = [
+            call[argument.name]
+            for argument in call.func._schema.arguments
+            if str(argument.type) in _TENSOR_TYPES
         ]
-        return self.apply(call, arguments)
+        present = [tensor for tensor in operands if tensor is not None]
+        if len(present) < len(call.tensors):  # some are in lists
+            return self._fix_all(call)
+        return self.apply(call, operands)
 
     def apply(
         self,
@@ -90,28 +96,42 @@ class Pattern:
         sizes: Mapping[str, int] | None = None,
     ) -> Sequence[Layouts]:
         """Do the same for operands that are given one by one, some names having known sizes."""
+        if not self._describes(tensors, call.outputs):
+            return self._fix_all(call)
         match = _Match(
             call,
             {operand.star for operand in self.operands if operand.star}
             & {result.star for result in self.results if result.star},
         )
         match.names.update({name: Axis(size) for name, size in (sizes or {}).items()})
-        present = [
-            (operand, call.layouts_of(tensor))
-            for operand, tensor in zip(self.operands, tensors, strict=False)
-            if tensor is not None and operand.fits(tensor.dim())
-        ]
-        for operand, layouts in present:
-            match.read(operand, layouts)
+        for operand, tensor in zip(self.operands, tensors, strict=False):
+            if tensor is not None:
+                match.read(operand, call.layouts_of(tensor))
         match.solve()
         return [
             match.write(result, list(output.shape))
             for result, output in zip(self.results, call.outputs, strict=False)
         ]
 
+    def _describes(self, tensors: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> bool:
+        """Say whether each tensor has an operand of its rank, and each output is of its result's."""
+        operands = zip_longest(self.operands, tensors)
+        return all(
+            tensor is None or (operand is not None and operand.fits(tensor.dim()))
+            for operand, tensor in operands
+        ) and all(
+            result.fits(output.dim()) for result, output in zip(self.results, outputs, strict=False)
+        )
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+    def _fix_all(self, call: Call) -> Sequence[Layouts]:
+        why = f"a call that the pattern {self.text!r} does not describe"
+        for tensor in call.tensors:
+            for layout in call.layouts_of(tensor):
+                call.fix(layout, why)
+        return [[call.fixed(size, why) for size in output.shape] for output in call.outputs]
+
+
+_TENSOR_TYPES = ("Tensor", "Optional[Tensor]")
 
 
 class _Match:
