@@ -151,6 +151,28 @@ for letter in range(1_000_000):
 """
 
 
+IN_TURNS = """
+import os, random, sys, time
+from pathlib import Path
+sys.modules["graphprune"] = type(sys)("graphprune")  # without torch, which takes seconds
+sys.modules["graphprune"].__path__ = [sys.argv[1]]
+from graphprune.utils.atomic_files import alone
+folder = Path(sys.argv[2])
+for _ in range(200):
+    with alone(folder / "lock", wait=60) as has_lock:
+        assert has_lock
+        os.close(os.open(folder / "held", os.O_CREAT | os.O_EXCL))  # fails where another holds it too
+        time.sleep(random.random() * 0.0005)
+        os.unlink(folder / "held")
+"""
+
+
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", IN_TURNS, str(Path(gp.__file__).parent), str(tmp_path)]
+    processes = [subprocess.Popen(words) for _ in range(6)]
+    assert not any([process.wait() for process in processes])
+
+
 def killed_while_writing(path: Path, tries: int) -> None:
     words = [sys.executable, "-c", KILLED, str(Path(gp.__file__).parent), str(path)]
     for number in range(tries):

@@ -158,7 +158,8 @@ def alone(lock: Path, wait: float = 0.0) -> Iterator[bool]:
     The system gives it back when a process ends, however it ends.
 
     Args:
-        lock: a file, made for this and removed afterwards.
+        lock: a file, made for this, that stays: who waits for it has it open, and would come to hold a
+            file that is no longer there while the next one makes another.
         wait: seconds at most until another gives it back.
 
     """
@@ -171,5 +172,4 @@ def alone(lock: Path, wait: float = 0.0) -> Iterator[bool]:
     try:
         yield True
     finally:
-        lock.unlink(missing_ok=True)
         file_lock.release()
