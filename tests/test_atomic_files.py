@@ -170,7 +170,8 @@ for _ in range(200):
 def test_a_lock_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     words = [sys.executable, "-c", IN_TURNS, str(Path(gp.__file__).parent), str(tmp_path)]
     processes = [subprocess.Popen(words) for _ in range(6)]
-    assert not any([process.wait() for process in processes])
+    codes = [process.wait() for process in processes]
+    assert not any(codes)
 
 
 def killed_while_writing(path: Path, tries: int) -> None:

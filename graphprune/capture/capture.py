@@ -420,7 +420,8 @@ def _drop_non_tensors(output: Any) -> Any:
             for key, value in ((k, _drop_non_tensors(v)) for k, v in output.items())
             if value is not None
         }
-        return kept if type(output) is dict else type(output)(**kept)
+        by_keywords = type(output) is not dict and all(isinstance(key, str) for key in kept)
+        return type(output)(**kept) if by_keywords else kept
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         return type(output)(*map(_drop_non_tensors, output))
     if isinstance(output, (tuple, list)):

@@ -65,7 +65,7 @@ def _fill_in(
         source: Any = content
         # Down both configs at once, to what holds the number in each.
         for key in path[:-1]:
-            if isinstance(target, dict) and key not in target:
+            if isinstance(target, dict) and target.get(key) is None:
                 target[key] = copy.deepcopy(source[key])
             target, source = target[key], source[key]
         last_key = path[-1]

@@ -21,6 +21,7 @@ from graphprune.layout import (
     free_axes,
     parts_of,
     resolve,
+    size_of,
     why_fixed,
 )
 
@@ -187,6 +188,4 @@ def _find_fixed(inference: Inference) -> Iterator[Fixed]:
         for dim, layout in enumerate(layouts):
             reason = why_fixed(layout)
             if reason is not None and not free_axes(layout):
-                resolved = resolve(layout)
-                size = resolved.size if isinstance(resolved, Axis) else 0
-                yield Fixed(parameter, dim, size, reason)
+                yield Fixed(parameter, dim, size_of(layout), reason)

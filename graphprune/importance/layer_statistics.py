@@ -66,7 +66,8 @@ class Reading:
                 # sorted by slot, without those of slot -1, which come first: of slots -1 1 0 1 0 the order
                 # is 2 4 1 3, channel 0 having the features 2 and 4
                 order = torch.argsort(group_slots, stable=True)[(group_slots < 0).sum() :]
-                if len(order) and len(order) % axis.size == 0:
+                counts = torch.bincount(group_slots[group_slots >= 0], minlength=axis.size)
+                if counts.min() == counts.max() > 0:
                     yield Place(self, number, order.reshape(axis.size, -1))
 
 

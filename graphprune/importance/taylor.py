@@ -145,7 +145,8 @@ def _invert_fisher(matrix: Tensor) -> Tensor:
     """Return half of one over the inverse's diagonal, for the mean of g g'."""
     # channels that change the loss alike in all samples would leave no inverse
     ridge = 1e-3 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny
-    inverse: Tensor = torch.linalg.inv(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype))
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.linalg.inv(matrix + ridge * identity)
     return 0.5 / inverse.diagonal()
 
 

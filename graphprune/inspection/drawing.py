@@ -28,7 +28,7 @@ def modules(graph: Dependencies, most: int = MOST) -> nx.DiGraph:
     network = to_networkx(graph)
     paths = (data.get("module", "") for _, data in network.nodes(data=True))
     best = _collapse_to_depth(network, 1)
-    for depth in range(2, 2 + max(path.count(".") for path in paths)):
+    for depth in range(2, 2 + max((path.count(".") for path in paths), default=0)):
         boxes = _collapse_to_depth(network, depth)
         if len(boxes) > most:
             break

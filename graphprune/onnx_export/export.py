@@ -456,7 +456,7 @@ def _name_free(flat: _Flat, model: ir.Model) -> None:
         sizes: list[int | ir.SymbolicDim | str] = list(value.shape or ())
         for d, name in dims.items():
             is_number = str(sizes[d]).isdigit()
-            if is_number and name == BATCH:
+            if is_number and name == flat.batch_name:
                 raise _FixedSizeError("the traced graph holds at one batch size only")
             has_number |= is_number
             if is_number:

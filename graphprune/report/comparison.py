@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +155,22 @@ def rows(before: Measured, after: Measured) -> Iterator[tuple[str, ...]]:
     cells = [f"{file.difference:.1e}" if file else "not exported" for file in files]
     yield "ONNX against PyTorch", *cells, ""
     if any(file and file.memory is not None for file in files):
-        yield _row("bytes of memory, cpu", *(file.memory if file else None for file in files))
+        yield _row(
+            "bytes of memory, cpu",
+            *(file.memory if file else None for file in files),
+            without=["not measured" if file else "not exported" for file in files],
+        )
     for provider in before.latency | after.latency:
         yield _latency_row(provider, before.latency.get(provider), after.latency.get(provider))
 
 
-def _row(label: str, *counts: int | None) -> tuple[str, ...]:
-    """Return a row of two counts and their ratio."""
-    cells = ["not exported" if count is None else f"{count:,}" for count in counts]
+def _row(
+    label: str, *counts: int | None, without: Sequence[str] = ("not exported", "not exported")
+) -> tuple[str, ...]:
+    """Return a row of two counts and their ratio, with words where there is no count."""
+    cells = [
+        word if count is None else f"{count:,}" for count, word in zip(counts, without, strict=True)
+    ]
     return label, *cells, _ratio(*counts)
 
 

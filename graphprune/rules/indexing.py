@@ -121,7 +121,9 @@ def index_put(call: Call) -> Sequence[Layouts]:
 def index_select(call: Call) -> Sequence[Layouts]:
     """Take slots of one dimension by number."""
     layouts, dim = list(call.layouts("self")), call.dim()
-    reordered = _reorder(call, layouts[dim], call["index"]) if layouts else None
+    if not layouts:  # a scalar takes 0 as a dimension, and has none
+        return [layouts]
+    reordered = _reorder(call, layouts[dim], call["index"])
     if reordered is None:
         call.fix(layouts[dim], ADDRESSED)
         chosen = call.layouts("index")
@@ -159,7 +161,7 @@ def index_add(call: Call) -> Sequence[Layouts]:
     """Write to slots of one dimension by number; all other dimensions are shared with the source."""
     layouts, dim = call.layouts("self"), call.dim()
     written = [call.layouts("source")] if "source" in call.arguments else []
-    for operand in (layouts, *written):
+    for operand in (layouts, *written) if layouts else ():
         call.fix(operand[dim], ADDRESSED)
         for i, (target_layout, source_layout) in enumerate(zip(layouts, operand, strict=True)):
             if i != dim:

@@ -157,6 +157,8 @@ def cat(call: Call) -> Sequence[Layouts]:
     """Lay the dimension end to end; all others are the same."""
     # `torch.cat` takes an empty tensor of shape `[0]` beside tensors of any rank.
     operands = [call.layouts_of(t) for t in call["tensors"] if tuple(t.shape) != (0,)]
+    if not operands:
+        return [[call.fixed(0, "a tensor without elements")]]
     dim = call["dim"] % max(len(operands[0]), 1)
     result_layouts = list(operands[0])
     for other in operands[1:]:

@@ -51,9 +51,8 @@ def allowed_sizes(graph: Dependencies, group: Group, align: Align) -> list[int]:
 
 def _slots_for(block: int, channels: Iterable[int]) -> int:
     """Return how many slots make a multiple of the block, where a slot holds that many channels."""
-    # multiples of 16 channels: 4 slots of 4 channels, 8 of 6; of several dimensions the strictest, which
-    # is a multiple of the others where the block is a power of two
-    return max((block // math.gcd(block, channel_count) for channel_count in channels), default=1)
+    # multiples of 16 channels: 4 slots of 4 channels, 8 of 6
+    return math.lcm(*(block // math.gcd(block, channel_count) for channel_count in channels))
 
 
 Channels: TypeAlias = dict[Axis, list[int]]

@@ -70,7 +70,8 @@ class Plan:
 
     def without(self, names: Iterable[str]) -> Plan:
         """Return the plan that leaves these groups whole."""
-        remaining = {name: kept for name, kept in self.keep.items() if name not in set(names)}
+        left_whole = set(names)
+        remaining = {name: kept for name, kept in self.keep.items() if name not in left_whole}
         return Plan(remaining, {name: self.sizes[name] for name in remaining}, self.request)
 
     def to_json(self) -> str:

@@ -126,8 +126,9 @@ class Constructors:
                 if isinstance(child, callee):
                     yield from self._follow_constructor(callee, name, child, path, size, visited)
         elif callee in _FACTORIES:
-            # `self.bias = torch.zeros(2, width)`: argument 1 is dimension 1 of what it becomes.
-            layouts = self.parameters.get(scope, [])
+            # `self.bias = torch.zeros(2, width)`: argument 1 is dimension 1 of what it becomes, but that of
+            # `torch.full(sizes, number)` is what fills it.
+            layouts = self.parameters.get(scope, [])[: 1 if callee is torch.full else None]
             if isinstance(use.argument, int) and use.argument < len(layouts) and use.target:
                 yield from self._filter_by_size([layouts[use.argument]], size)
         # Any other function: whatever its result holds in a dimension of this size.

@@ -240,6 +240,8 @@ def _repeat_by(name: str) -> Callable[[_Site], None]:
 
     def rewrite(site: _Site) -> None:
         repeats = list(site.arguments[name])
+        if not repeats:  # of a last dimension none: [-0:] would be all
+            return
         # More repeats than dimensions: those in front are of new dimensions, whose layout is None.
         layouts: list[Layout | None] = [None] * len(repeats) + list(site.layouts("self"))
         dims = zip(repeats, layouts[-len(repeats) :], site.output[-len(repeats) :], strict=True)

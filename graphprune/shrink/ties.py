@@ -28,6 +28,7 @@ from graphprune.shrink.held_numbers import HeldNumber, by_place, held_numbers, s
 
 aten = torch.ops.aten
 _BY_NUMBER = (aten.mul, aten.div, aten.mul_, aten.div_)
+_LEAST = 1e-18  # of factors that may be made of a size
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Judge:
         evident = False
         agreeing = [dimension for dimension in dimensions if dimension.address in common]
         beside = list(self._dimensions_beside(number)) if is_size is not False else []
-        for chosen in (agreeing, beside):
+        for chosen in (beside, agreeing):  # the strongest last
             if chosen:
                 dimensions, evident = chosen, True
         if is_size:
@@ -228,7 +229,8 @@ def _numbers_computed_with(inference: Inference) -> set[tuple[str, int]]:
     for step in inference.steps:
         if step.func.overloadpacket in _BY_NUMBER:
             for value in step.arguments.values():
-                if isinstance(value, (int, float)) and math.isfinite(value) and value != 0:
+                # Not what stands for infinity (torch.finfo(...).min), whose square overflows; nor NaN.
+                if isinstance(value, (int, float)) and _LEAST < abs(value) < 1 / _LEAST:
                     numbers.update(
                         (step.place.module, number) for number in _find_integers_behind(abs(value))
                     )

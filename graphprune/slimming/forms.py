@@ -115,8 +115,8 @@ def as_module(
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
-    # Sizes that are told to follow are changed at once. Where the model is wrong then, they are put back, and
-    # those that forward needs are found by trying.
+    # Sizes that are told to follow are changed at once. Where the model is wrong then, they are put back,
+    # and those that forward needs are found by trying.
     ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
     put_sizes(slimmer, ties.sizes)
     unclear = ties.ambiguous

@@ -41,7 +41,7 @@ def check_use(
     }
     if ratio is not None:
         unusual_options["ratio"] = ratio
-    for names, why in _find_unread({**defaults, **given_options}, unusual_options):
+    for names, why in _find_unread({**defaults, **given_options}):
         unread_names = [name for name in names if name in unusual_options]
         if unread_names:
             warn(f"{' and '.join(unread_names)} will not be read: {why}")
@@ -55,9 +55,7 @@ def _is_default(value: Any, default: Any) -> bool:
     return value is default or (isinstance(value, (str, int, float)) and bool(value == default))
 
 
-def _find_unread(
-    all_options: Mapping[str, Any], unusual_options: Mapping[str, Any]
-) -> Iterator[tuple[Any, str]]:
+def _find_unread(all_options: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
     """Yield names of options and why nothing reads them."""
     importance, compensate = all_options["importance"], all_options["compensate"]
     has_plan, latency_ms = all_options["plan"] is not None, all_options["latency_ms"] is not None

@@ -191,9 +191,10 @@ class GradualSparsity:
             end_thresholds = _quantiles(
                 self._matrices, parameter_names(reference or model), by_layer
             )
-            # ramp - start steps at the slope and end - ramp at 1.5 times it add up to the quantile; the
-            # largest weight of a block is larger than one weight, by about this power of its size
-            span = 2 * (ramp - start) + 3 * (end - ramp)
+            # ramp - start steps at the slope and end - ramp at slope_ratio times it add up to the quantile
+            # (the paper's algorithm 1 has 3, for a ratio of 1.5); the largest weight of a block is larger
+            # than one weight, by about this power of its size
+            span = 2 * (ramp - start) + 2 * slope_ratio * (end - ramp)
             scale = prod(block) ** 0.25
             self._slopes = {
                 name: 2 * q * every * scale / span for name, q in end_thresholds.items()

@@ -56,14 +56,13 @@ def sites_of(graph: Dependencies, first: bool = False) -> list[Site]:
     """
     inference = graph.inference
     reads = Counter(id(value) for step in inference.steps for value in step.inputs)
-    input_dims = {id(resolve(dim)) for layouts in inference.inputs.values() for dim in layouts}
+    input_dims = [resolve(dim) for layouts in inference.inputs.values() for dim in layouts]
     sites = []
     for step in inference.steps:
         weight = _weight(step)
         if weight is None or weight.source not in inference.trainable or reads[id(weight)] > 1:
             continue
-        # of data `[batch, channels, ...]`: by identity, since two axes may have one size
-        reads_input = id(resolve(step.inputs[0].layouts[1])) in input_dims
+        reads_input = resolve(step.inputs[0].layouts[1]) in input_dims  # of [batch, channels, ...]
         site = Site(str(weight.source), *map(size_of, weight.layouts[:2]))
         if min(site.outputs, site.inputs) >= MANY_CHANNELS and (first or not reads_input):
             sites.append(site)
