@@ -23,7 +23,7 @@ from latency import header
 from torch import Tensor
 
 import graphprune as gp
-from graphprune.checkpoint.writer import ToWrite, write_safetensors
+from graphprune.checkpoint.writer import TensorToWrite, write_safetensors
 from graphprune.onnx_export.providers import Runtime
 from graphprune.utils.safetensors_blocks import INDEX, row_blocks
 
@@ -67,12 +67,12 @@ def write_checkpoint(name: str, folder: Path) -> None:
     model, generator = empty(name), torch.Generator().manual_seed(0)
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
-    shards: list[dict[str, ToWrite]] = [{}]
+    shards: list[dict[str, TensorToWrite]] = [{}]
     for key, tensor in model.state_dict().items():
         if sum(each.bytes for each in shards[-1].values()) > SHARD:
             shards.append({})
         shape = tuple(tensor.shape)
-        shards[-1][key] = ToWrite("BF16", shape, random_blocks(shape, generator))
+        shards[-1][key] = TensorToWrite("BF16", shape, random_blocks(shape, generator))
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"

@@ -26,8 +26,8 @@ from tasks import BATCH, CALIBRATION, Task, arguments, fashion
 import graphprune as gp
 from graphprune.calibration.batches import batches_of
 from graphprune.demo.data import sample
-from graphprune.importance import Subject, are_losses, scores
-from graphprune.onnx_export.providers import Runtime, machine
+from graphprune.importance import ScoringContext, are_losses, scores
+from graphprune.onnx_export.providers import Runtime, describe_machine
 from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import Bench
 
@@ -51,7 +51,7 @@ class Once:
     def __call__(self, model: torch.nn.Module, graph: gp.DependencyGraph) -> Any:
         """Return the scores by group."""
         if self.scores is None:
-            subject = Subject(model, graph, batches_of(self.task.calibration))
+            subject = ScoringContext(model, graph, batches_of(self.task.calibration))
             self.scores = scores(subject, CRITERION)
         return self.scores
 
@@ -133,7 +133,7 @@ def main() -> None:
         f"trained. Means over {SETS} sets of such images, with standard deviations. In brackets, the share "
         "of the original's time that was measured.",
         "",
-        f"{', '.join(machine().values())}, onnxruntime {onnxruntime.__version__}, torch "
+        f"{', '.join(describe_machine().values())}, onnxruntime {onnxruntime.__version__}, torch "
         f"{torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "",
         "| time left | " + " | ".join(f'of="{of}"' for of in UNITS) + " |",

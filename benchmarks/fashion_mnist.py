@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphprune.demo.data import Sample, augmented, normalised
+from graphprune.demo.data import Sample, normalise
 
 FILES = {"train": "train", "test": "t10k"}
 BATCH = 128
@@ -46,7 +46,7 @@ def read_part(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def normalised_part(folder: Path, split: str) -> Sample:
     """Return "train" or "test" as the networks take it."""
     pixels, labels = read_part(folder, split)
-    return Sample(normalised(pixels), labels.long())
+    return Sample(normalise(pixels), labels.long())
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
     for epoch in range(1, epochs + 1):
         total = 0.0
         for batch in data.batches(BATCH, generator):
-            images = augmented(batch.images, generator) if augment else batch.images
+            images = augment(batch.images, generator) if augment else batch.images
             loss = F.cross_entropy(model(images), batch.labels)
             optimiser.zero_grad()
             torch.autograd.backward(loss)

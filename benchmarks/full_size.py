@@ -53,7 +53,7 @@ def measured(name: str) -> dict[str, Any]:
         result = gp.slimmed(model, ratio, inputs)
         seconds = time.perf_counter() - start
         assert result.verification is not None
-        call(result.model, gp.Inputs.of(inputs).repeated(2))
+        call(result.model, gp.Inputs.of(inputs).repeat(2))
         with tempfile.TemporaryDirectory() as folder:
             exported = gp.export(result.model, inputs, Path(folder) / "slim.onnx")
         row["ratios"][str(ratio)] = {

@@ -56,9 +56,9 @@ def one_sample(name: str, quick: bool) -> tuple[nn.Module, Any]:
 
 
 def header(title: str, runtimes: Sequence[Any]) -> list[str]:
-    from graphprune.onnx_export.providers import machine
+    from graphprune.onnx_export.providers import describe_machine
 
-    about = machine(*runtimes)
+    about = describe_machine(*runtimes)
     numbers = [f"onnxruntime {onnxruntime.__version__}", f"torch {torch.__version__}"]
     where = ", ".join([*about.values(), *numbers, f"graphprune {version('graphprune')}"])
     return [f"# {title}", "", f"{where}, {time.strftime('%Y-%m-%d')}", ""]
@@ -174,7 +174,7 @@ def again(options: argparse.Namespace) -> None:
 def prepare(name: str, ratio: float, quick: bool, folder: Path, half: bool) -> tuple[Path, int]:
     """Write a network without some channels as an ONNX file; return it and its MACs on one sample."""
     import graphprune as gp
-    from graphprune.onnx_export.providers import in_precision
+    from graphprune.onnx_export.providers import convert_precision
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -183,7 +183,7 @@ def prepare(name: str, ratio: float, quick: bool, folder: Path, half: bool) -> t
     path = folder / f"{name}-{ratio}.onnx"
     gp.export(slim, inputs, path)
     if half:
-        in_precision(path, "float16")
+        convert_precision(path, "float16")
     return path, gp.count_macs(slim, inputs)
 
 

@@ -20,14 +20,14 @@ from torch.func import vmap
 import graphprune as gp
 from graphprune.calibration.batches import Batch, batches_of
 from graphprune.capture.capture import capture
-from graphprune.importance import Subject, scores
+from graphprune.importance import ScoringContext, scores
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.inference.infer import infer
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import Axis
 from graphprune.masks import Mask
 from graphprune.utils.inputs import Inputs, call
-from graphprune.verify import without
+from graphprune.verify import copy_with_slots_zeroed
 
 BATCH = 500  # images that are looked at at once
 
@@ -116,9 +116,9 @@ class Net:
         """Return inputs and targets in batches."""
         return batches_of(list(zip(self.x.split(BATCH), self.t.split(BATCH), strict=True)))
 
-    def subject(self, module: nn.Module, seed: int = 0) -> Subject:
+    def subject(self, module: nn.Module, seed: int = 0) -> ScoringContext:
         """Return what is to be scored: the network, or what is left of it."""
-        return Subject(module, self.graph, self.batches(), squared, seed)
+        return ScoringContext(module, self.graph, self.batches(), squared, seed)
 
     def without(self, gone: Sequence[tuple[str, int]]) -> nn.Module:
         """Return the network with units silenced: what they feed is zero, biases stay."""
@@ -127,7 +127,7 @@ class Net:
             slots = [slot for name, slot in gone if name == group.name]
             if slots:
                 masks[group.axis] = ~np.isin(np.arange(group.size), slots)
-        return without(self.module, self.graph.inference, masks)
+        return copy_with_slots_zeroed(self.module, self.graph.inference, masks)
 
     def measured(self, module: nn.Module) -> tuple[float, float]:
         """Return accuracy, by the highest output, and squared error."""
@@ -456,7 +456,7 @@ def timing(model: nn.Module, net: Net, repeats: int) -> Timing:
     """Time a forward pass of the whole network for each unit against the criterion "oracle"."""
     graph = gp.analyze(model, net.x[:10])
     readers = [model[2 * number + 2].weight for number in range(len(graph.groups))]  # type: ignore[index]
-    subject = Subject(model, graph, net.batches(), squared)
+    subject = ScoringContext(model, graph, net.batches(), squared)
     seconds: list[list[float]] = []
     for _ in range(repeats):
         clock = [time.perf_counter()]

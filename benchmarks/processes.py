@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.calibration.batches import batches_of
 from graphprune.demo.network import ResNet8
-from graphprune.distributed.process_group import together
-from graphprune.importance import Subject, scores
+from graphprune.distributed.process_group import join_call
+from graphprune.importance import ScoringContext, scores
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -97,8 +97,8 @@ def work(name: str) -> dict[str, dict[str, Any]]:
     sent = Sent()
 
     def score(criterion: str) -> None:
-        with together():
-            scores(Subject(model, graph, batches_of(data), loss), criterion)
+        with join_call():
+            scores(ScoringContext(model, graph, batches_of(data), loss), criterion)
 
     def repair() -> None:
         gp.slim(model, example_inputs=example, plan=plan, data=data, compensate=True, verify=False)

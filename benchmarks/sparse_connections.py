@@ -40,7 +40,7 @@ from graphprune.demo.main import accuracy
 from graphprune.demo.network import ResNet8
 from graphprune.onnx_export.providers import Runtime
 from graphprune.sparsity.connections import masks_of
-from graphprune.sparsity.connections.parametrization import mask
+from graphprune.sparsity.connections.parametrization import register_masks
 from graphprune.sparsity.connections.sites import sites_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,7 +92,7 @@ def grouped(model: nn.Module, fraction: float) -> nn.Module:
     """Connect each of 1 / fraction groups of filters with its own group of channels."""
     count = round(1 / fraction)
     blocks = np.eye(count, dtype=bool)
-    mask(
+    register_masks(
         model,
         {
             site.weight: np.kron(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.onnx_export.providers import Runtime
-from graphprune.runtime.timing import in_turns
+from graphprune.runtime.timing import time_in_turns
 
 RESULTS = Path(__file__).parent / "results" / "sparse_recurrent_layers.md"
 UNITS, LENGTH, BATCHES = 1760, 20, (1, 8, 32)
@@ -135,7 +135,7 @@ def training_rows() -> list[str]:
         "weights": training_step((1, 1)),
         "32x32": training_step((32, 32)),
     }
-    times = in_turns(steps, 20.0, one_thread=True)
+    times = time_in_turns(steps, 20.0, one_thread=True)
     dense = times["dense"].steadiest.median
     return [
         f"| {name} | {1e3 * latency.steadiest.median:.0f} ms | {latency.steadiest.median / dense:.3f} |"

@@ -19,7 +19,7 @@ from fashion_mnist import normalised_part, read_part, train
 from safetensors.torch import save
 from torch import Tensor
 
-from graphprune.demo.data import Sample, packed
+from graphprune.demo.data import Sample, pack
 from graphprune.demo.main import accuracy
 from graphprune.demo.network import ResNet8
 
@@ -37,7 +37,7 @@ def main() -> None:
     shipped: dict[str, Tensor] = {}
     for split, count in SHIPPED.items():
         pixels, labels = read_part(options.data, split)
-        shipped[f"{split}.images"] = packed(pixels[:count])
+        shipped[f"{split}.images"] = pack(pixels[:count])
         shipped[f"{split}.labels"] = labels[:count].clone()
     (options.output / "fashion_mnist.safetensors").write_bytes(save(shipped))
 

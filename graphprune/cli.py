@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.checkpoint import check_target, shrink_checkpoint
 from graphprune.checkpoint.save import save
 from graphprune.errors import InvalidRequestError, in_a_line
@@ -32,16 +32,16 @@ from graphprune.importance import CRITERIA
 from graphprune.inspection import SUFFIXES as GRAPH_SUFFIXES
 from graphprune.inspection import document
 from graphprune.inspection.dependency_graph import analyze
-from graphprune.inspection.terminal_tree import group_lines, tree
+from graphprune.inspection.terminal_tree import describe_group, format_tree
 from graphprune.onnx_export.export import export
 from graphprune.pipeline.pipeline import Pass, Pipeline
 from graphprune.report.compare import compare as compare_models
 from graphprune.report.comparison import SUFFIXES as COMPARISON_SUFFIXES
 from graphprune.selection.request import Ranking, Unit
 from graphprune.slimming.slim import Options, slimmed
-from graphprune.utils.atomic_files import checked_target, written_whole
+from graphprune.utils.atomic_files import check_target_path, open_atomically
 from graphprune.utils.inputs import Inputs
-from graphprune.utils.terminal import told, working
+from graphprune.utils.terminal import errors_to_exit_code, show_spinner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -146,7 +146,7 @@ def slim(
 
     Under torchrun each process looks at its share of the data, and the first writes.
     """
-    with told(), group() as writes:
+    with errors_to_exit_code(), group() as writes:
         if checkpoint is not None:
             needs_a_model = {
                 "--data": data, "--loss": loss, "--compensate": compensate, "--latency-ms": latency_ms,
@@ -162,19 +162,19 @@ def slim(
                 importance=importance, ranking=ranking, renormalised=renormalised,
             )  # fmt: skip
             return
-        checked_target(out, ".onnx", *_PICKLED, ".safetensors")
+        check_target_path(out, ".onnx", *_PICKLED, ".safetensors")
         if report is not None:
-            checked_target(report, ".html")
-        original, inputs = loaded(model), example_inputs(shapes)
+            check_target_path(report, ".html")
+        original, inputs = load_model(model), example_inputs(shapes)
         options: Options = {
             "of": of, "importance": importance, "ranking": ranking,
-            "data": batches(data) if data else None,
+            "data": load_batches(data) if data else None,
             "loss": _import_attribute(loss, "a loss") if loss else None,
             "compensate": compensate, "renormalised": renormalised, "latency_ms": latency_ms,
         }  # fmt: skip
         if latency_ms is not None or of == "latency":
             options["provider"], options["threads"] = provider, threads
-        with working("slimming and verifying"):
+        with show_spinner("slimming and verifying"):
             result = slimmed(original, ratio, inputs, **options)
         if not writes:
             return
@@ -183,7 +183,7 @@ def slim(
         else:
             write(result.model, inputs or result.inputs, out)
         if report is not None:
-            with working("exporting and timing"):
+            with show_spinner("exporting and timing"):
                 comparison = compare_models(
                     original, result.model, result.inputs, providers=[provider], threads=threads
                 )
@@ -209,8 +209,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Write what a pipeline of passes makes of a model."""
-    with told():
-        checked_target(out, ".onnx", *_PICKLED)
+    with errors_to_exit_code():
+        check_target_path(out, ".onnx", *_PICKLED)
         changed: list[str] = []
 
         def note(graph_pass: Pass, result: PassResult) -> None:
@@ -218,8 +218,8 @@ def run(
                 changed.append(graph_pass.name())
 
         passes = Pipeline.parse(pipeline, note)
-        original, inputs = prepared(loaded(model), example_inputs(shapes))
-        with working("running the passes"):
+        original, inputs = normalize_model_and_inputs(load_model(model), example_inputs(shapes))
+        with show_spinner("running the passes"):
             result = passes(original, inputs)
         write(result, inputs, out)
         facts = {"changed": ", ".join(changed), "file": str(out)}
@@ -240,11 +240,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what can be cut from a model, what goes with it, and why the rest stays."""
-    with told():
+    with errors_to_exit_code():
         if out is not None:
-            checked_target(out, *GRAPH_SUFFIXES)
-        with working("analysing"):
-            graph = analyze(loaded(model), example_inputs(shapes))
+            check_target_path(out, *GRAPH_SUFFIXES)
+        with show_spinner("analysing"):
+            graph = analyze(load_model(model), example_inputs(shapes))
         if out is not None:
             graph.save(out, title=model)
         if parameter:
@@ -257,7 +257,8 @@ def inspect(
             print(json.dumps(document(graph, model)))
         elif out is None:
             Console(highlight=False).print(
-                group_lines(graph, group) if group else tree(graph, why=why), soft_wrap=True
+                describe_group(graph, group) if group else format_tree(graph, why=why),
+                soft_wrap=True,
             )
 
 
@@ -269,7 +270,7 @@ def compare(
         list[str], typer.Option("--provider", help="cpu, cuda, cuda-tf32, cuda-float16...")
     ] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="inside an operator, on the CPU")] = 1,
-    batches: Annotated[
+    load_batches: Annotated[
         list[int], typer.Option("--batch", help="times the example input, for more latencies")
     ] = [],  # noqa: B006
     in_torch: Annotated[bool, typer.Option(help="time in PyTorch too")] = False,
@@ -278,19 +279,19 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare two models: parameters, MACs, file, memory, latency, agreement with PyTorch."""
-    with told():
+    with errors_to_exit_code():
         if out is not None:
-            checked_target(out, *COMPARISON_SUFFIXES)
-        original, slim_model = loaded(model), loaded(slimmer)
-        inputs = prepared(original, example_inputs(shapes))[1]
-        with working("exporting and timing"):
+            check_target_path(out, *COMPARISON_SUFFIXES)
+        original, slim_model = load_model(model), load_model(slimmer)
+        inputs = normalize_model_and_inputs(original, example_inputs(shapes))[1]
+        with show_spinner("exporting and timing"):
             comparison = compare_models(
                 original,
                 slim_model,
                 inputs,
                 providers=providers or None,
                 threads=threads,
-                batches=batches,
+                batches=load_batches,
                 in_torch=in_torch,
             )
         if out is not None:
@@ -305,7 +306,7 @@ def demo(
     """Run the main job on a trained network and real images that come with the package."""
     from graphprune.demo.main import run
 
-    with told():
+    with errors_to_exit_code():
         run(out)
 
 
@@ -329,7 +330,7 @@ def slim_checkpoint(
 ) -> None:
     """Plan by the weights in the files and shrink them there."""
     options["weights"] = source
-    with working("planning"):
+    with show_spinner("planning"):
         result = slimmed(model, ratio, inputs, **options)
     done = shrink_checkpoint(model, result.plan, source, target, result.inputs)
     facts = {
@@ -381,10 +382,10 @@ def _build_from_config(folder: Path) -> nn.Module:
 def write(model: nn.Module, inputs: Any, out: Path) -> None:
     """Write a model in the format that the file's name asks for."""
     if out.suffix == ".onnx":
-        with working("exporting"):
+        with show_spinner("exporting"):
             export(model, inputs, out)
     else:
-        with written_whole(out) as file:
+        with open_atomically(out) as file:
             torch.save(model, file)
 
 
@@ -410,7 +411,7 @@ def show(report: dict[str, list[int]], facts: dict[str, Any], *, as_json: bool) 
             Console().print(f"{name}: {fact}", highlight=False)
 
 
-def loaded(name: str) -> nn.Module:
+def load_model(name: str) -> nn.Module:
     """Return the model that a name stands for.
 
     Raises:
@@ -521,7 +522,7 @@ def _look_here_first(package: str) -> Iterator[None]:
         sys.meta_path.remove(Here)
 
 
-def batches(name: str) -> Any:
+def load_batches(name: str) -> Any:
     """Return the batches that a name stands for.
 
     Raises:

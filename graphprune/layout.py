@@ -165,7 +165,7 @@ def resolve(layout: Layout) -> Layout:
     return parts[0] if len(parts) == 1 else Concat(tuple(parts))
 
 
-def flattened(layout: Layout) -> Layout:
+def flatten_nesting(layout: Layout) -> Layout:
     """Return the layout without nesting; an axis stays the one that it is, bound or not."""
     return layout if isinstance(layout, Axis) else resolve(layout)
 
@@ -225,13 +225,13 @@ def leaves(layout: Layout) -> Iterator[Axis]:
             yield from leaves(inner)
 
 
-def given_axes(layout: Layout) -> Iterator[Axis]:
+def axes_as_written(layout: Layout) -> Iterator[Axis]:
     """Yield the axes that the layout was made of, whatever they turned out to be."""
     if isinstance(layout, Axis):
         yield layout
     else:
         for inner in parts_of(layout):
-            yield from given_axes(inner)
+            yield from axes_as_written(inner)
 
 
 def free_axes(layout: Layout) -> list[Axis]:
@@ -291,9 +291,9 @@ def unify(a: Layout, b: Layout, reason: Reason) -> None:
 
 
 def _tie(a: Layout, b: Layout, reason: Reason | None) -> None:
-    for axis in given_axes(a):
+    for axis in axes_as_written(a):
         axis.ties.append((b, reason))
-    for axis in given_axes(b):
+    for axis in axes_as_written(b):
         axis.ties.append((a, reason))
 
 

@@ -42,7 +42,7 @@ def mask_of(layout: Layout, keep: Mapping[Axis, Mask]) -> Mask:
     return mask
 
 
-def counts_of(masks: Mapping[Axis, Mask]) -> dict[Axis, int]:
+def count_kept_slots(masks: Mapping[Axis, Mask]) -> dict[Axis, int]:
     """Return how many slots of each axis stay."""
     return {axis: int(mask.sum()) for axis, mask in masks.items()}
 

@@ -43,19 +43,19 @@ from graphprune.errors import (
     listed,
     warn,
 )
-from graphprune.inference.infer import not_runnable, without_data
+from graphprune.inference.infer import make_stand_ins, not_runnable_error
 from graphprune.inference.interpreter import Interpretation, interpret
 from graphprune.inference.precision import Precision
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, Layout, size_of
-from graphprune.masks import Mask, counts_of, kept_size, mask_of, touches
+from graphprune.masks import Mask, count_kept_slots, kept_size, mask_of, touches
 from graphprune.rules import Rule, is_in_place, tensors_in
-from graphprune.shrink.graph_literals import restricted_arguments
-from graphprune.shrink.tensors import sliced
+from graphprune.shrink.graph_literals import restrict_arguments
+from graphprune.shrink.tensors import slice_tensor
 from graphprune.utils.inputs import Inputs, output_tensors
 from graphprune.utils.tensors import (
     copy_with,
-    evaluating,
+    evaluation_mode,
     named_tensors,
     parameter_names,
     working_copy,
@@ -85,7 +85,7 @@ class Verification:
     inputs: tuple[Inputs, ...]
     dtype: torch.dtype = torch.float64
 
-    def joined(self, other: Verification) -> Verification:
+    def join(self, other: Verification) -> Verification:
         """Return what both verifications of one slim model saw."""
         difference = max(self.difference, other.difference)
         return replace(self, difference=difference, inputs=(*self.inputs, *other.inputs))
@@ -175,15 +175,15 @@ class Silencing(Interpretation):
         A layer norm over [.., 4] of which two are kept is one over [.., 2]: with zeros in the other two
         its mean and variance would be others than the slim model's.
         """
-        kept = counts_of(self.masks)
+        kept = count_kept_slots(self.masks)
         values = iter(step.inputs)
 
         def cut(tensor: Tensor) -> Tensor:
-            kept_part = sliced(tensor, next(values).layouts, self.masks)
+            kept_part = slice_tensor(tensor, next(values).layouts, self.masks)
             return tensor if kept_part is None else kept_part
 
         small_args, small_kwargs = pytree.tree_map_only(Tensor, cut, (args, kwargs))
-        small = restricted_arguments(step, small_args, small_kwargs, kept)
+        small = restrict_arguments(step, small_args, small_kwargs, kept)
         result = self.run(step.func, *small)
         if is_in_place(step.func):
             raise VerificationError(
@@ -263,17 +263,17 @@ def verify(
         in_double = _Sides(model, slimmer, run, constants, Precision(run.inference.in_double))
         copies.callback(in_double.release)
         try:
-            sides, verification = in_double, in_double.compared_on(run)
+            sides, verification = in_double, in_double.compare_on(run)
         except CaptureError:
             if not in_double.precision.double:
                 raise
             in_double.release()
             sides = _Sides(model, slimmer, run, constants, Precision(double=False))
             copies.callback(sides.release)
-            verification = sides.compared_on(run)
+            verification = sides.compare_on(run)
         for other in others:
             try:
-                verification = verification.joined(sides.compared_on(other))
+                verification = verification.join(sides.compare_on(other))
             except (CaptureError, InvalidRequestError, OtherOperatorsError):
                 continue  # the values of these inputs take the original another way, or nowhere
     if sides.precision.operators:
@@ -297,7 +297,7 @@ def _run_silenced(silenced: nn.Module, run: Run, precision: Precision) -> list[t
     except GraphPruneError:
         raise
     except Exception as failure:
-        raise not_runnable(silenced, run.inputs, failure) from failure
+        raise not_runnable_error(silenced, run.inputs, failure) from failure
 
 
 class _Sides:
@@ -327,7 +327,7 @@ class _Sides:
             for tensor in named_tensors(copy).values():
                 tensor.data = tensor.data.new_empty(0)
 
-    def compared_on(self, run: Run) -> Verification:
+    def compare_on(self, run: Run) -> Verification:
         """Run both, each from the state that it was given in, and compare their outputs."""
         expected = _run_silenced(self.original, run, self.precision)
         _check_comparable(self.model, expected)
@@ -376,7 +376,7 @@ def check_runs(
     if inference.with_data:
         outputs = _slim_outputs(slimmer, inputs, {}, mode)
     else:
-        with without_data(slimmer, inputs, precision) as (stand_in, empty_inputs):
+        with make_stand_ins(slimmer, inputs, precision) as (stand_in, empty_inputs):
             outputs = _outputs(stand_in, empty_inputs, mode)
     for name, tensor in outputs:
         if list(tensor.shape) != shapes[name]:
@@ -444,7 +444,7 @@ def silenced_copy(
     """
     precision = precision or Precision(inference.in_double)
     copy = partial(_filled_copy, constants=constants, precision=precision)
-    return _without_derivatives(without(model, inference, masks, copy))
+    return _without_derivatives(copy_with_slots_zeroed(model, inference, masks, copy))
 
 
 def _without_derivatives(model: nn.Module) -> nn.Module:
@@ -457,7 +457,7 @@ def _plain_copy(_: str, tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def without(
+def copy_with_slots_zeroed(
     model: nn.Module,
     inference: Inference,
     masks: Mapping[Axis, Mask],
@@ -513,7 +513,7 @@ def _slim_outputs(
 
 def _outputs(slimmer: nn.Module, inputs: Inputs, mode: _Counting) -> list[tuple[str, Tensor]]:
     try:
-        with evaluating(slimmer):  # not by eval(): it is run as it will be
+        with evaluation_mode(slimmer):  # not by eval(): it is run as it will be
             return list(output_tensors(interpret(slimmer, inputs, mode)))
     except GraphPruneError:
         raise

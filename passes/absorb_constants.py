@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from graphprune.graph_utils.constant_inputs import pads, written_by
+from graphprune.graph_utils.constant_inputs import names_written_by, pads
 from graphprune.graph_utils.edits import (
     drop_unread,
     new_name,
@@ -19,10 +19,10 @@ from graphprune.graph_utils.edits import (
     rescale_input,
     shift_input,
 )
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of, writes
-from graphprune.utils.tensors import evaluating
+from graphprune.utils.tensors import evaluation_mode
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ def compute_constants(graph_module: fx.GraphModule) -> bool:
     """Put what is computed from held tensors alone in the place of its computation, if there is any."""
     graph = graph_module.graph
     constant: set[fx.Node] = set()
-    written = written_by(graph_module)
+    written = names_written_by(graph_module)
     for node in graph.nodes:
         if node.op == "get_attr":
             is_tensor = isinstance(attrgetter(str(node.target))(graph_module), Tensor)
@@ -76,7 +76,7 @@ def compute_constants(graph_module: fx.GraphModule) -> bool:
     ends = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
     # Where constants end: `w * mask` in `linear(x, (w * mask).t())` is a step, its transpose an end.
     ends = [node for node in ends if any(reader not in constant for reader in node.users)]
-    with evaluating(graph_module), torch.no_grad():
+    with evaluation_mode(graph_module), torch.no_grad():
         computed: dict[fx.Node, Any] = {}
         values = {node: _value(graph_module, node, computed) for node in ends}
     small_values = {
@@ -89,7 +89,7 @@ def compute_constants(graph_module: fx.GraphModule) -> bool:
 
 def _is_small(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
     """Say whether a floating-point value takes no more memory than what it is computed from."""
-    source_tensors = [held_by(graph_module, source) for source in _sources(node)]
+    source_tensors = [tensor_read_by(graph_module, source) for source in _sources(node)]
     source_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source_tensors)
     return value.is_floating_point() and value.numel() * value.element_size() <= source_bytes
 
@@ -117,7 +117,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 def _value(graph_module: fx.GraphModule, node: fx.Node, computed: dict[fx.Node, Any]) -> Any:
     if node not in computed:
         if node.op == "get_attr":
-            computed[node] = held_by(graph_module, node)
+            computed[node] = tensor_read_by(graph_module, node)
         else:
             for source in node.all_input_nodes:
                 _value(graph_module, source, computed)
@@ -148,7 +148,7 @@ def _hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     drop_unread(graph_module, [str(source.target) for source in sources])
     # What had the name may have been read by the computation alone, and is gone with it.
     if name != preferred and not hasattr(module, preferred.rpartition(".")[2]):
-        put_parameter(graph_module, preferred, held_by(graph_module, read), like)
+        put_parameter(graph_module, preferred, tensor_read_by(graph_module, read), like)
         read.target = preferred
         delattr(module, name.rpartition(".")[2])
 
@@ -268,9 +268,9 @@ def _by_channel(
         return torch.full((channels,), float(constant), dtype=torch.float64)
     if not isinstance(constant, fx.Node) or constant.op != "get_attr":
         return None
-    if constant.target in written_by(graph_module):
+    if constant.target in names_written_by(graph_module):
         return None
-    tensor = held_by(graph_module, constant).double()
+    tensor = tensor_read_by(graph_module, constant).double()
     if tensor.dim() > value.dim():
         return None
     # Broadcast from the right: `[channels, 1, 1]` beside `[batch, channels, *space]` gets a 1 in front.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from graphprune.calibration.batches import batches_of
-from graphprune.compensation import Method, compensated, method_of
-from graphprune.distributed.process_group import together
+from graphprune.compensation import Method, compensate_model, method_of
+from graphprune.distributed.process_group import join_call
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.selection.plan import Plan
 
@@ -42,8 +42,8 @@ class Compensate(Pass):
         method = method_of(self.method)
         if method is None:
             return False
-        with together():
-            compensation = compensated(
+        with join_call():
+            compensation = compensate_model(
                 self.original,
                 program.graph_module,
                 self.plan,

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphprune.graph_utils.constant_inputs import constant_inputs, pads
 from graphprune.graph_utils.edits import put_bias
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.groups.groups import Dependencies, Group
 from graphprune.groups.readers import Reader, readers_of, unread_groups
 from graphprune.inference.infer import infer
@@ -18,7 +18,7 @@ from graphprune.masks import slots_of
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.selection.plan import Plan
 from graphprune.slimming.slim import slimmed
-from graphprune.utils.tensors import evaluating, named_tensors
+from graphprune.utils.tensors import evaluation_mode, named_tensors
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _plan_removal(program: Program) -> Plan:
     """Return the plan that removes dead channels, once their constants are in the biases behind them."""
     graph_module = program.graph_module
     graph = Dependencies(infer(graph_module, program.inputs))
-    with evaluating(graph_module):
+    with evaluation_mode(graph_module):
         reading = _Reading(graph_module, graph, constant_inputs(graph_module, program.inputs))
     unread, readers = unread_groups(graph), readers_of(graph)
     keep, sizes = {}, {}
@@ -161,7 +161,7 @@ class _Reading:
             .movedim(-1, layer.summed)
             .double()
         )
-        weight = held_by(self.graph_module, layer.weight).double()
+        weight = tensor_read_by(self.graph_module, layer.weight).double()
         added = layer.value(data, weight, None, layer.arguments({}))
         # [outputs]: without padding the same at every position, so the first stands for all
         by_channel = added.movedim(layer.summed, 0).flatten(1)[:, 0]
@@ -171,7 +171,7 @@ class _Reading:
         """Give the layers what was noted."""
         for name, extra in self.extra.items():
             layer = self.layers[name]
-            old_bias = held_by(self.graph_module, layer.bias).double() if layer.bias else 0.0
+            old_bias = tensor_read_by(self.graph_module, layer.bias).double() if layer.bias else 0.0
             put_bias(self.graph_module, layer, old_bias + extra)
         self.graph_module.recompile()
 

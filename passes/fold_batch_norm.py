@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.graph_utils.edits import drop_unread, rescale
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 
@@ -57,7 +57,7 @@ def _fold(graph_module: fx.GraphModule, layer: Layer, norm: fx.Node) -> None:
 
     def read(name: str, default: float) -> Tensor | float:
         node = arguments[name]
-        return default if node is None else held_by(graph_module, node).double()
+        return default if node is None else tensor_read_by(graph_module, node).double()
 
     deviation = (read("running_var", 1.0) + arguments["eps"]) ** 0.5
     factor = torch.as_tensor(read("weight", 1.0) / deviation)

@@ -13,7 +13,7 @@ from graphprune.passes.absorb_constants import compute_constants
 from torch import Tensor, fx
 
 from graphprune.graph_utils.edits import put_parameter, read_buffer
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference
 from graphprune.layout import Axis, Layout, resolve, size_of
@@ -21,8 +21,8 @@ from graphprune.onnx_export.providers import Runtime
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 from graphprune.runtime.autotune import warn_of_slow
-from graphprune.runtime.autotune.convolution import Form, Shape, fastest
-from graphprune.shrink.reorder import Order, positions, reordered
+from graphprune.runtime.autotune.convolution import ConvolutionShape, Form, find_fastest_form
+from graphprune.shrink.reorder import Order, old_positions, reorder_slots
 from graphprune.sparsity.connections.filter_blocks import Blocks
 
 aten = torch.ops.aten
@@ -67,12 +67,12 @@ class LowerSparseConnections(Pass):
         chosen, orders = self._choose(program.graph_module, inference)
         if not all(_is_in_order(order, axis.size) for axis, order in orders.items()):
             program.graph_module = cast(
-                fx.GraphModule, reordered(program.graph_module, inference, orders)
+                fx.GraphModule, reorder_slots(program.graph_module, inference, orders)
             )
         layers = layers_of(program.graph_module)
         for name, (form, blocks) in chosen.items():
-            filters, channels = (positions(x, orders) for x in inference.parameters[name][:2])
-            _lower(program.graph_module, layers[name], blocks.moved(filters, channels), form)
+            filters, channels = (old_positions(x, orders) for x in inference.parameters[name][:2])
+            _lower(program.graph_module, layers[name], blocks.reorder(filters, channels), form)
         return computed or bool(chosen)
 
     def _choose(
@@ -80,7 +80,7 @@ class LowerSparseConnections(Pass):
     ) -> tuple[dict[str, tuple[Form, Blocks]], dict[Axis, Order]]:
         """Return the forms of weights that gain, and orders that save gathers; warn of the others."""
         runtime = Runtime.of(self.provider, self.threads)
-        race = functools.cache(lambda shape: fastest(shape, runtime))
+        race = functools.cache(lambda shape: find_fastest_form(shape, runtime))
         chosen: dict[str, tuple[Form, Blocks]] = {}
         orders: dict[Axis, Order] = {}
         slow = []
@@ -100,7 +100,7 @@ class LowerSparseConnections(Pass):
                     "gathers": inputs is None and not _is_in_order(channel_order, size_of(inner)),
                     "sorts": outputs is None and not _is_in_order(filter_order, size_of(outer)),
                 }
-                weight = held_by(graph_module, layer.weight)
+                weight = tensor_read_by(graph_module, layer.weight)
                 data = inference.nodes[layer.data.name]
                 form = race(_shape(layer, weight, data, blocks, **moves))
             if form == "dense":
@@ -131,7 +131,7 @@ def _blocks(graph_module: fx.GraphModule, layer: Layer) -> Blocks | None:
     One that has a few zeros, but a filter that reads everything, is not: one block would read it all.
     """
     packet = layer.node.target.overloadpacket  # type: ignore[union-attr]
-    weight = held_by(graph_module, layer.weight)
+    weight = tensor_read_by(graph_module, layer.weight)
     if packet not in _CONVOLUTIONS or layer.groups > 1:
         return None
     blocks = Blocks.of((weight != 0).flatten(2).any(2).cpu().numpy())
@@ -141,7 +141,7 @@ def _blocks(graph_module: fx.GraphModule, layer: Layer) -> Blocks | None:
 
 def _shape(
     layer: Layer, weight: Tensor, data: Sequence[Layout], blocks: Blocks, **moves: bool
-) -> Shape:
+) -> ConvolutionShape:
     """Return what the time of a layer depends on; `moves` are the gathers before and behind it."""
     arguments = arguments_of(layer.node)
     stride, padding, dilation = (arguments[name] for name in ("stride", "padding", "dilation"))
@@ -155,7 +155,7 @@ def _shape(
     def per_dimension(value: Any) -> tuple[int, ...]:
         return tuple(value) * (1 if len(value) == len(window) else len(window))
 
-    return Shape(
+    return ConvolutionShape(
         tuple(map(size_of, data)), tuple(weight.shape), len(blocks.filters), blocks.size,
         blocks.channels.shape[1], per_dimension(stride), per_dimension(padding),
         per_dimension(dilation), **moves,

@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from graphprune.graph_utils.edits import drop_unread, read_packed
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.inference.infer import infer
 from graphprune.layout import size_of
 from graphprune.onnx_export.providers import Runtime
-from graphprune.ops.block_packing import Packed, has_zeros, packed_well, run_of
+from graphprune.ops.block_packing import Packed, columns_per_block, has_zeros, pack_if_smaller
 from graphprune.pipeline.pipeline import Pass, Program
-from graphprune.runtime.autotune import warn_of_alone, warn_of_slow
+from graphprune.runtime.autotune import warn_of_isolated_zeros, warn_of_slow
 from graphprune.runtime.autotune.packed import LinearShape, MatrixShape
 
 aten = torch.ops.aten
@@ -62,8 +62,8 @@ class LowerSparseLinear(Pass):
             sizes = [size_of(layout) for layout in inference.nodes[layer.data.name]]
             if layer.summed != -1 or len(sizes) < 2:
                 continue
-            matrix = layer.matrix(held_by(graph_module, layer.weight), {}).squeeze(0)
-            packed = packed_well(matrix, 1, self.block)
+            matrix = layer.matrix(tensor_read_by(graph_module, layer.weight), {}).squeeze(0)
+            packed = pack_if_smaller(matrix, 1, self.block)
             if packed is None:
                 scattered += [name] if has_zeros(matrix) else []
                 continue
@@ -77,7 +77,7 @@ class LowerSparseLinear(Pass):
             lowered.append(name)
         drop_unread(graph_module, lowered)
         warn_of_slow("linear layers", slow, runtime)
-        warn_of_alone("linear layers", scattered)
+        warn_of_isolated_zeros("linear layers", scattered)
         return bool(lowered)
 
 
@@ -97,7 +97,7 @@ def _lower(
     graph, call = graph_module.graph, graph_module.graph.call_function
     node, data = layer.node, layer.data
     block_rows, _, block_width = packed.blocks.shape
-    run = run_of(packed.blocks, packed.places)
+    run = columns_per_block(packed.blocks, packed.places)
     with graph.inserting_before(node):
         blocks, places = read_packed(graph_module, layer.weight, packed.blocks, packed.places)
         # [count, features] -> [features, count] -> [runs, run, count] -> [places, run, count]

@@ -12,16 +12,16 @@ import torch
 from torch import fx
 
 from graphprune.graph_utils.edits import drop_unread, read_packed
-from graphprune.graph_utils.linear_layers import held_by
+from graphprune.graph_utils.linear_layers import tensor_read_by
 from graphprune.inference.infer import infer
 from graphprune.layout import size_of
 from graphprune.onnx_export.providers import Runtime
-from graphprune.ops.block_packing import Block, Packed, has_zeros, packed_well
+from graphprune.ops.block_packing import Block, Packed, has_zeros, pack_if_smaller
 from graphprune.ops.block_sparse_recurrent import OPERATOR
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
-from graphprune.runtime.autotune import warn_of_alone, warn_of_slow
+from graphprune.runtime.autotune import warn_of_isolated_zeros, warn_of_slow
 from graphprune.runtime.autotune.packed import MatrixShape, RecurrentShape
 
 aten = torch.ops.aten
@@ -84,7 +84,7 @@ class LowerSparseRecurrent(Pass):
             stack.lower()
         drop_unread(graph_module, {name for stack in lowered for name in stack.weights})
         warn_of_slow("recurrent layers", slow, runtime)
-        warn_of_alone("recurrent layers", scattered)
+        warn_of_isolated_zeros("recurrent layers", scattered)
         return bool(lowered)
 
 
@@ -131,7 +131,10 @@ class _Stack:
                 reads[start : start + 2],
                 [*reads[start + 2 : start + count], None, None],
             )
-            packed = [packed_well(held_by(graph_module, w), GATES[packet], block) for w in weights]
+            packed = [
+                pack_if_smaller(tensor_read_by(graph_module, w), GATES[packet], block)
+                for w in weights
+            ]
             is_reverse = bool(start // count % directions)
             cells.append(_Cell(weights, packed, biases[:2], is_reverse))
         return cls(graph_module, node, arguments, cells)
@@ -167,14 +170,14 @@ class _Stack:
     def has_zeros(self) -> bool:
         """Whether most of a matrix is zero."""
         reads = (read for cell in self.cells for read in cell.matrices)
-        return any(has_zeros(held_by(self.graph_module, read)) for read in reads)
+        return any(has_zeros(tensor_read_by(self.graph_module, read)) for read in reads)
 
     def shapes(self, sizes: Sequence[int]) -> Iterator[RecurrentShape]:
         """Yield what the time of each cell depends on, for data of those sizes."""
         batch, time = sizes[:2] if self.given["batch_first"] else (sizes[1], sizes[0])
         for cell in self.cells:
             input_shape, hidden_shape = (
-                MatrixShape.of(held_by(self.graph_module, read), packed)
+                MatrixShape.of(tensor_read_by(self.graph_module, read), packed)
                 for read, packed in zip(cell.matrices, cell.packed, strict=True)
             )
             has_biases = self.given["has_biases"]

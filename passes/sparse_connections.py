@@ -13,7 +13,7 @@ from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
 from graphprune.inference.infer import infer
 from graphprune.pipeline.pipeline import Pass, Program
-from graphprune.sparsity.connections import PatternName, wired
+from graphprune.sparsity.connections import PatternName, choose_connectivity
 from graphprune.sparsity.connections.parametrization import mask_like
 
 
@@ -54,7 +54,7 @@ class SparseConnections(Pass):
         """Put a mask beside each weight."""
         graph_module = program.graph_module
         graph = Dependencies(infer(graph_module, program.inputs))
-        wiring = wired(graph_module, graph, **vars(self))
+        wiring = choose_connectivity(graph_module, graph, **vars(self))
         connections = wiring.connections(self.fraction)
         for read in graph_module.graph.find_nodes(op="get_attr"):
             name = str(read.target)

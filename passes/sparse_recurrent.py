@@ -11,7 +11,7 @@ from graphprune.graph_utils.edits import put_parameter
 from graphprune.pipeline.pipeline import Pass, Program
 from graphprune.rules import arguments_of
 from graphprune.rules.recurrent import GATES
-from graphprune.sparsity.gradual import Matrix, without_lowest
+from graphprune.sparsity.gradual import Matrix, mask_without_lowest
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,6 @@ class SparseRecurrent(Pass):
         name, count = str(read.target), gates if len(weight) == height else 1
         matrix = Matrix(name, nn.Parameter(weight.detach()), "recurrent", count, self.block)
         scores = matrix.scores()
-        mask = without_lowest(scores, round(self.sparsity * scores.numel()), self.balanced)
+        mask = mask_without_lowest(scores, round(self.sparsity * scores.numel()), self.balanced)
         put_parameter(graph_module, name, weight.detach() * matrix.spread(mask), weight)
         return not bool(mask.all())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import graphprune as gp
 from graphprune import cli
 from graphprune.importance.sensitivity import _scans
-from graphprune.utils.atomic_files import alone, checked_target
+from graphprune.utils.atomic_files import check_target_path, try_lock
 from tests.message_cases import X, case, net, said
 from tests.message_cases_checkpoints import shrunk, written
 
@@ -26,12 +26,12 @@ def saved_under_another_ending(folder: Path) -> None:
 
 @case(r".* is a folder; name a file in it")
 def a_folder_for_a_file(folder: Path) -> None:
-    checked_target(folder)
+    check_target_path(folder)
 
 
 said(
     "there is no folder missing for plan.json; make it first",
-    lambda: checked_target("missing/plan.json"),
+    lambda: check_target_path("missing/plan.json"),
 )
 
 
@@ -39,7 +39,7 @@ said(
 def a_folder_that_is_not_ones_own(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "access", lambda *_: False)
-        checked_target(folder / "plan.json")
+        check_target_path(folder / "plan.json")
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -54,7 +54,7 @@ def a_file_for_a_checkpoint(folder: Path) -> None:
 @case("another process is writing to .*; wait for it, or name another folder")
 def two_processes(folder: Path) -> None:
     (folder / "target").mkdir()
-    with alone(folder / "target" / ".graphprune.lock"):
+    with try_lock(folder / "target" / ".graphprune.lock"):
         shrunk(written(folder), folder / "target")
 
 
@@ -100,14 +100,14 @@ said(
 @case(r".*\.pt cannot be loaded: UnpicklingError: .+")
 def a_text_for_a_model(folder: Path) -> None:
     (folder / "model.pt").write_text("no model")
-    cli.loaded(str(folder / "model.pt"))
+    cli.load_model(str(folder / "model.pt"))
 
 
 @case("it is nothing that torch.save writes")
 def a_text_is_not_unpickled(folder: Path) -> None:
     (folder / "model.pt").write_text("no model")
     with pytest.raises(gp.InvalidRequestError) as caught:
-        cli.loaded(str(folder / "model.pt"))
+        cli.load_model(str(folder / "model.pt"))
     assert caught.value.__cause__ is not None
     raise caught.value.__cause__
 
@@ -118,13 +118,13 @@ def a_text_is_not_unpickled(folder: Path) -> None:
 )
 def weights_for_a_model(folder: Path) -> None:
     torch.save(net().state_dict(), folder / "model.pt")
-    cli.loaded(str(folder / "model.pt"))
+    cli.load_model(str(folder / "model.pt"))
 
 
 @case(r".*\.pt cannot be loaded: .+")
 def half_a_model(folder: Path) -> None:
     (folder / "model.pt").write_bytes(pickle.dumps(1, protocol=2)[:-1])
-    cli.loaded(str(folder / "model.pt"))
+    cli.load_model(str(folder / "model.pt"))
 
 
 def fails() -> None:
@@ -134,14 +134,14 @@ def fails() -> None:
 said(
     r"'tests.message_cases_files:fails' does not give a model: TypeError: unsupported operand .*"
     r"message_cases_files\.py:\d+, in fails\)",
-    lambda: cli.loaded("tests.message_cases_files:fails"),
+    lambda: cli.load_model("tests.message_cases_files:fails"),
 )
 
 
 @case(r".*\.npy holds no samples: its shape \(0, 6\) has to begin with their number")
 def no_samples(folder: Path) -> None:
     np.save(folder / "samples.npy", np.zeros((0, 6)))
-    cli.batches(str(folder / "samples.npy"))
+    cli.load_batches(str(folder / "samples.npy"))
 
 
 said(r"--input '2,-6' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["2,-6"]))

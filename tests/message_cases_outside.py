@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import cli
-from graphprune.inspection.terminal_tree import group_lines
+from graphprune.inspection.terminal_tree import describe_group
 from graphprune.onnx_export import providers
 from graphprune.pipeline.callbacks import Compared
-from graphprune.report.comparison import Comparison, Measured
+from graphprune.report.comparison import Comparison, ModelMeasurement
 from graphprune.runtime import timing
 from tests.message_cases import Does, X, case, convolutions, net, said
 
@@ -168,7 +168,7 @@ def a_profile_of_nothing(folder: Path) -> None:
 
 @case(r".*report\.txt must end in \.json or \.html")
 def a_report_of_another_kind(folder: Path) -> None:
-    nothing = Measured(0, 0, None, {})
+    nothing = ModelMeasurement(0, 0, None, {})
     Comparison(nothing, nothing, "", 1, {}, {}).save(folder / "report.txt")
 
 
@@ -187,28 +187,28 @@ def no_feed(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- the command line
 
-said(r"there is no file missing\.pt", lambda: cli.loaded("missing.pt"))
-said("os:getcwd gives a str, not a model", lambda: cli.loaded("os:getcwd"))
+said(r"there is no file missing\.pt", lambda: cli.load_model("missing.pt"))
+said("os:getcwd gives a str, not a model", lambda: cli.load_model("os:getcwd"))
 said(
     r"'resnet18' names no model; write package\.module:callable, or a file ending in \.pt or \.pt2",
-    lambda: cli.loaded("resnet18"),
+    lambda: cli.load_model("resnet18"),
 )
 said(
     r"'no\.such:model' does not give a model: No module named 'no'",
-    lambda: cli.loaded("no.such:model"),
+    lambda: cli.load_model("no.such:model"),
 )
 said(
     r"'numbers' names no batches; write package\.module:callable, or a file ending in \.npy",
-    lambda: cli.batches("numbers"),
+    lambda: cli.load_batches("numbers"),
 )
-said(r"there is no file missing\.npy", lambda: cli.batches("missing.npy"))
-said(r"'builtins:divmod' does not give batches: .+", lambda: cli.batches("builtins:divmod"))
+said(r"there is no file missing\.npy", lambda: cli.load_batches("missing.npy"))
+said(r"'builtins:divmod' does not give batches: .+", lambda: cli.load_batches("builtins:divmod"))
 
 
 @case(r".*\.npy holds no array: .+")
 def a_file_that_is_no_array(folder: Path) -> None:
     (folder / "samples.npy").write_bytes(b"nothing of the kind")
-    cli.batches(str(folder / "samples.npy"))
+    cli.load_batches(str(folder / "samples.npy"))
 
 
 said(r"--input 'a,b' is not a shape such as 2,3,224,224", lambda: cli.example_inputs(["a,b"]))
@@ -500,7 +500,7 @@ said(
 )
 said(
     "there is no group 'stem'; they are 0.weight:0, or their numbers from 0 to 0",
-    lambda: group_lines(gp.analyze(net(), X), "stem"),
+    lambda: describe_group(gp.analyze(net(), X), "stem"),
 )
 said(
     r"report\.pdf must end in \.html",

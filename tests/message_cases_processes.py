@@ -33,7 +33,7 @@ def group_of_one() -> Iterator[None]:
 class Two(Ranks):
     """Rank 0 of two, where the other gives nothing."""
 
-    def gathered(self, mine: object) -> list[object]:
+    def gather(self, mine: object) -> list[object]:
         return [mine, type(mine)()]
 
 

@@ -230,7 +230,7 @@ def a_repair_that_does_harm(_: Path) -> None:
         return result
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(repair, "repaired", spoilt)
+        monkeypatch.setattr(repair, "repair_layer", spoilt)
         gp.slim(net(), 0.5, X, data=[X, X + 1], compensate=True)
 
 

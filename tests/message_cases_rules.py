@@ -70,7 +70,7 @@ def no_number(_: Path) -> Any:
     "channels silenced, in 2 of 6 entries"
 )
 def no_number_in_the_slim_model(_: Path) -> Any:
-    right = tensors.sliced
+    right = tensors.slice_tensor
 
     def spoilt(tensor: Tensor, *rest: Any) -> Tensor | None:
         cut: Tensor | None = right(tensor, *rest)
@@ -79,5 +79,5 @@ def no_number_in_the_slim_model(_: Path) -> Any:
         return cut
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("graphprune.shrink.tensors.sliced", spoilt)
+        monkeypatch.setattr("graphprune.shrink.tensors.slice_tensor", spoilt)
         return gp.slim(net(), 0.5, X, form="module")

@@ -18,18 +18,18 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.importance.sensitivity import Sensitivity
-from graphprune.report.comparison import Comparison, Measured
+from graphprune.report.comparison import Comparison, ModelMeasurement
 from graphprune.utils.atomic_files import (
-    alone,
-    checked_target,
-    drafted,
-    drafted_folder,
+    check_target_path,
+    draft_file,
+    draft_folder,
+    open_atomically,
+    try_lock,
     write_text,
-    written_whole,
 )
 
 X = torch.ones(2, 6)
-NOTHING = Measured(0, 0, None, {})
+NOTHING = ModelMeasurement(0, 0, None, {})
 
 
 def net() -> nn.Sequential:
@@ -106,7 +106,7 @@ def test_whatever_interrupts_a_writer_what_it_wrote_is_gone(
     failure: type[BaseException], tmp_path: Path
 ) -> None:
     def interrupted() -> None:
-        with written_whole(tmp_path / "file") as file:
+        with open_atomically(tmp_path / "file") as file:
             file.write(b"half")
             raise failure
 
@@ -128,7 +128,7 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_a_device_written_to(tmp_p
 def test_drafts_have_names_that_nobody_knows_and_that_systems_take(tmp_path: Path) -> None:
     names = set()
     for _ in range(3):
-        with drafted(tmp_path / ("\N{GRINNING FACE}" * 60)) as draft:
+        with draft_file(tmp_path / ("\N{GRINNING FACE}" * 60)) as draft:
             names.add(draft.name)
     assert len(names) == 3
     assert [len(os.fsencode(path.name)) for path in tmp_path.iterdir()] == [240]
@@ -197,19 +197,19 @@ def test_writers_killed_at_many_moments_leave_a_whole_file(tmp_path: Path) -> No
 
 def test_a_folder_is_written_in_one_go(tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    with drafted_folder(folder) as draft:
+    with draft_folder(folder) as draft:
         for name in ("config.json", "a.safetensors", "b.safetensors"):
             (draft / name).write_text("old")
 
     def interrupted() -> None:
-        with drafted_folder(folder) as draft:
+        with draft_folder(folder) as draft:
             (draft / "config.json").write_text("new")
             raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
         interrupted()
     assert {path.read_text() for path in folder.iterdir()} == {"old"}
-    with drafted_folder(folder, ["*.safetensors"], last="config.json") as draft:
+    with draft_folder(folder, ["*.safetensors"], last="config.json") as draft:
         (draft / "config.json").write_text("new")
         (draft / "a.safetensors").write_text("new")
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
@@ -225,10 +225,10 @@ def test_a_lock_is_given_back_by_the_dead(tmp_path: Path) -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with alone(lock) as first:
+        with try_lock(lock) as first:
             assert not first
         other.kill()
-    with alone(lock) as first:
+    with try_lock(lock) as first:
         assert first
     assert not lock.exists()
 
@@ -246,7 +246,7 @@ def test_a_model_is_saved_under_an_ending_that_says_so(
 
 def test_a_choice_of_endings_is_said() -> None:
     with pytest.raises(gp.InvalidRequestError, match=r"a\.b must end in \.c, \.d or \.e"):
-        checked_target("a.b", ".c", ".d", ".e")
+        check_target_path("a.b", ".c", ".d", ".e")
 
 
 # ------------------------------------------------------------------------------------------- JSON

@@ -16,7 +16,7 @@ from torch import Tensor, fx, library, nn
 
 import graphprune as gp
 from graphprune.onnx_export.providers import Runtime, open_session
-from graphprune.ops.block_packing import Packed, block_of, product
+from graphprune.ops.block_packing import Packed, find_block, product
 from graphprune.ops.block_sparse_recurrent import GATES, OPERATOR, block_sparse_recurrent
 from graphprune.ops.onnx_scan import TRANSLATIONS
 from graphprune.runtime.autotune.packed import LinearShape, MatrixShape, RecurrentShape
@@ -89,7 +89,7 @@ def test_a_packed_matrix_multiplies_as_the_whole_one(
     mask = blocks_on(gates, height, width, (rows, columns), seed)
     matrix = torch.randn(gates * height, width, dtype=torch.float64) * mask
     data = torch.randn(width, 3, dtype=torch.float64)
-    found = block_of(matrix, gates)
+    found = find_block(matrix, gates)
     assert height <= rows or found[0] % min(rows, height) == 0 or found[0] == height
     for block in (found, (rows, columns), (4, 7)):
         packed = Packed.of(matrix, gates, block)
@@ -99,7 +99,7 @@ def test_a_packed_matrix_multiplies_as_the_whole_one(
 
 @pytest.mark.parametrize("block", [(8, 4), (16, 1), (4, 24), (48, 2)])
 def test_blocks_are_found_from_zeros(block: tuple[int, int]) -> None:
-    assert block_of(torch.ones(96, 24) * blocks_on(2, 48, 24, block, 0), 2) == block
+    assert find_block(torch.ones(96, 24) * blocks_on(2, 48, 24, block, 0), 2) == block
 
 
 def test_blocks_of_a_matrix_as_many_in_each_row_take_no_more_than_what_is_on() -> None:

@@ -17,8 +17,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphprune as gp
-from graphprune.cli import app, loaded
-from graphprune.cli import batches as batches_of_a_file
+from graphprune.cli import app, load_model
+from graphprune.cli import load_batches as batches_of_a_file
 from tests.models import example
 
 BUILDER = "tests.test_cli:build"
@@ -233,7 +233,7 @@ def test_a_mistake_in_the_users_own_code_is_found_there() -> None:
 @pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.pt2", "m.npy"])
 def test_files_that_are_none_are_said_in_a_line(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    read = batches_of_a_file if name.endswith(".npy") else loaded
+    read = batches_of_a_file if name.endswith(".npy") else load_model
     with pytest.raises(gp.InvalidRequestError, match=r"cannot be loaded|holds no array"):
         read(str(tmp_path / name))
 
@@ -247,10 +247,10 @@ def test_files_of_layers_of_pytorch_run_no_code_and_others_are_said_to(
 ) -> None:
     layers = [nn.LSTM(3, 4), nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2)]
     torch.save(nn.Sequential(build(), *layers), tmp_path / "plain.pt")
-    assert isinstance(loaded(str(tmp_path / "plain.pt"))[2], nn.MultiheadAttention | nn.LSTM)
+    assert isinstance(load_model(str(tmp_path / "plain.pt"))[2], nn.MultiheadAttention | nn.LSTM)
     assert capsys.readouterr().err == ""
     torch.save(Own(nn.ReLU()), tmp_path / "own.pt")
-    assert isinstance(loaded(str(tmp_path / "own.pt")), Own)
+    assert isinstance(load_model(str(tmp_path / "own.pt")), Own)
     assert "files you trust only" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.report.compare import compare
-from graphprune.report.comparison import Comparison, Place, page
+from graphprune.report.comparison import Comparison, NodeTime, page
 
 X = torch.randn(2, 16)
 
@@ -85,7 +85,7 @@ def test_the_page_holds_all_and_needs_nothing_else(comparison: Comparison, tmp_p
 
 
 def test_names_in_the_page_are_text_and_nothing_more(comparison: Comparison) -> None:
-    place = Place("<b>", "<script>alert(1)</script>", "Conv", 1e-3)
+    place = NodeTime("<b>", "<script>alert(1)</script>", "Conv", 1e-3)
     original = dataclasses.replace(comparison.original, places=(place,))
     strange = dataclasses.replace(comparison, original=original, inputs="<i>")
     text = page(strange)

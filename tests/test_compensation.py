@@ -12,7 +12,7 @@ from graphprune.passes import Compensate
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.demo.data import sample, trained_network
+from graphprune.demo.data import load_trained_network, sample
 from graphprune.demo.main import accuracy
 from graphprune.selection.plan import Plan
 from graphprune.utils.inputs import Inputs, call
@@ -242,7 +242,7 @@ def test_batch_norm_says_the_same_in_training_after_a_repair() -> None:
 
 def test_a_trained_network_is_repaired() -> None:
     test, images = sample("test"), sample("train").images[:256]
-    model = trained_network()
+    model = load_trained_network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     as_cut = gp.slim(model, 0.5, images[:2])
     repaired = gp.slim(model, 0.5, images[:2], data=images.split(128), compensate=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.demo.network import ResNet8
-from graphprune.sparsity.connections import Wiring, masks_of, wired
-from graphprune.sparsity.connections.clustering import clustered
+from graphprune.sparsity.connections import Connectivity, choose_connectivity, masks_of
+from graphprune.sparsity.connections.clustering import cluster_filters
 from graphprune.sparsity.connections.patterns import PATTERNS, blocks_of, fan_in
 from graphprune.sparsity.connections.sites import sites_of
 from tests import models
@@ -118,7 +118,7 @@ def test_a_channel_of_a_residual_stream_is_read_by_what_comes_later_alone() -> N
     sites = sites_of(graph)
     assert [site.weight for site in sites] == ["b.weight", "c.weight"]
     turns = {site.weight: np.tile(np.arange(8), (8, 1)) for site in sites}
-    on = Wiring(graph, sites, turns).connections(0.25)
+    on = Connectivity(graph, sites, turns).connections(0.25)
     assert (on["c.weight"].sum(1) == 2).all()  # the last convolution reads the whole stream
     assert on["b.weight"].sum(1).tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
 
@@ -165,7 +165,7 @@ def test_filters_have_connections_where_a_derivative_reaches_them(
 @pytest.mark.parametrize("share", [1, 8, 32])
 def test_more_connections_leave_on_what_was_on(share: int) -> None:
     model = resnet()
-    wiring = wired(model, gp.analyze(model, X), 0.05, share=share)
+    wiring = choose_connectivity(model, gp.analyze(model, X), 0.05, share=share)
     steps = [wiring.connections(fraction) for fraction in (0.05, 0.1, 0.3, 1.0)]
     for before, after in itertools.pairwise(steps):
         assert all((before[name] <= after[name]).all() for name in before)
@@ -198,7 +198,7 @@ def test_filters_that_want_the_same_channels_come_together() -> None:
     saliency = chance.random((32, 32)) * 0.1
     for row, block in enumerate(block_of):
         saliency[row, wanted[block]] += 1
-    found, order = clustered(saliency, np.repeat(np.arange(4), 8), 8, chance)
+    found, order = cluster_filters(saliency, np.repeat(np.arange(4), 8), 8, chance)
     for block in range(4):
         (mine,) = set(block_of[found == block])
         assert set(order[block, :8]) == set(wanted[mine])
@@ -209,7 +209,7 @@ def test_clustering_keeps_more_than_consecutive_blocks_and_no_more_than_single_f
     kept = []
     for size in (8, 1):
         start = np.arange(32) // size
-        block_of, order = clustered(saliency, start, 16, np.random.default_rng(0))
+        block_of, order = cluster_filters(saliency, start, 16, np.random.default_rng(0))
         assert (np.bincount(block_of) == size).all()
         kept.append(np.take_along_axis(saliency, order[block_of][:, :16], 1).sum())
     consecutive = saliency.reshape(4, 8, 64).sum(1)

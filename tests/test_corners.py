@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.checkpoint.config import _fill_in
-from graphprune.importance.layer_statistics import Reading
+from graphprune.importance.layer_statistics import LayerStatistics
 from graphprune.layout import Axis, Product
-from graphprune.report.comparison import File, Measured, rows
+from graphprune.report.comparison import File, ModelMeasurement, rows
 from graphprune.selection.allocation import _slots_for
 from tests.models import ALL
 
@@ -79,7 +79,7 @@ def test_groups_of_a_layer_that_hold_a_slot_each_are_no_channels_to_score() -> N
     groups, inner = Axis(4), Axis(4)
     nothing = torch.zeros(4, 37, 37)
     matrix: Any = torch.zeros(4, 4, 36)
-    reading = Reading(None, Product((groups, inner)), matrix, nothing, 1)  # type: ignore[arg-type]
+    reading = LayerStatistics(None, Product((groups, inner)), matrix, nothing, 1)  # type: ignore[arg-type]
     assert not list(reading.places(groups))
     assert [place.features.shape for place in reading.places(inner)] == [(4, 9)] * 4
 
@@ -113,7 +113,7 @@ def test_a_config_that_says_nothing_of_a_nested_one_gets_it() -> None:
 
 def test_memory_that_was_not_measured_is_not_called_unexported() -> None:
     measured, unknown = (
-        Measured(1, 1, File(1, 20, True, (2,), 0.0, memory), {}) for memory in (5, None)
+        ModelMeasurement(1, 1, File(1, 20, True, (2,), 0.0, memory), {}) for memory in (5, None)
     )
     table = {label: cells for label, *cells in rows(measured, unknown)}
     assert table["bytes of memory, cpu"] == ["5", "not measured", ""]

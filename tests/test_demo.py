@@ -1,10 +1,10 @@
 import torch
 
-from graphprune.demo.data import CLASSES, augmented, sample, trained_network
+from graphprune.demo.data import CLASSES, augment, load_trained_network, sample
 
 
 def test_the_shipped_weights_classify_the_shipped_test_images() -> None:
-    model, test = trained_network(), sample("test")
+    model, test = load_trained_network(), sample("test")
     with torch.no_grad():
         right = model(test.images).argmax(1) == test.labels
     assert not model.training
@@ -35,7 +35,7 @@ def test_batches_hold_every_image_once_with_its_label() -> None:
 def test_augmenting_shifts_by_two_pixels_at_most_and_mirrors_half() -> None:
     image = torch.zeros(1, 1, 28, 28)
     image[0, 0, 10, 5] = 100.0
-    views = augmented(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(0))
+    views = augment(image.expand(500, -1, -1, -1), torch.Generator().manual_seed(0))
     places = (views == 100.0).nonzero()
     assert len(places) == 500
     assert set(places[:, 2].tolist()) == set(range(8, 13))
@@ -45,5 +45,5 @@ def test_augmenting_shifts_by_two_pixels_at_most_and_mirrors_half() -> None:
 
 def test_augmenting_is_repeatable() -> None:
     images = sample("test").images[:16]
-    first, second = (augmented(images, torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (augment(images, torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)

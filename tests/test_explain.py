@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.groups.explain import Explanation, Part
+from graphprune.groups.explain import ExplainedPart, Explanation
 from tests.models import ALL
 from tests.structures import STRUCTURES
 
@@ -91,7 +91,7 @@ def test_a_long_list_is_cut_in_print_and_whole_as_data() -> None:
     assert json.loads(json.dumps(part)) == part
 
 
-def complete(explanation: Explanation, part: Part, graph: gp.DependencyGraph) -> None:
+def complete(explanation: Explanation, part: ExplainedPart, graph: gp.DependencyGraph) -> None:
     """Every member of a group is reached, and every chain hangs together."""
     if part.group:
         members = graph.by_name[part.group].members

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneWarning
 from graphprune.onnx_export.export import export
-from graphprune.onnx_export.free_sizes import Free, with_batch
+from graphprune.onnx_export.free_sizes import Free, guess_batch_dims
 from graphprune.onnx_export.providers import open_session
 from graphprune.utils.inputs import Inputs, call
 
@@ -72,7 +72,7 @@ def test_a_size_that_cannot_be_free_is_named_and_the_others_are_free(tmp_path: P
 
 def test_a_name_for_dimension_0_is_the_batchs_of_all_inputs() -> None:
     tensors = [torch.zeros(3, 4), torch.zeros(3, 5)]
-    assert next(with_batch([{0: "n"}, {}], tensors)) == [{0: "n"}, {0: "n"}]
+    assert next(guess_batch_dims([{0: "n"}, {}], tensors)) == [{0: "n"}, {0: "n"}]
 
 
 def test_models_in_half_precision_are_compared_by_their_precision(tmp_path: Path) -> None:

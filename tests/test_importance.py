@@ -20,7 +20,7 @@ import graphprune as gp
 from graphprune.calibration.batches import batches_of
 from graphprune.demo.network import ResNet8
 from graphprune.groups.groups import Group
-from graphprune.importance import CRITERIA, Subject, oracle, scores
+from graphprune.importance import CRITERIA, ScoringContext, oracle, scores
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.sensitivity import _Kept
 from graphprune.inference.infer import infer
@@ -29,7 +29,7 @@ from graphprune.masks import Mask
 from graphprune.selection.choose import choose
 from graphprune.selection.request import Request
 from graphprune.utils.inputs import Inputs, call, output_tensors
-from graphprune.utils.torch_context import plain_kernels
+from graphprune.utils.torch_context import reference_kernels
 from graphprune.verify import Run, silenced_outputs
 from tests.structures import STRUCTURES
 
@@ -73,7 +73,7 @@ def data() -> list[tuple[Tensor, Tensor]]:
 
 def scored(criterion: str, model: nn.Module, data: Any, loss: Any = squared) -> list[Any]:
     graph = gp.analyze(model, data[0][0])
-    return list(scores(Subject(model, graph, batches_of(data), loss), criterion).values())
+    return list(scores(ScoringContext(model, graph, batches_of(data), loss), criterion).values())
 
 
 def expected(
@@ -115,7 +115,7 @@ def test_the_oracle_is_the_loss_of_the_model_without_a_channel(
     model: Perceptron, data: Any
 ) -> None:
     graph = gp.analyze(model, data[0][0])
-    found = scores(Subject(model, graph, batches_of(data), squared), "oracle")
+    found = scores(ScoringContext(model, graph, batches_of(data), squared), "oracle")
     for group in graph.groups:
         for slot in (0, group.size - 1):
             kept = {g.name: list(range(g.size)) for g in graph.groups}
@@ -157,7 +157,7 @@ def test_reconstruction_is_the_error_that_a_refit_leaves() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     x = torch.randn(20000, 5).double()
     graph = gp.analyze(model, x)
-    (found,) = scores(Subject(model, graph, batches_of([x])), "reconstruction").values()
+    (found,) = scores(ScoringContext(model, graph, batches_of([x])), "reconstruction").values()
     with torch.no_grad():
         hidden, output = model[:2](x), model(x)
     features = torch.cat([hidden, torch.ones(20000, 1).double()], dim=1)
@@ -194,7 +194,7 @@ def test_reconstruction_weighs_layers_by_what_they_do_to_the_output() -> None:
     torch.manual_seed(0)
     model, x = Weighed().double(), torch.randn(400, 5).double()
     graph = gp.analyze(model, x)
-    found = scores(Subject(model, graph, batches_of(x.split(200))), "reconstruction")
+    found = scores(ScoringContext(model, graph, batches_of(x.split(200))), "reconstruction")
     whole, tenth = (found[group.name] for group in graph.groups)
     np.testing.assert_allclose(tenth, whole / 100, rtol=1e-6)
 
@@ -217,7 +217,9 @@ def test_reconstruction_ranks_where_outputs_are_no_numbers(numbers: bool) -> Non
     torch.manual_seed(0)
     model, x = Answering(numbers=numbers), torch.randn(64, 5)
     graph = gp.analyze(model, x)
-    (found,) = scores(Subject(model, graph, batches_of(x.split(32))), "reconstruction").values()
+    (found,) = scores(
+        ScoringContext(model, graph, batches_of(x.split(32))), "reconstruction"
+    ).values()
     assert np.isfinite(found).all()
     assert len(set(found)) == 6
 
@@ -227,7 +229,7 @@ def test_interpolative_is_a_pivoted_qr_decomposition_of_what_is_read() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     x = torch.randn(200, 5).double()
     graph = gp.analyze(model, x)
-    (found,) = scores(Subject(model, graph, batches_of([x])), "interpolative").values()
+    (found,) = scores(ScoringContext(model, graph, batches_of([x])), "interpolative").values()
     left = model[:2](x).detach()
     total, order = left.square().sum(), []
     for _ in range(6):
@@ -255,7 +257,7 @@ def test_what_another_channel_says_goes_first(build: Any, shape: Any, criterion:
         first.weight[5], first.bias[5] = 3 * first.weight[4], 3 * first.bias[4]
     model, x = nn.Sequential(first, nn.ReLU(), last), torch.randn(16, *shape)
     graph = gp.analyze(model, x)
-    found = scores(Subject(model, graph, batches_of([x])), criterion)[graph.groups[0].name]
+    found = scores(ScoringContext(model, graph, batches_of([x])), criterion)[graph.groups[0].name]
     assert int(np.argmin(found)) in (4, 5)
 
 
@@ -267,12 +269,12 @@ def test_a_closed_gate_silences_its_channel(name: str) -> None:
     graph = gp.DependencyGraph(infer(model, inputs, with_data=True))
     if not any(p.is_floating_point() for p in model.parameters()):
         return
-    gated = GatedLoss(Subject(model, graph, None, _squares))
+    gated = GatedLoss(ScoringContext(model, graph, None, _squares))
     for group in (group for group in graph.groups if group.exact):
         slot = group.size // 2
         gates = gated.ones()
         gates[group.name][slot] = 0
-        with plain_kernels():  # as the silenced model is run
+        with reference_kernels():  # as the silenced model is run
             given = float(gated(gates, inputs, None))
         masks: dict[Axis, Mask] = {group.axis: np.arange(group.size) != slot}
         outputs = silenced_outputs(model, Run(inputs, graph.inference, masks))
@@ -360,7 +362,7 @@ def test_a_group_without_channels_has_no_scores() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     graph = gp.analyze(model, torch.randn(2, 5))
     graph.groups.append(Group("none", Axis(0), (), False))
-    assert scores(Subject(model, graph), "l2")["none"].shape == (0,)
+    assert scores(ScoringContext(model, graph), "l2")["none"].shape == (0,)
 
 
 def test_lamp_is_the_share_of_a_square_among_no_smaller_ones() -> None:
@@ -369,7 +371,7 @@ def test_lamp_is_the_share_of_a_square_among_no_smaller_ones() -> None:
         model[0].weight.copy_(torch.tensor([[1.0], [2.0], [3.0]]))
         model[1].weight.zero_()
     graph = gp.analyze(model, torch.randn(2, 1))
-    (found,) = scores(Subject(model, graph), "lamp").values()
+    (found,) = scores(ScoringContext(model, graph), "lamp").values()
     np.testing.assert_allclose(found, [1 / 14, 4 / 13, 1])
 
 
@@ -380,7 +382,7 @@ def test_bn_scale_is_the_weight_of_the_batch_norm() -> None:
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([0.5, -2.0, 1.0, 0.0]))
     graph = gp.analyze(model, torch.randn(2, 3, 4, 4))
-    first, second = scores(Subject(model, graph), "bn_scale").values()
+    first, second = scores(ScoringContext(model, graph), "bn_scale").values()
     np.testing.assert_allclose(first, [0.5, 2, 1, 0])
     assert np.isinf(second).all()
 
@@ -543,10 +545,10 @@ def test_brute_force_behind_the_layers_alone_is_that_of_the_whole_model(
     structure = STRUCTURES[name]
     model, inputs = structure.build().eval(), Inputs.of(structure.inputs())
     graph = gp.DependencyGraph(infer(model, inputs, with_data=True))
-    subject = Subject(model, graph, batches_of([inputs]), _squares)
+    subject = ScoringContext(model, graph, batches_of([inputs]), _squares)
     if not any(p.is_floating_point() for p in model.parameters()):
         return
-    with plain_kernels():
+    with reference_kernels():
         fast = scores(subject, "oracle")
         monkeypatch.setattr("graphprune.importance.oracle._traced", lambda _: None)
         whole = scores(subject, "oracle")
@@ -559,7 +561,7 @@ def test_brute_force_behind_the_layers_alone_is_that_of_the_whole_model(
 def test_brute_force_runs_what_lies_behind_alone(build: Any, shape: Any) -> None:
     model, x = build(), torch.randn(shape)
     graph = gp.analyze(model, x)
-    subject = Subject(model.eval(), graph, batches_of([x]), _squares)
+    subject = ScoringContext(model.eval(), graph, batches_of([x]), _squares)
     graph_module = oracle._traced(subject)
     assert graph_module is not None
     assert oracle._readers(subject, graph_module).keys() == graph.by_name.keys()

@@ -24,8 +24,8 @@ from graphprune.groups.cost import mac_terms
 from graphprune.onnx_export.export import Feed, export
 from graphprune.onnx_export.providers import CUDA, Runtime
 from graphprune.runtime.latency import Bench
-from graphprune.runtime.latency.cache import Cache
-from graphprune.runtime.profiling import Event, profiled
+from graphprune.runtime.latency.cache import LatencyCache
+from graphprune.runtime.profiling import Event, profile_nodes
 from graphprune.runtime.timing import Latency, Spread
 from tests import models
 
@@ -166,27 +166,27 @@ def test_parts_are_measured_once_and_then_known_from_the_disk(
     "content", ["", "{", "[]", '{"format": "else"}', '{"seconds": {"a": "x"}}']
 )
 def test_a_cache_that_cannot_be_read_is_no_cache(content: str, tmp_path: Path) -> None:
-    path = Cache(Runtime(), tmp_path).path
+    path = LatencyCache(Runtime(), tmp_path).path
     path.write_text(content)
-    cache = Cache(Runtime(), tmp_path)
+    cache = LatencyCache(Runtime(), tmp_path)
     assert cache.seconds == {}
     cache.add({"a": 1.0})
-    Cache(Runtime(), tmp_path).add({"b": 2.0})
-    assert Cache(Runtime(), tmp_path).seconds == {"a": 1.0, "b": 2.0}
-    assert Cache(Runtime(threads=2), tmp_path).seconds == {}
+    LatencyCache(Runtime(), tmp_path).add({"b": 2.0})
+    assert LatencyCache(Runtime(), tmp_path).seconds == {"a": 1.0, "b": 2.0}
+    assert LatencyCache(Runtime(threads=2), tmp_path).seconds == {}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_entries_that_no_measurement_gives_are_dropped(tmp_path: Path) -> None:
-    path = Cache(Runtime(), tmp_path).path
+    path = LatencyCache(Runtime(), tmp_path).path
     wrong = ["0.0", "-1.0", "Infinity", "NaN", "1e999", "true", "null", '"1.0"', "[1.0]", "{}"]
     entries = ", ".join(f'"{number}": {value}' for number, value in enumerate(wrong))
     head = '{"format": "graphprune-latency", "version": 1, "seconds": '
     path.write_text(f'{head}{{{entries}, "good": 1e-6, "whole": 1}}}}')
-    assert Cache(Runtime(), tmp_path).seconds == {"good": 1e-6, "whole": 1.0}
+    assert LatencyCache(Runtime(), tmp_path).seconds == {"good": 1e-6, "whole": 1.0}
     for hostile in ("[" * 100_000, f"{head}{'9' * 4_000}}}", f'{head}{{"a": {"9" * 4_000}}}}}'):
         path.write_text(hostile)
-        assert Cache(Runtime(), tmp_path).seconds == {}
+        assert LatencyCache(Runtime(), tmp_path).seconds == {}
 
 
 @pytest.mark.parametrize("factor", [math.inf, 1e3, 1e-3])
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    cache = Cache(Runtime(), tmp_path)
+    cache = LatencyCache(Runtime(), tmp_path)
     cache.add({"a": 1.0})
     assert cache.seconds == {"a": 1.0}
     assert not list(tmp_path.iterdir())
@@ -219,12 +219,12 @@ def test_a_home_in_the_name_of_the_folder_is_meant(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GRAPHPRUNE_CACHE", "~/times")
-    assert Cache(Runtime()).path.parent == tmp_path / "times"
+    assert LatencyCache(Runtime()).path.parent == tmp_path / "times"
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    Cache(Runtime(), tmp_path / "file").add({"a": 1.0})
+    LatencyCache(Runtime(), tmp_path / "file").add({"a": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_every_group_is_an_axis_of_the_parts(bench: Bench) -> None:
 def test_latency_is_a_staircase_in_channels_of_convolutions(bench: Bench) -> None:
     graph = gp.analyze(bench.model, X)
     group = max(graph.groups, key=lambda group: group.size)
-    latency = bench.of_groups(bench.model_of_original(), graph)
+    latency = bench.of_groups(bench.build_latency_model(), graph)
     steps = [latency.total({group.axis: n}) for n in range(1, group.size + 1)]
     assert steps == sorted(steps)
     assert len(set(steps)) == group.size // BLOCK
@@ -259,9 +259,9 @@ def test_latency_is_a_staircase_in_channels_of_convolutions(bench: Bench) -> Non
 def test_what_was_learned_is_what_is_predicted(bench: Bench) -> None:
     graph = gp.analyze(bench.model, X)
     plan = gp.slimmed(bench.model, 0.5, X).plan
-    left = bench.left_by(plan, graph)
+    left = bench.count_kept(plan, graph)
     half = {name: seconds / 3 for name, seconds in bench.by_part.items()}
-    latency = bench.model_of_original().learned(left, half, bench.seconds / 3)
+    latency = bench.build_latency_model().add_measurement(left, half, bench.seconds / 3)
     assert latency.total(left) == pytest.approx(bench.seconds / 3 * 1e9)
     assert latency.total({}) == pytest.approx(bench.seconds * 1e9, rel=1e-6)
 
@@ -270,7 +270,7 @@ def test_what_was_learned_is_what_is_predicted(bench: Bench) -> None:
 def test_what_onnx_runtime_runs_is_traced_back(name: str, tmp_path: Path) -> None:
     example = models.ALL[name](small=True)
     with Bench(example.model, gp.Inputs.of(example.inputs), Runtime(), seconds=0.05) as bench:
-        events = profiled(bench.original.exported.path, bench.feed, Runtime(), 0.05)
+        events = profile_nodes(bench.original.exported.path, bench.feed, Runtime(), 0.05)
         traced = sum(e.seconds for e in events if bench.original.origins.get(e.source))
         assert traced > 0.9 * sum(event.seconds for event in events)
         heavy = [s for s in bench.program.inference.steps if any(mac_terms(s))]
@@ -294,7 +294,7 @@ def test_nodes_inside_others_are_counted_once(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(Twice(), x, tmp_path / "twice.onnx")
-    events = profiled(exported.path, exported.feed(x), Runtime(), 0.05)
+    events = profile_nodes(exported.path, exported.feed(x), Runtime(), 0.05)
     assert [event.operator for event in events].count("If") == 1
     assert not {"Relu", "Abs"} & {event.operator for event in events}
 

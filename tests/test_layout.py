@@ -25,7 +25,7 @@ from graphprune.layout import (
     cut,
     describe,
     fix,
-    flattened,
+    flatten_nesting,
     free_axes,
     is_fixed,
     leaves,
@@ -364,5 +364,5 @@ def test_long_chains_of_bindings_and_deep_nests_resolve() -> None:
     assert resolve(axes[0]) is resolve(axes[-1])
     column: Layout = axes[0]
     for _ in range(5000):
-        column = flattened(Product((column,)))
+        column = flatten_nesting(Product((column,)))
     assert size_of(column) == 6

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import graphprune as gp
 from graphprune.demo.network import ResNet8
 from graphprune.onnx_export.providers import Runtime
-from graphprune.runtime.autotune.convolution import Shape, fastest
+from graphprune.runtime.autotune.convolution import ConvolutionShape, find_fastest_form
 from graphprune.sparsity.connections.filter_blocks import Blocks
 from tests import models
 
@@ -166,7 +166,7 @@ def test_one_and_three_dimensions_too() -> None:
 def test_a_window_of_one_is_a_product_of_matrices_where_that_is_fastest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def chosen(shape: Shape, runtime: Runtime) -> str:
+    def chosen(shape: ConvolutionShape, runtime: Runtime) -> str:
         return shape.forms[-1]
 
     monkeypatch.setattr("graphprune.passes.lower_sparse_connections.fastest", chosen)
@@ -263,9 +263,13 @@ def test_dead_filters_go_before_lowering() -> None:
 
 
 def test_the_race_has_every_form_and_a_winner() -> None:
-    shape = Shape((1, 64, 14, 14), (64, 64, 3, 3), 2, 32, 16, (1, 1), (1, 1), (1, 1), True, True)
+    shape = ConvolutionShape(
+        (1, 64, 14, 14), (64, 64, 3, 3), 2, 32, 16, (1, 1), (1, 1), (1, 1), True, True
+    )
     assert shape.forms == ["dense", "grouped"]
-    assert fastest(shape, Runtime()) == "grouped"
-    point = Shape((1, 64, 14, 14), (64, 64, 1, 1), 2, 32, 16, (1, 1), (0, 0), (1, 1), True, False)
+    assert find_fastest_form(shape, Runtime()) == "grouped"
+    point = ConvolutionShape(
+        (1, 64, 14, 14), (64, 64, 1, 1), 2, 32, 16, (1, 1), (0, 0), (1, 1), True, False
+    )
     assert point.forms == ["dense", "grouped", "product"]
-    assert fastest(point, Runtime()) in point.forms
+    assert find_fastest_form(point, Runtime()) in point.forms

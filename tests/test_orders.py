@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.shrink.reorder import reordered
+from graphprune.shrink.reorder import reorder_slots
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -168,6 +168,6 @@ def test_channels_in_a_new_order_come_in_their_old_one_where_they_are_read() -> 
     model = Reordered(lambda m, x: x[:, m.order].flip(1) * x[:, m.order].tanh().flip(1))
     graph = gp.analyze(model, INPUT)
     orders = {group.axis: np.arange(group.size)[::-1].copy() for group in graph.groups}
-    moved = reordered(model, graph.inference, orders)
+    moved = reorder_slots(model, graph.inference, orders)
     assert not torch.equal(moved.first.weight, model.first.weight)
     assert torch.allclose(moved(INPUT), model(INPUT), atol=1e-6)

@@ -14,7 +14,7 @@ import graphprune as gp
 from graphprune.inference import infer, other_sizes
 from graphprune.layout import Axis, Concat, Product, Reason
 from graphprune.utils.inputs import Inputs
-from graphprune.verify import without
+from graphprune.verify import copy_with_slots_zeroed
 from tests.models import randomise
 from tests.random_networks import Network
 from tests.random_tables import READS_BY_LENGTH, ROWS
@@ -43,7 +43,9 @@ def test_a_table_that_is_read_by_the_length_of_the_input_keeps_its_rows(name: st
     fewer = 4 if name == "by_number" else 0  # rows 0 to 6, 9 and 10 are read whatever the length
     assert result.model.table.shape[0] == ROWS - fewer
     assert result.plan.removed == (8 if name == "strided" else 3 + 8) + fewer
-    silenced = without(model, result.graph.inference, result.plan.masks(result.graph))
+    silenced = copy_with_slots_zeroed(
+        model, result.graph.inference, result.plan.masks(result.graph)
+    )
     for length in (2, 3, 9):
         ids = torch.arange(3 * length).view(3, length) % 11
         assert torch.allclose(result.model(ids), silenced(ids), atol=1e-5)
@@ -138,7 +140,7 @@ def test_images_are_compared_at_another_size_and_batch() -> None:
 
 def test_dimensions_of_one_size_change_together_and_values_repeat() -> None:
     ids, mask = torch.arange(6).view(2, 3), torch.ones(2, 1, 3, 3)
-    longer, shorter = other_sizes.other_inputs(Inputs(ids, mask), set())
+    longer, shorter = other_sizes.propose_inputs(Inputs(ids, mask), set())
     assert [tuple(t.shape) for t in longer[0].tensors()] == [(3, 4), (3, 1, 4, 4)]
     assert longer[0].tensors()[0].tolist() == [[0, 1, 2, 0], [3, 4, 5, 3], [0, 1, 2, 0]]
     assert [tuple(t.shape) for t in shorter[0].tensors()] == [(3, 1), (3, 1, 1, 1)]
@@ -146,8 +148,8 @@ def test_dimensions_of_one_size_change_together_and_values_repeat() -> None:
 
 
 def test_sizes_keep_the_halvings_that_networks_need() -> None:
-    assert [other_sizes._longer(n) for n in (5, 8, 24, 224)] == [6, 16, 32, 256]
-    assert [other_sizes._shorter(n) for n in (5, 8, 24, 32, 224)] == [2, 4, 8, 16, 96]
+    assert [other_sizes._lengthen(n) for n in (5, 8, 24, 224)] == [6, 16, 32, 256]
+    assert [other_sizes._shorten(n) for n in (5, 8, 24, 32, 224)] == [2, 4, 8, 16, 96]
 
 
 def test_reconciling_fixes_what_two_analyses_see_in_different_ways() -> None:

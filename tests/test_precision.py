@@ -115,13 +115,13 @@ def test_what_runs_in_float64_is_compared_in_float64() -> None:
 @pytest.mark.parametrize("dtype", [None, *KINDS], ids=str)
 def test_a_wrong_slot_is_caught_in_every_type(only: Any, dtype: Any, monkeypatch: Any) -> None:
     model = Through(checked_by_code if dtype is None else only(dtype)).to(dtype).eval()
-    sliced = tensors.sliced
+    sliced = tensors.slice_tensor
 
     def rolled(tensor: Tensor, *rest: Any) -> Tensor | None:
         cut: Tensor | None = sliced(tensor, *rest)
         return cut if cut is None or cut.shape != (3, 8) else cut.roll(1, 1)
 
-    monkeypatch.setattr("graphprune.shrink.tensors.sliced", rolled)
+    monkeypatch.setattr("graphprune.shrink.tensors.slice_tensor", rolled)
     with pytest.raises(gp.VerificationError, match="differs by"):
         quietly(model, torch.randn(2, 6, dtype=dtype), form="module")
 

@@ -14,7 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.demo.data import sample, trained_network
+from graphprune.demo.data import load_trained_network, sample
 from graphprune.demo.main import accuracy
 from graphprune.onnx_export.export import Exported
 from graphprune.onnx_export.providers import open_session
@@ -27,7 +27,7 @@ LOST = 0.03  # int8 may cost three points of accuracy
 @pytest.fixture(scope="module")
 def slim() -> nn.Module:
     model: nn.Module = gp.slim(
-        trained_network(), 0.5, IMAGES[:2], data=IMAGES.split(64), compensate=True
+        load_trained_network(), 0.5, IMAGES[:2], data=IMAGES.split(64), compensate=True
     )
     return model.eval()
 
@@ -74,7 +74,7 @@ def test_an_exported_program_of_a_slim_model_can_be_quantized_by_torchao(form: A
     )
 
     model = gp.slim(
-        trained_network(), 0.5, IMAGES[:2], data=IMAGES.split(64), compensate=True, form=form
+        load_trained_network(), 0.5, IMAGES[:2], data=IMAGES.split(64), compensate=True, form=form
     )
     batch = {0: torch.export.Dim("batch", min=2, max=4096)}
     program = torch.export.export(model.eval(), (IMAGES[:2],), dynamic_shapes=(batch,))

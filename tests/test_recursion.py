@@ -16,7 +16,7 @@ import graphprune as gp
 from graphprune.calibration.batches import batches_of
 from graphprune.capture.capture import capture
 from graphprune.groups.groups import Scores
-from graphprune.importance import Subject, scores
+from graphprune.importance import ScoringContext, scores
 from graphprune.utils.inputs import Inputs
 
 
@@ -46,7 +46,7 @@ def some_data(*shape: int, outputs: int = 3, batches: int = 2) -> list[tuple[Ten
 
 def scored(criterion: str, model: nn.Module, data: Any, loss: Any = squared) -> Scores:
     graph = gp.analyze(model, data[0][0])
-    return scores(Subject(model, graph, batches_of(data), loss), criterion)
+    return scores(ScoringContext(model, graph, batches_of(data), loss), criterion)
 
 
 def by_hand(model: Any, x: Tensor, target: Tensor) -> list[Tensor]:

@@ -354,7 +354,9 @@ def test_a_repair_says_what_became_of_the_output() -> None:
 def test_a_repair_that_does_harm_is_said(monkeypatch: Any) -> None:
     from graphprune.compensation import compensate
 
-    monkeypatch.setattr(compensate._Repair, "repaired", _spoilt(compensate._Repair.repaired))
+    monkeypatch.setattr(
+        compensate._Repair, "repair_layer", _spoilt(compensate._Repair.repair_layer)
+    )
     heard = said(lambda: gp.slim(mlp(), 0.5, X, data=[X, X + 1], compensate=True))
     assert ["more harm than good" in text for text in heard] == [True]
 

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import InvalidRequestError
 from graphprune.inference import kernels
-from graphprune.inference.orders import numbers_in, renumbered
+from graphprune.inference.orders import numbers_in, renumber
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, Concat, Product, Reason, cut, free_axes, size_of
-from graphprune.masks import Mask, counts_of, kept_size, mask_of
+from graphprune.masks import Mask, count_kept_slots, kept_size, mask_of
 from graphprune.rules import (
     Call,
     Layouts,
@@ -30,12 +30,12 @@ from graphprune.rules import (
     Rule,
     attention,
     bind_arguments,
+    list_rules,
     register,
-    registered,
     rule_for,
     tensors_in,
 )
-from graphprune.shrink.graph_literals import restricted_arguments, rewrite_literals
+from graphprune.shrink.graph_literals import restrict_arguments, rewrite_literals
 from tests.rule_cases import CANNOT_RUN, CASES, Case, bits, whole, x
 
 aten = torch.ops.aten
@@ -120,7 +120,7 @@ class Examined:
 
     def slim(self, masks: Mapping[Axis, Mask]) -> list[Tensor]:
         """Return the results on operands that lack the removed slots, with literals rewritten."""
-        kept = counts_of(masks)
+        kept = count_kept_slots(masks)
         program = self._program(kept)
         with _OurKernels():
             return _tensors(program(*[self._slim_operand(t, masks) for t in self.operands]))
@@ -128,7 +128,7 @@ class Examined:
     def _slim_operand(self, tensor: Tensor, masks: Mapping[Axis, Mask]) -> Tensor:
         smaller = _restricted(tensor, self.layouts[id(tensor)], masks)
         order_of = self.addressed.get(str(id(tensor)))
-        return smaller if order_of is None else renumbered(smaller, mask_of(order_of, masks))
+        return smaller if order_of is None else renumber(smaller, mask_of(order_of, masks))
 
     def _program(self, kept: Mapping[Axis, int]) -> fx.GraphModule:
         graph, nodes = fx.Graph(), {}
@@ -155,7 +155,7 @@ class Examined:
         if packet in _STATISTICS:
             inputs = [Value(self.layouts[id(tensor)], "operand") for tensor in self.operands]
             step = Step(self.case.func, Reason("case"), inputs, [], self.arguments)
-            node.args, node.kwargs = restricted_arguments(step, node.args, dict(node.kwargs), kept)
+            node.args, node.kwargs = restrict_arguments(step, node.args, dict(node.kwargs), kept)
         for name, value in _OTHER_LITERALS.get(packet, _nothing)(self, kept).items():
             names = [argument.name for argument in self.case.func._schema.arguments]
             if names.index(name) < len(node.args):
@@ -280,9 +280,9 @@ def test_the_rule_of_an_operator_agrees_with_it(case: Case) -> None:
 
 def test_every_rule_has_a_case() -> None:
     called = {case.func for case in CASES} | {case.func._schema.name for case in CASES}
-    missing = [str(op) for op in registered() if op not in called and op not in CANNOT_RUN]
+    missing = [str(op) for op in list_rules() if op not in called and op not in CANNOT_RUN]
     assert not missing, f"rules without a case in rule_cases.py: {', '.join(missing)}"
-    assert set(CANNOT_RUN) <= set(registered()) - called
+    assert set(CANNOT_RUN) <= set(list_rules()) - called
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_every_rule_has_a_case() -> None:
     ids=str,
 )
 def test_in_place_and_copying_twins_share_a_rule(twin: Any, operator: str) -> None:
-    assert rule_for(twin) is registered()[operator]
+    assert rule_for(twin) is list_rules()[operator]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_products_of_groups_are_those_of_torch(a: Any, b: Any, ends: list[int] |
 
 def test_an_operator_without_a_rule_has_none() -> None:
     assert rule_for(aten.linalg_qr.default) is None
-    assert rule_for(aten.index_copy.default) is not registered()["aten::index"]
+    assert rule_for(aten.index_copy.default) is not list_rules()["aten::index"]
 
 
 def test_an_operator_takes_one_rule() -> None:

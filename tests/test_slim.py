@@ -101,7 +101,7 @@ def test_every_hard_structure_is_slimmed_and_verified(name: str, renormalised: b
     result = gp.slimmed(model, 0.5, inputs, align=1, renormalised=renormalised)
     assert result.verification is not None
     assert same(before, fingerprint(model))
-    larger = gp.Inputs.of(inputs).repeated(2)
+    larger = gp.Inputs.of(inputs).repeat(2)
     assert all(t.isfinite().all() for _, t in output_tensors(call(result.model, larger)))
 
 
@@ -114,7 +114,7 @@ def test_every_small_model_is_slimmed_and_runs_at_another_batch_size(
     result = gp.slimmed(example.model, ratio, example.inputs, align=1)
     assert result.plan.removed > 0
     assert result.verification is not None
-    call(result.model, gp.Inputs.of(example.inputs).repeated(2))
+    call(result.model, gp.Inputs.of(example.inputs).repeat(2))
     assert gp.count_parameters(result.model) < gp.count_parameters(example.model)
 
 
@@ -419,7 +419,7 @@ def test_a_wrong_slice_is_caught_by_verification(images: Tensor, monkeypatch: An
         result = right(tensor, layouts, masks)
         return None if result is None else result.flip(0)
 
-    right = tensors.sliced
+    right = tensors.slice_tensor
     monkeypatch.setattr(tensors, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Net(), 0.5, images, form="module")
@@ -509,7 +509,7 @@ def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
         result = right(tensor, layouts, masks)
         return None if result is None else result.flip(0)
 
-    right = tensors.sliced
+    right = tensors.slice_tensor
     gp.slim(Branch(), 0.5)
     monkeypatch.setattr(tensors, "sliced", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.demo.data import sample, trained_network
+from graphprune.demo.data import load_trained_network, sample
 from graphprune.demo.main import accuracy
-from graphprune.shrink.tensors import sliced
+from graphprune.shrink.tensors import slice_tensor
 from graphprune.utils.inputs import Inputs, call
 
 
@@ -138,7 +138,7 @@ def test_the_penalty_of_an_empty_channel_has_a_finite_gradient() -> None:
 @pytest.mark.parametrize("form", ["module", "graph"])
 @pytest.mark.parametrize("options", [{}, {"of": "macs"}, {"compensate": True}])
 def test_cutting_in_steps_ends_where_one_cut_does(form: Any, options: dict[str, Any]) -> None:
-    model, images = trained_network(), sample("train").images[:128]
+    model, images = load_trained_network(), sample("train").images[:128]
     if "compensate" in options:
         options = {**options, "data": images.split(64)}
     counts = [gp.count_parameters(model)]
@@ -152,7 +152,7 @@ def test_cutting_in_steps_ends_where_one_cut_does(form: Any, options: dict[str, 
 
 
 def test_training_between_the_steps_is_kept() -> None:
-    model, images = trained_network(), sample("train").images[:256]
+    model, images = load_trained_network(), sample("train").images[:256]
     test = sample("test")
     for slimmer in gp.slim_gradually(model, 0.5, images[:2], steps=2):
         gp.finetune(slimmer, model, images.split(64), epochs=6, learning_rate=5e-3)
@@ -204,7 +204,7 @@ def test_an_optimizer_goes_on_as_that_of_the_silenced_original(name: str) -> Non
     step(result.model, new, x)
     masks, layouts = result.plan.masks(result.graph), result.graph.inference.parameters
     for key, parameter in model.named_parameters():
-        small = sliced(parameter, layouts[key], masks)
+        small = slice_tensor(parameter, layouts[key], masks)
         wanted = parameter if small is None else small
         torch.testing.assert_close(result.model.get_parameter(key), wanted, rtol=0, atol=1e-12)
 

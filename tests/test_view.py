@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.demo.data import trained_network
+from graphprune.demo.data import load_trained_network
 from graphprune.inspection import document
 from graphprune.inspection.dependency_graph import DependencyGraph
-from graphprune.inspection.drawing import modules
+from graphprune.inspection.drawing import build_module_graph
 from tests import browsers
 from tests.models import ALL
 
@@ -36,7 +36,7 @@ def graph_of(name: str) -> DependencyGraph:
 
 @pytest.fixture(scope="module")
 def resnet() -> DependencyGraph:
-    return gp.analyze(trained_network(), torch.zeros(2, 1, 28, 28))
+    return gp.analyze(load_trained_network(), torch.zeros(2, 1, 28, 28))
 
 
 class Evil(nn.Module):
@@ -138,7 +138,7 @@ def test_pictures_show_modules_and_groups(resnet: DependencyGraph, tmp_path: Pat
     assert (tmp_path / "net.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "net.svg").read_text()
     assert "<svg" in text
-    drawn = modules(resnet)
+    drawn = build_module_graph(resnet)
     assert 5 < len(drawn) <= 60
     assert {data["label"] for _, data in drawn.nodes(data=True)} >= {"stem", "classifier"}
     shown = {name for _, data in drawn.nodes(data=True) for name in data["groups"]}
@@ -146,7 +146,7 @@ def test_pictures_show_modules_and_groups(resnet: DependencyGraph, tmp_path: Pat
 
 
 def test_modules_are_opened_while_they_fit(resnet: DependencyGraph) -> None:
-    few, more, all_of_them = (modules(resnet, most) for most in (1, 15, 1000))
+    few, more, all_of_them = (build_module_graph(resnet, most) for most in (1, 15, 1000))
     assert len(few) == len(more) < len(all_of_them)
     assert "module stage2" in more
     assert "module stage2.conv1" in all_of_them
@@ -157,7 +157,7 @@ def test_modules_are_opened_while_they_fit(resnet: DependencyGraph) -> None:
 
 
 def test_a_report_says_what_was_asked_done_and_seen(tmp_path: Path) -> None:
-    model, x = trained_network(), torch.zeros(2, 1, 28, 28)
+    model, x = load_trained_network(), torch.zeros(2, 1, 28, 28)
     result = gp.slimmed(model, 0.5, x)
     result.report(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
@@ -175,7 +175,7 @@ def test_a_report_says_what_was_asked_done_and_seen(tmp_path: Path) -> None:
 
 
 def test_a_report_holds_a_comparison(browser: Any, tmp_path: Path) -> None:
-    model, x = trained_network(), torch.zeros(2, 1, 28, 28)
+    model, x = load_trained_network(), torch.zeros(2, 1, 28, 28)
     result = gp.slimmed(model, 0.5, x)
     comparison = gp.compare(model, result.model, x, seconds=0.05)
     result.report(tmp_path / "report.html", title=EVIL, comparison=comparison)
@@ -358,7 +358,7 @@ def test_searching_choosing_folding_and_sliding(
     assert "→" not in totals
     slide = "const r = document.getElementById('ratio'); r.value = 50; r.dispatchEvent(new Event('input'))"
     browser.execute_script(slide)
-    slim = gp.slim(trained_network(), 0.5, torch.zeros(2, 1, 28, 28))
+    slim = gp.slim(load_trained_network(), 0.5, torch.zeros(2, 1, 28, 28))
     parameters = f"{gp.count_parameters(slim) / 1e3:.3g} k parameters"
     assert parameters in shown(browser, "#totals")[0].text
     assert complaints(browser) == []
@@ -390,7 +390,7 @@ def test_the_keyboard_is_enough(browser: Any, resnet: DependencyGraph, tmp_path:
 def test_a_plan_shows_what_is_kept_and_what_goes(
     browser: Any, resnet: DependencyGraph, tmp_path: Path
 ) -> None:
-    result = gp.slimmed(trained_network(), 0.5, torch.zeros(2, 1, 28, 28))
+    result = gp.slimmed(load_trained_network(), 0.5, torch.zeros(2, 1, 28, 28))
     opened(browser, resnet, tmp_path, plan=result.plan, scores=result.scores)
     assert f"{gp.count_parameters(result.model) / 1e3:.3g} k" in shown(browser, "#totals")[0].text
     shown(browser, "#panel .chip")[0].click()

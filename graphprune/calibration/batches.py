@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
 
-from graphprune.distributed.process_group import Ranks, together
+from graphprune.distributed.process_group import Ranks, join_call
 from graphprune.errors import InvalidRequestError
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.tensors import digest
@@ -174,7 +174,7 @@ def batches_of(data: Any) -> Share:
         DistributedError: the processes were given different data.
 
     """
-    with together() as ranks:
+    with join_call() as ranks:
         is_own = isinstance(data, OwnShare) or _is_shared_out(data)
         source = data.data if isinstance(data, OwnShare) else data
         if ranks.size == 1:
@@ -206,7 +206,7 @@ def _own(data: Any, ranks: Ranks) -> Share:
     batches = enumerate(_each_batch(data))
     # Of 2 processes, rank 0 has indices 0, 2, 4 and rank 1 has 1, 3, 5, as if they had been dealt.
     local_batches = {number * ranks.size + ranks.rank: batch for number, batch in batches}
-    sizes_by_rank = ranks.gathered(_sizes(local_batches))
+    sizes_by_rank = ranks.gather(_sizes(local_batches))
     all_sizes = {index: size for rank_sizes in sizes_by_rank for index, size in rank_sizes.items()}
     if not all_sizes:
         raise InvalidRequestError("data holds no batch in any process; pass at least one to one")
@@ -218,7 +218,7 @@ def _own(data: Any, ranks: Ranks) -> Share:
     if giver == ranks.rank:
         first_batch = local_batches[min(local_batches)]
         sent_batch = first_batch.map(Tensor.cpu), first_batch.tensors()[0].device.type
-    batch, device_type = ranks.gathered(sent_batch)[giver]
+    batch, device_type = ranks.gather(sent_batch)[giver]
     return _share(local_batches, all_sizes, batch.map(lambda tensor: tensor.to(device_type)), ranks)
 
 

@@ -19,18 +19,18 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from graphprune.distributed.wrappers import unwrapped
+from graphprune.distributed.wrappers import unwrap
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
-from graphprune.inference.precision import coarsest, relative_difference, tolerance_of
+from graphprune.inference.precision import find_coarsest_dtype, relative_difference, tolerance_of
 from graphprune.utils.inputs import Inputs, call, output_tensors
 from graphprune.utils.lru_caches import without_caches
 from graphprune.utils.tensors import check_not_quantised, copy_with, named_tensors, working_copy
 from graphprune.utils.torch_context import (
-    alone,
+    fixed_seed,
     fused_modules,
-    hushed,
-    plain_kernels,
-    same_chance,
+    one_thread_at_a_time,
+    reference_kernels,
+    silence_torch,
     warn_of_fused,
 )
 
@@ -52,7 +52,7 @@ _FIRST_SECONDS = 5.0
 _SECONDS_AN_OPERATOR = 0.05
 
 
-def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
+def normalize_model_and_inputs(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
     """Return the module to work on and its inputs, once both are known to make sense.
 
     A model in DistributedDataParallel is the one inside; of a sharded one it is a whole copy.
@@ -66,13 +66,13 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
         program_inputs = model.example_inputs
         if example_inputs is None and program_inputs is not None:
             example_inputs = Inputs(*program_inputs[0], **program_inputs[1])
-        return unlifted(model), Inputs.of(example_inputs)
+        return to_trainable_graph(model), Inputs.of(example_inputs)
     if not isinstance(model, nn.Module):
         raise InvalidRequestError(
             "the model must be an nn.Module, an fx.GraphModule or a torch.export.ExportedProgram, "
             f"not {type(model).__name__}"
         )
-    model = unwrapped(model)
+    model = unwrap(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise InvalidRequestError(
@@ -85,11 +85,11 @@ def prepared(model: Any, example_inputs: Any) -> tuple[nn.Module, Inputs]:
             f"{type(model).__name__} holds no parameters, so there is nothing to cut"
         )
     if example_inputs is None:
-        return model, guessed_inputs(model)
+        return model, guess_inputs(model)
     return model, Inputs.of(example_inputs)
 
 
-def guessed_inputs(model: nn.Module) -> Inputs:
+def guess_inputs(model: nn.Module) -> Inputs:
     """Return inputs that the model runs on: an image, a vector, a sequence or token numbers.
 
     What is tried follows from the model's first layer; each is run on tensors without data.
@@ -181,7 +181,7 @@ def capture(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
         CaptureError: the model cannot be traced, or the graph gives something else.
 
     """
-    with alone():
+    with one_thread_at_a_time():
         if any(tensor.is_meta for tensor in named_tensors(model).values()):
             return _trace_without_data(model, inputs)
         return _trace_and_check(model, inputs)
@@ -216,7 +216,7 @@ def _trace_and_check(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     for name, shapes, free in _shape_choices(inputs):
         trace_inputs = _repeat_to_two(inputs) if free else inputs
         try:
-            with without_caches(model), plain_kernels(), hushed():
+            with without_caches(model), reference_kernels(), silence_torch():
                 with _SimpleSizes() if free else nullcontext():
                     program = torch.export.export(
                         eval_model,
@@ -225,7 +225,7 @@ def _trace_and_check(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
                         dynamic_shapes=shapes,
                         strict=False,
                     )
-                graph_module = unlifted(program)
+                graph_module = to_trainable_graph(program)
                 _check_same(eval_model, graph_module, inputs, free)
         except Exception as failure:
             reason = in_a_line(failure)
@@ -325,7 +325,7 @@ def _shape_choices(inputs: Inputs) -> Iterator[tuple[str, Any, bool]]:
 def _repeat_to_two(inputs: Inputs) -> Inputs:
     """Return inputs of batch two where it was one: a size of one is taken for a constant."""
     first_tensor = inputs.tensors()[0]
-    return inputs.repeated(2) if first_tensor.dim() and first_tensor.shape[0] == 1 else inputs
+    return inputs.repeat(2) if first_tensor.dim() and first_tensor.shape[0] == 1 else inputs
 
 
 def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, free: bool) -> None:
@@ -334,15 +334,15 @@ def _check_same(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs, 
         return
     tolerance = _tolerance(model, inputs)
     # a free batch has to hold at another size too, unless the model itself does not run there
-    for batch in (inputs, inputs.repeated(2)) if free else (inputs,):
+    for batch in (inputs, inputs.repeat(2)) if free else (inputs,):
         try:
-            with same_chance():
+            with fixed_seed():
                 expected_outputs = list(output_tensors(call(model, batch)))
         except Exception:
             if batch is inputs:
                 raise
             continue
-        with same_chance():
+        with fixed_seed():
             graph_outputs = list(output_tensors(call(graph_module, batch)))
         for (name, expected), (_, actual) in zip(expected_outputs, graph_outputs, strict=True):
             torch.testing.assert_close(
@@ -361,7 +361,7 @@ def difference_on(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs
     Inputs that the model itself does not take make no difference.
     """
     eval_model = working_copy(model).eval()
-    with without_caches(model), plain_kernels(), hushed(), same_chance():
+    with without_caches(model), reference_kernels(), silence_torch(), fixed_seed():
         try:
             call(eval_model, inputs)
         except Exception:
@@ -379,17 +379,17 @@ def _has_no_data(model: nn.Module) -> bool:
 
 def _tolerance(model: nn.Module, inputs: Inputs) -> float:
     """Return the tolerance of the model: a graph repeats its operators, at most in another order."""
-    return tolerance_of(coarsest([*named_tensors(model).values(), *inputs.tensors()]))
+    return tolerance_of(find_coarsest_dtype([*named_tensors(model).values(), *inputs.tensors()]))
 
 
 def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: Inputs) -> None:
     """Warn where the model as it evaluates takes a fast path that gives something else."""
     if not fused_modules(model) or _has_no_data(model):
         return
-    with hushed(), same_chance():
+    with silence_torch(), fixed_seed():
         # without `plain_kernels`, as the user's own call runs it
         fused_outputs = list(output_tensors(call(model, inputs)))
-    with same_chance():
+    with fixed_seed():
         graph_outputs = list(output_tensors(call(graph_module, inputs)))
     gaps = [
         relative_difference(*(tensor.double().numpy(force=True) for tensor in pair))
@@ -434,7 +434,7 @@ def _drop_non_tensors(output: Any) -> Any:
     return None
 
 
-def unlifted(program: ExportedProgram) -> fx.GraphModule:
+def to_trainable_graph(program: ExportedProgram) -> fx.GraphModule:
     """Return an exported program as a graph module that trains, moves, copies and pickles."""
     module = program.module(check_guards=False)
     graph = copy.deepcopy(module.graph)
@@ -487,11 +487,9 @@ def _follow_device(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def reexported(
-    original: ExportedProgram, slimmer: nn.Module, example_inputs: Any
-) -> ExportedProgram:
+def reexport(original: ExportedProgram, slimmer: nn.Module, example_inputs: Any) -> ExportedProgram:
     """Return a slim graph as an exported program with the original's free sizes."""
-    inputs = prepared(original, example_inputs)[1]
+    inputs = normalize_model_and_inputs(original, example_inputs)[1]
     placeholder_values = [node.meta["val"] for node in original.graph.find_nodes(op="placeholder")]
     user_input_names = {
         spec.arg.name
@@ -519,7 +517,7 @@ def reexported(
         }
 
     args, kwargs = pytree.tree_map(shape, (tuple(inputs.args), dict(inputs.kwargs)))
-    with hushed():
+    with silence_torch():
         return torch.export.export(
             slimmer.eval(),
             tuple(inputs.args),

@@ -13,11 +13,11 @@ from graphprune.report.result import Slimmed
 from graphprune.transformers_config.configs import (
     Architecture,
     Changes,
-    Place,
+    NumberPath,
+    copy_with_changes,
     has_config,
-    with_changes,
 )
-from graphprune.transformers_config.fitting import Written, find
+from graphprune.transformers_config.fitting import ContentOf, find
 from graphprune.transformers_config.unfitting import why_none
 
 
@@ -43,11 +43,11 @@ def slim_config(
     return (None, why_none(fit)) if fit.model is None else (fit.content, "")
 
 
-def _make_filler(config: Mapping[str, Any], architecture: Architecture) -> Written:
+def _make_filler(config: Mapping[str, Any], architecture: Architecture) -> ContentOf:
     """Return what gives the content of the new config.json for changes of numbers."""
 
     def fill_in_changes(changes: Changes) -> dict[str, Any]:
-        content = with_changes(architecture.content, changes)
+        content = copy_with_changes(architecture.content, changes)
         # All numbers, changed or not: the file may leave some to the defaults of the class.
         paths = [*changes, *architecture.numbers]
         return _fill_in(architecture.without_aliases(config), content, paths, changes)
@@ -56,7 +56,10 @@ def _make_filler(config: Mapping[str, Any], architecture: Architecture) -> Writt
 
 
 def _fill_in(
-    config: Mapping[str, Any], content: Mapping[str, Any], paths: Iterable[Place], changes: Changes
+    config: Mapping[str, Any],
+    content: Mapping[str, Any],
+    paths: Iterable[NumberPath],
+    changes: Changes,
 ) -> dict[str, Any]:
     """Return a config with what stands at places where it has nothing, or where there are changes."""
     new_config = copy.deepcopy(dict(config))

@@ -16,8 +16,8 @@ from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
 from graphprune.slimming.slim import slimmed
 from graphprune.utils import json_files
-from graphprune.utils.atomic_files import checked_target, drafted
-from graphprune.utils.safetensors_blocks import Checkpoint, Weights
+from graphprune.utils.atomic_files import check_target_path, draft_file
+from graphprune.utils.safetensors_blocks import Checkpoint, CheckpointWeights
 from graphprune.utils.tensors import copy_with, may_be_an_order, named_tensors
 
 FORMAT = "graphprune-model"
@@ -48,7 +48,7 @@ def save(result: Slimmed, path: str | Path) -> None:
         "format": FORMAT, "version": VERSION, "plan": result.plan.to_json(), "form": result.form,
         "torch": torch.__version__,
     }  # fmt: skip
-    with drafted(checked_target(path, ".safetensors")) as draft:
+    with draft_file(check_target_path(path, ".safetensors")) as draft:
         save_file(_collect_tensors_once(result.model), draft, header)
 
 
@@ -101,13 +101,16 @@ def _load_folder(folder: Path, model: nn.Module, example_inputs: Any) -> nn.Modu
     """Return the slim model of a folder, filled tensor by tensor."""
     path = folder / PLAN_FILE
     try:
-        content = json_files.of_format(json_files.read(path), _FOLDER_FORMAT, VERSION)
+        content = json_files.require_format(json_files.read(path), _FOLDER_FORMAT, VERSION)
         plan, form = Plan.of_content(content.get("plan")), content.get("form", "auto")
     except (OSError, ValueError) as error:
         raise InvalidRequestError(
             f"{path} is no file that graphprune.shrink_checkpoint wrote: {error}"
         ) from error
-    weights, model_tensors = Weights.of(Checkpoint.of(folder), model), named_tensors(model)
+    weights, model_tensors = (
+        CheckpointWeights.of(Checkpoint.of(folder), model),
+        named_tensors(model),
+    )
 
     def move_to_meta(name: str, tensor: Tensor) -> Tensor | None:
         # Without memory, but for what inference reads the values of: orders of channels.

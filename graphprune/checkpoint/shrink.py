@@ -14,22 +14,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.checkpoint.config import slim_config
 from graphprune.checkpoint.save import PLAN_FILE, folder_content
-from graphprune.checkpoint.writer import ToWrite, header_of, write_safetensors
+from graphprune.checkpoint.writer import TensorToWrite, header_of, write_safetensors
 from graphprune.errors import InvalidRequestError, listed, warn
 from graphprune.groups.cost import count_parameters
-from graphprune.inference.orders import renumbered
+from graphprune.inference.orders import renumber
 from graphprune.masks import Mask, mask_of
 from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
-from graphprune.shrink.tensors import cut
+from graphprune.shrink.tensors import keep_positions
 from graphprune.slimming.slim import slimmed
 from graphprune.utils import json_files
-from graphprune.utils.atomic_files import LONGEST, PART, alone, write_text, written_whole
+from graphprune.utils.atomic_files import (
+    DRAFT_SUFFIX,
+    MAX_DRAFT_NAME_LETTERS,
+    open_atomically,
+    try_lock,
+    write_text,
+)
 from graphprune.utils.progress import track
-from graphprune.utils.safetensors_blocks import INDEX, SINGLE, Checkpoint, Shard, Stored, Weights
+from graphprune.utils.safetensors_blocks import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    CheckpointWeights,
+    Shard,
+    StoredTensor,
+)
 
 FINGERPRINT = "graphprune"
 CONFIG = "config.json"
@@ -43,7 +56,7 @@ graphprune.load(folder, model). config.original.json is that of the model before
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json",
-    PART,
+    DRAFT_SUFFIX,
 )  # fmt: skip
 
 
@@ -112,15 +125,17 @@ def shrink_checkpoint(
 
     """
     source, target = Path(source), Path(target)
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     checkpoint = Checkpoint.of(source)
-    weights = Weights.of(checkpoint, module)
+    weights = CheckpointWeights.of(checkpoint, module)
     weights.check_shapes(module)
     empty = weights.without_values(module)
     result = slimmed(empty, example_inputs=inputs, plan=plan, verify=False)
     fingerprint = _fingerprint(checkpoint, result)
     files = {
-        SINGLE if checkpoint.index is None else name: ToShrink(shard, weights, result, fingerprint)
+        SINGLE if checkpoint.index is None else name: FileToShrink(
+            shard, weights, result, fingerprint
+        )
         for name, shard in checkpoint.shards.items()
     }
     check_target(source, target)
@@ -144,7 +159,7 @@ def shrink_checkpoint(
     )
 
 
-class ToShrink:
+class FileToShrink:
     """A file of the source, and what is to be written of it.
 
     Args:
@@ -155,13 +170,15 @@ class ToShrink:
 
     """
 
-    def __init__(self, shard: Shard, weights: Weights, result: Slimmed, fingerprint: str) -> None:
+    def __init__(
+        self, shard: Shard, weights: CheckpointWeights, result: Slimmed, fingerprint: str
+    ) -> None:
         self.metadata = {**shard.metadata, FINGERPRINT: fingerprint}
         inference, masks = result.graph.inference, result.plan.masks(result.graph)
         first_names = {
             name: first_name for first_name, names in inference.names.items() for name in names
         }
-        self.tensors: dict[str, ToWrite] = {}
+        self.tensors: dict[str, TensorToWrite] = {}
         for name, stored in shard.tensors.items():
             # Inference knows a tied tensor by its first name; what it does not know stays as it is.
             first_name = first_names.get(weights.names[name], "")
@@ -171,7 +188,7 @@ class ToShrink:
             blocks = CutBlocks(
                 stored, kept, None if order_layout is None else mask_of(order_layout, masks)
             )
-            self.tensors[name] = ToWrite(stored.dtype, shape, blocks)
+            self.tensors[name] = TensorToWrite(stored.dtype, shape, blocks)
 
     def is_at(self, path: Path) -> bool:
         """Say whether a file is whole, and what is to be written."""
@@ -199,7 +216,7 @@ class CutBlocks:
 
     """
 
-    stored: Stored
+    stored: StoredTensor
     kept: list[Mask]
     ordered: Mask | None
 
@@ -209,8 +226,11 @@ class CutBlocks:
             if self.kept:
                 stop = start + len(block)
                 # A block has some of the rows, and all of every other dimension.
-                block, start = cut(block, [self.kept[0][start:stop], *self.kept[1:]]), stop
-            yield block if self.ordered is None else renumbered(block, self.ordered)
+                block, start = (
+                    keep_positions(block, [self.kept[0][start:stop], *self.kept[1:]]),
+                    stop,
+                )
+            yield block if self.ordered is None else renumber(block, self.ordered)
 
 
 def _fingerprint(checkpoint: Checkpoint, result: Slimmed) -> str:
@@ -242,7 +262,7 @@ def check_target(source: Path, target: Path) -> None:
 def _make_and_lock(target: Path) -> Iterator[None]:
     """Make a folder, and let no other process write to it meanwhile."""
     target.mkdir(parents=True, exist_ok=True)
-    with alone(target / _LOCK) as has_lock:
+    with try_lock(target / _LOCK) as has_lock:
         if not has_lock:
             raise InvalidRequestError(
                 f"another process is writing to {target}; wait for it, or name another folder"
@@ -253,12 +273,12 @@ def _make_and_lock(target: Path) -> Iterator[None]:
 def _remove_drafts(target: Path, names: Iterable[str]) -> None:
     """Remove what runs that were killed had begun to write."""
     for name in names:
-        for draft in target.glob(f"{glob.escape(name[:LONGEST])}.*{PART}"):
+        for draft in target.glob(f"{glob.escape(name[:MAX_DRAFT_NAME_LETTERS])}.*{DRAFT_SUFFIX}"):
             draft.unlink()
 
 
 def _find_finished_files(
-    target: Path, files: Mapping[str, ToShrink], fingerprint: str
+    target: Path, files: Mapping[str, FileToShrink], fingerprint: str
 ) -> list[str]:
     """Return the names of the files that an earlier run of the same job wrote.
 
@@ -303,7 +323,7 @@ def _copy_other_files(source: Path, target: Path) -> dict[str, Any] | None:
         if not _is_inside(source, path):
             outside.append(path.name)
             continue
-        with path.open("rb") as file, written_whole(target / path.name) as copied_file:
+        with path.open("rb") as file, open_atomically(target / path.name) as copied_file:
             shutil.copyfileobj(file, copied_file)
     if outside:
         warn(
@@ -313,7 +333,7 @@ def _copy_other_files(source: Path, target: Path) -> dict[str, Any] | None:
     if not (source / CONFIG).exists():
         return None
     try:
-        return json_files.mapping(json_files.read(source / CONFIG, finite=False), "it")
+        return json_files.require_object(json_files.read(source / CONFIG, finite=False), "it")
     except (OSError, ValueError) as error:
         raise InvalidRequestError(f"{source / CONFIG} is no config: {error}") from error
 
@@ -342,7 +362,7 @@ def _write_config(config: dict[str, Any], target: Path, empty: nn.Module, result
 
 
 def _index(
-    checkpoint: Checkpoint, files: Mapping[str, ToShrink], result: Slimmed, fingerprint: str
+    checkpoint: Checkpoint, files: Mapping[str, FileToShrink], result: Slimmed, fingerprint: str
 ) -> dict[str, Any]:
     index = dict(checkpoint.index or {})
     metadata = dict(index["metadata"])

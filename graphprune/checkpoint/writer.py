@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graphprune.utils.atomic_files import written_whole
+from graphprune.utils.atomic_files import open_atomically
 from graphprune.utils.safetensors_blocks import DTYPES
 
 # The data begin at a multiple of this.
@@ -19,7 +19,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class ToWrite:
+class TensorToWrite:
     """A tensor of a file to write: its type as the format names it, its shape, and its blocks of rows."""
 
     dtype: str
@@ -32,7 +32,7 @@ class ToWrite:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def header_of(tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> bytes:
+def header_of(tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> bytes:
     """Return what stands before the data of a safetensors file: the length of a header, and the header."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -48,10 +48,10 @@ def header_of(tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> by
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file, holding no more than a block of a tensor."""
-    with written_whole(path) as file:
+    with open_atomically(path) as file:
         file.write(header_of(tensors, metadata))
         for tensor in tensors.values():
             for block in tensor.blocks:

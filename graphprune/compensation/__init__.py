@@ -2,10 +2,10 @@
 
 from graphprune.compensation.compensate import (
     Compensation,
+    LayerRepair,
     Method,
-    Repaired,
-    compensated,
+    compensate_model,
     method_of,
 )
 
-__all__ = ["Compensation", "Method", "Repaired", "compensated", "method_of"]
+__all__ = ["Compensation", "LayerRepair", "Method", "compensate_model", "method_of"]

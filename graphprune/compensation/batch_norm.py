@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphprune.graph_utils.linear_layers import held_by
+from graphprune.graph_utils.linear_layers import tensor_read_by
 from graphprune.rules import arguments_of
 
 
@@ -16,7 +16,7 @@ class BatchNorm:
         arguments = arguments_of(node)
         self.eps: float = arguments["eps"]
         self.weight, self.bias, self.mean, self.variance = (
-            held_by(graph_module, arguments[name])
+            tensor_read_by(graph_module, arguments[name])
             for name in ("weight", "bias", "running_mean", "running_var")
         )
 
@@ -37,7 +37,7 @@ class BatchNorm:
         centred = data - self.mean.view(shape)
         return (centred * self.scale.view(shape) + self.bias.view(shape)).to(data.dtype)
 
-    def unscaled(self, difference: Tensor) -> Tensor:
+    def unscale(self, difference: Tensor) -> Tensor:
         """Return the difference of inputs that makes such a difference of outputs.
 
         A channel whose scale is next to zero gives the same whatever comes in: no difference does it.
@@ -48,7 +48,7 @@ class BatchNorm:
         # [batch, channel, ...] * [1, channel, 1, ...]
         return difference * inverse.view(shape).to(difference.dtype)
 
-    def become(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
+    def adopt_statistics(self, mean: Tensor, variance: Tensor, extra: Tensor) -> None:
         """Give the statistics of a new input, and do to it plus `extra` what was done to the old one.
 
         Args:

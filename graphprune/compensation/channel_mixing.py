@@ -80,7 +80,7 @@ class Mixing:
         # [..., before * channels * after] -> [samples, before, after, channels]
         return data.reshape(-1, self.before, channels, self.after).movedim(2, -1).flatten(0, -2)
 
-    def fitted(
+    def fit_mixture(
         self, batches: Share, original_inputs: Sequence[Tensor], slim_inputs: Sequence[Tensor]
     ) -> Tensor:
         """Return how the original's channels follow from those of the slim model, and a constant one.
@@ -114,7 +114,7 @@ class Mixing:
         equations.gather(batches)
         return guess + equations.fit()[0].cpu()
 
-    def mixed(self, matrix: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_weights(self, matrix: Tensor, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """Return the original's weights for the channels that stayed, and the bias that goes along.
 
         Args:

@@ -21,21 +21,21 @@ from graphprune.calibration.batches import Share
 from graphprune.capture.capture import graph_of
 from graphprune.compensation.channel_mixing import Mixing
 from graphprune.compensation.fitted_layer import FittedLayer
-from graphprune.compensation.recurrent import Side, recurrent_nodes, repaired_cells
-from graphprune.compensation.sites import Site, followed, sites_of
+from graphprune.compensation.recurrent import ModelSide, find_recurrent_cells, repair_cells
+from graphprune.compensation.sites import Site, site_of_layer, sites_of
 from graphprune.distributed.process_group import Ranks
 from graphprune.errors import InvalidRequestError, listed, warn
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis
 from graphprune.masks import Mask, mask_of
 from graphprune.selection.plan import Plan
-from graphprune.shrink.tensors import sliced
+from graphprune.shrink.tensors import slice_tensor
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.progress import track
-from graphprune.utils.tensors import evaluating, named_tensors, working_copy
+from graphprune.utils.tensors import evaluation_mode, named_tensors, working_copy
 
 Method: TypeAlias = Literal["least_squares", "constants"]
 
@@ -47,7 +47,7 @@ _ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
-class Repaired:
+class LayerRepair:
     """What became of one layer.
 
     Attributes:
@@ -74,7 +74,7 @@ class Compensation:
 
     """
 
-    layers: tuple[Repaired, ...]
+    layers: tuple[LayerRepair, ...]
     output: tuple[float, float] | None = None
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ def method_of(compensate: bool | str) -> Method | None:
 
 
 @torch.no_grad()
-def compensated(
+def compensate_model(
     original: nn.Module,
     slimmer: nn.Module,
     plan: Plan,
@@ -143,7 +143,7 @@ def compensated(
         )
     original_graph, slim_graph = graph_of(original, inputs), graph_of(slimmer, inputs)
     graph = Dependencies(infer(original_graph, inputs))
-    with evaluating(slim_graph), evaluating(original_graph):
+    with evaluation_mode(slim_graph), evaluation_mode(original_graph):
         error_as_cut = _error_of_output(original_graph, slim_graph, batches)
         repair = _Repair(original_graph, slim_graph, graph, plan.masks(graph), batches)
         repaired_layers = tuple(repair.layers(method))
@@ -231,13 +231,16 @@ class _Repair:
         self.originals = layers_of(original)
         sites, self.order = sites_of(slim)
         self.sites = {site.layer.node: site for site in sites}
-        self.wanted_cells, self.given_cells = recurrent_nodes(original), recurrent_nodes(slim)
+        self.wanted_cells, self.given_cells = (
+            find_recurrent_cells(original),
+            find_recurrent_cells(slim),
+        )
         self.recurrent = {cells[0].node: name for name, cells in self.given_cells.items()}
         order = list(original.graph.nodes)
         self.wanted_runs = [Run(original, b.inputs, order, what=str(b)) for b in batches]
         self.given_runs = [Run(slim, b.inputs, self.order, what=str(b)) for b in batches]
 
-    def layers(self, method: Method) -> Iterator[Repaired]:
+    def layers(self, method: Method) -> Iterator[LayerRepair]:
         """Repair one layer after the other.
 
         Raises:
@@ -256,20 +259,22 @@ class _Repair:
                 site = self.sites[node]
                 original = self.originals.get(str(site.layer.weight.target))
                 if original is not None:
-                    yield self.repaired(site, original, method)
+                    yield self.repair_layer(site, original, method)
             elif node in self.recurrent:
-                yield from self.repaired_cells(self.recurrent[node], method)
+                yield from self.repair_cells(self.recurrent[node], method)
 
-    def repaired_cells(self, name: str, method: Method) -> Iterator[Repaired]:
+    def repair_cells(self, name: str, method: Method) -> Iterator[LayerRepair]:
         """Fit a recurrent node, found by its first weight in both models."""
         if name not in self.wanted_cells:
             return
-        original_side = Side(self.wanted, self.batches, self.wanted_runs, self.wanted_cells[name])
-        slim_side = Side(self.given, self.batches, self.given_runs, self.given_cells[name])
+        original_side = ModelSide(
+            self.wanted, self.batches, self.wanted_runs, self.wanted_cells[name]
+        )
+        slim_side = ModelSide(self.given, self.batches, self.given_runs, self.given_cells[name])
         for side in (original_side, slim_side):
             for run in side.runs:
                 run.until(side.cells[0].node)
-        repairs = repaired_cells(
+        repairs = repair_cells(
             original_side,
             slim_side,
             self.parameters,
@@ -277,9 +282,9 @@ class _Repair:
             bias_alone=method == "constants",
         )
         for weight, before, after in repairs:
-            yield Repaired(weight, before, after)
+            yield LayerRepair(weight, before, after)
 
-    def repaired(self, site: Site, original: Layer, method: Method) -> Repaired:
+    def repair_layer(self, site: Site, original: Layer, method: Method) -> LayerRepair:
         """Fit one layer to what the original has where the site ends."""
         fitted = FittedLayer(site, self.given)
         mixing = self.mixing(original) if method == "least_squares" else None
@@ -306,13 +311,13 @@ class _Repair:
                 fitted.aim(self.batches, self.given_runs, targets)
         if fitted.error > least_error:
             fitted.put_back(best_tensors)
-            return Repaired(str(site.layer.weight.target), error_before, least_error)
-        return Repaired(str(site.layer.weight.target), error_before, fitted.error)
+            return LayerRepair(str(site.layer.weight.target), error_before, least_error)
+        return LayerRepair(str(site.layer.weight.target), error_before, fitted.error)
 
     def mixing(self, original: Layer) -> Mixing | None:
         """Return how the channels of the layer's input may be mixed, where that is worth a try."""
         summed = self.layouts[original.data.name][original.summed]
-        return Mixing.of(original, held_by(self.wanted, original.weight), summed, self.masks)
+        return Mixing.of(original, tensor_read_by(self.wanted, original.weight), summed, self.masks)
 
     def mix(
         self,
@@ -328,11 +333,11 @@ class _Repair:
         # A layer makes channels in the dimension in which it reads them: 1 of maps, -1 of vectors.
         output_layout = self.layouts[original.node.name][original.summed]
         output_mask = torch.from_numpy(mask_of(output_layout, self.masks))
-        weight = held_by(self.wanted, original.weight)
+        weight = tensor_read_by(self.wanted, original.weight)
         # [kept outputs, original features], of the one group
         matrix = original.matrix(weight, fitted.arguments).double()[0, output_mask]
-        weights, extra = mixing.mixed(
-            matrix, mixing.fitted(self.batches, original_inputs, slim_inputs)
+        weights, extra = mixing.mix_weights(
+            matrix, mixing.fit_mixture(self.batches, original_inputs, slim_inputs)
         )
         fitted.replace(weights.unsqueeze(0), extra)  # [1, outputs, features] and [outputs]
         fitted.aim(self.batches, self.given_runs, targets)
@@ -351,7 +356,7 @@ class _Repair:
     def target(self, run: Run, end: fx.Node) -> Tensor:
         """Return what the original's node gives, of the channels that stay."""
         value: Tensor = run.until(end, inclusive=True)
-        small = sliced(value, self.layouts[end.name], self.masks)
+        small = slice_tensor(value, self.layouts[end.name], self.masks)
         # A copy, since what runs next may write over the value.
         return value.clone() if small is None else small
 
@@ -367,6 +372,6 @@ def _keep_better(
 
 def _end_of(original: Layer, site: Site) -> fx.Node:
     """Return the node of the original that stands where the site of the slim model ends."""
-    original_site = followed(original)
+    original_site = site_of_layer(original)
     end = original_site.total if site.total else original_site.norm if site.norm else original.node
     return end or original.node

@@ -14,7 +14,7 @@ from graphprune.calibration.batches import Batch, Share, refuse_unless_finite
 from graphprune.compensation.batch_norm import BatchNorm
 from graphprune.compensation.least_squares import NormalEquations
 from graphprune.compensation.sites import Site
-from graphprune.graph_utils.linear_layers import held_by
+from graphprune.graph_utils.linear_layers import tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 
 
@@ -33,8 +33,8 @@ class FittedLayer:
     def __init__(self, site: Site, graph_module: fx.GraphModule) -> None:
         self.site = site
         self.layer = site.layer
-        self.weight = held_by(graph_module, self.layer.weight)
-        self.bias = held_by(graph_module, self.layer.bias) if self.layer.bias else None
+        self.weight = tensor_read_by(graph_module, self.layer.weight)
+        self.bias = tensor_read_by(graph_module, self.layer.bias) if self.layer.bias else None
         self.norm = BatchNorm(graph_module, site.norm) if site.norm else None
         self.arguments: dict[str, Any] = {}
         self.equations = NormalEquations()
@@ -58,7 +58,7 @@ class FittedLayer:
             squared_error += float(missing.double().square().sum())
             squared_target += float(target[target.isfinite()].double().square().sum())
             if self.norm is not None:
-                missing = self.norm.unscaled(missing)
+                missing = self.norm.unscale(missing)
             self._add(batch, number, run.env[self.layer.data], missing)
         self.equations.gather(batches)
         squared_error, squared_target = map(float, batches.total((squared_error, squared_target)))
@@ -156,4 +156,4 @@ class FittedLayer:
             # Of W f and the bias, [G * O]; a layer without one leaves that to its norm, which sees W f.
             mean, variance = self.equations.moments(augmented)
             extra = torch.zeros_like(bias) if self.bias is not None else bias
-            self.norm.become(mean - extra, variance, extra)
+            self.norm.adopt_statistics(mean - extra, variance, extra)

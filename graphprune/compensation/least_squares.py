@@ -41,7 +41,7 @@ class NormalEquations:
         self.squares: Tensor | None = None
         self.products = self.residuals = torch.empty(0)
         self.portions = torch.zeros(2)
-        self.known = False
+        self.has_squares = False
 
     def add(
         self, number: int, features: Callable[[], Tensor], products: Tensor, residuals: Tensor
@@ -59,7 +59,7 @@ class NormalEquations:
         if not self.portions.any():
             self.products = products.new_zeros(2, *products.shape)
             self.residuals = residuals.new_zeros(2, *residuals.shape)
-        if not self.known:
+        if not self.has_squares:
             feature_matrix = features()  # [G, samples, F]
             if self.squares is None:
                 self.squares = feature_matrix.new_zeros(
@@ -74,14 +74,14 @@ class NormalEquations:
     def forget_residuals(self) -> None:
         """Keep what is known of the features alone: the portions come again with other residuals."""
         # What a layer reads does not change with its own weights, so the squares hold.
-        self.known = self.squares is not None
+        self.has_squares = self.squares is not None
         self.portions = torch.zeros(2)
 
     def gather(self, batches: Share) -> None:
         """Add what the other processes were given."""
         self.ranks = batches.ranks
         local_sums = [self.products, self.residuals, self.portions]
-        if self.known:  # the squares are sums over all processes already
+        if self.has_squares:  # the squares are sums over all processes already
             self.products, self.residuals, self.portions = batches.total(local_sums)
         else:
             totals = batches.total([*local_sums, self.squares])

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphprune.calibration.batches import Share, refuse_unless_finite
 from graphprune.compensation.least_squares import NormalEquations
-from graphprune.graph_utils.linear_layers import held_by
+from graphprune.graph_utils.linear_layers import tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.layout import Axis, Layout
 from graphprune.masks import Mask, mask_of
@@ -73,7 +73,7 @@ class Cell:
         return torch.cat([start_states[0], after[:-1]]), after
 
 
-def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
+def find_recurrent_cells(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
     """Return, by the name of the first weight, the cells of each recurrent node that can be repaired.
 
     Left out are packed sequences, projections, and parameters that something else reads too.
@@ -106,7 +106,7 @@ def recurrent_nodes(graph_module: fx.GraphModule) -> dict[str, list[Cell]]:
 
 
 @dataclass(frozen=True)
-class Side:
+class ModelSide:
     """One of the two models: its graph, its runs, standing before the node, and the node's cells."""
 
     graph_module: fx.GraphModule
@@ -134,7 +134,7 @@ class Side:
 
 def _read_tensor(graph_module: fx.GraphModule, name: str) -> Tensor:
     node = next(n for n in graph_module.graph.find_nodes(op="get_attr") if n.target == name)
-    return held_by(graph_module, node)
+    return tensor_read_by(graph_module, node)
 
 
 def _put_time_first(data: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -143,9 +143,9 @@ def _put_time_first(data: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     return data.transpose(0, 1) if arguments["batch_first"] else data
 
 
-def repaired_cells(
-    original: Side,
-    slim: Side,
+def repair_cells(
+    original: ModelSide,
+    slim: ModelSide,
     layouts: Mapping[str, Sequence[Layout]],
     masks: Mapping[Axis, Mask],
     *,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.rules import arguments_of, writes
 
 aten = torch.ops.aten
@@ -67,13 +67,13 @@ def sites_of(graph_module: fx.GraphModule) -> tuple[list[Site], list[fx.Node]]:
     """
 
     def fan_in(layer: Layer) -> int:
-        return layer.fan_in(held_by(graph_module, layer.weight))
+        return layer.fan_in(tensor_read_by(graph_module, layer.weight))
 
     order = list(graph_module.graph.nodes)
     sites: dict[fx.Node, Site] = {}
     sites_by_total: dict[fx.Node, Site] = {}
     for layer in layers_of(graph_module).values():
-        site = followed(layer)
+        site = site_of_layer(layer)
         # Without its sum as yet: of two layers that could aim at one sum, one alone does.
         sites[layer.node] = Site(site.layer, site.norm)
         if site.total is not None and _may_move(site, order):
@@ -90,7 +90,7 @@ def sites_of(graph_module: fx.GraphModule) -> tuple[list[Site], list[fx.Node]]:
     return [sites[node] for node in order if node in sites], order
 
 
-def followed(layer: Layer) -> Site:
+def site_of_layer(layer: Layer) -> Site:
     """Return the layer with the batch norm and the sum that follow it."""
     last_node, norm = layer.node, None
     reader = _only_reader(last_node)

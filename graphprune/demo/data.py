@@ -40,7 +40,7 @@ class Sample(NamedTuple):
             yield Sample(self.images[positions], self.labels[positions])
 
 
-def trained_network() -> ResNet8:
+def load_trained_network() -> ResNet8:
     """Return the trained network in evaluation mode."""
     model = ResNet8()
     model.load_state_dict(load(_read_shipped("resnet8.safetensors")))
@@ -50,23 +50,21 @@ def trained_network() -> ResNet8:
 def sample(split: Literal["train", "test"]) -> Sample:
     """Return the first images of one part of Fashion-MNIST: 1,250 to train on or 1,000 to test."""
     tensors = load(_read_shipped("fashion_mnist.safetensors"))
-    return Sample(
-        normalised(unpacked(tensors[f"{split}.images"])), tensors[f"{split}.labels"].long()
-    )
+    return Sample(normalise(unpack(tensors[f"{split}.images"])), tensors[f"{split}.labels"].long())
 
 
-def normalised(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor) -> Tensor:
     """Return uint8 pixels `[count, 28, 28]` as the network's input `[count, 1, 28, 28]`."""
     return (pixels.unsqueeze(1).float() / 255 - _MEAN) / _DEVIATION
 
 
-def packed(pixels: Tensor) -> Tensor:
+def pack(pixels: Tensor) -> Tensor:
     """Return uint8 pixels `[count, 28, 28]` compressed by zlib, as a uint8 tensor `[bytes]`."""
     compressed = zlib.compress(pixels.contiguous().numpy().tobytes(), level=9)
     return torch.frombuffer(bytearray(compressed), dtype=torch.uint8)
 
 
-def unpacked(compressed: Tensor) -> Tensor:
+def unpack(compressed: Tensor) -> Tensor:
     """Return the pixels that `packed` compressed.
 
     >>> pixels = torch.arange(2 * 28 * 28).reshape(2, 28, 28).to(torch.uint8)
@@ -77,7 +75,7 @@ def unpacked(compressed: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, SIDE, SIDE)
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return the images each shifted by up to 2 pixels and half of them mirrored."""
     count = len(images)
     offsets = torch.arange(SIDE)

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.demo.data import Sample, augmented, sample, trained_network
+from graphprune.demo.data import Sample, augment, load_trained_network, sample
 from graphprune.groups.cost import count_macs, count_parameters
 from graphprune.utils.progress import no_bars
 
@@ -78,7 +78,7 @@ def run(
     """
     console = console or Console()
     output.mkdir(parents=True, exist_ok=True)
-    model, test = trained_network(), sample("test")
+    model, test = load_trained_network(), sample("test")
     original = accuracy(model, test)
     rows = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -171,7 +171,7 @@ class Augmented:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the images in an order drawn anew."""
         for batch in self.data.batches(BATCH, self.generator):
-            yield augmented(batch.images, self.generator)
+            yield augment(batch.images, self.generator)
 
 
 @torch.no_grad()

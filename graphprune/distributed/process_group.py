@@ -85,7 +85,7 @@ class Ranks:
             for flat_sum, summand in zip(sums, summands, strict=True)
         ]
 
-    def gathered(self, mine: Any) -> list[Any]:
+    def gather(self, mine: Any) -> list[Any]:
         """Return what each process gives, by rank.
 
         Raises:
@@ -115,7 +115,7 @@ class Ranks:
             DistributedError: another process came to something else.
 
         """
-        digests = self.gathered(digest)
+        digests = self.gather(digest)
         differing = [rank for rank, rank_digest in enumerate(digests) if rank_digest != digests[0]]
         if differing:
             raise DistributedError(
@@ -214,13 +214,13 @@ _current: ContextVar[Ranks | None] = ContextVar("_current", default=None)
 _calls = 0
 
 
-def present() -> Ranks:
+def current_ranks() -> Ranks:
     """Return the processes that work at the call that goes on, or this one alone."""
     return _current.get() or Ranks()
 
 
 @contextmanager
-def together(on_data: bool = True) -> Iterator[Ranks]:
+def join_call(on_data: bool = True) -> Iterator[Ranks]:
     """Work at a call with all processes of the group; one that fails in it is seen by the others.
 
     Inside another such call it is part of that. A call that looks at no data concerns its process alone.

@@ -23,7 +23,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the model without DistributedDataParallel, or a whole copy of one that is fully sharded.
 
     A sharded model's tensors are gathered, so that every process of its mesh has to call this.
@@ -33,7 +33,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     """
     if isinstance(model, DistributedDataParallel):
-        return unwrapped(model.module)
+        return unwrap(model.module)
     sharded = dict(_find_sharded(model))
     for name, module in model.named_modules():
         if _is_of_class(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):

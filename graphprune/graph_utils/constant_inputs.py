@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.rules import arguments_of, writes
 from graphprune.utils.inputs import Inputs
-from graphprune.utils.tensors import evaluating, working_copy
+from graphprune.utils.tensors import evaluation_mode, working_copy
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ POOLING = (
 )  # fmt: skip
 
 # Entries in other places.
-MOVING = (
+REARRANGING = (
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.permute,
     aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.expand, aten.split,
     aten.split_with_sizes, aten.chunk, aten.unbind, aten.cat, aten.stack, aten.clone, aten.contiguous,
@@ -58,13 +58,13 @@ def constant_inputs(graph_module: fx.GraphModule, inputs: Inputs) -> dict[str, T
     """
     # a graph may write to its buffers
     tainted, plain = (cast(fx.GraphModule, working_copy(graph_module)) for _ in range(2))
-    with evaluating(tainted), evaluating(plain), torch.no_grad():
-        run = _Tainted(tainted, Run(plain, inputs, list(plain.graph.nodes)), inputs)
+    with evaluation_mode(tainted), evaluation_mode(plain), torch.no_grad():
+        run = _NaNPropagator(tainted, Run(plain, inputs, list(plain.graph.nodes)), inputs)
         run.until(run.order[-1], inclusive=True)
     return run.read
 
 
-class _Tainted(Run):
+class _NaNPropagator(Run):
     """A run in which NaN stands for what depends on the inputs; a plain run gives the shapes of that."""
 
     def __init__(self, graph_module: fx.GraphModule, plain: Run, inputs: Inputs) -> None:
@@ -72,7 +72,7 @@ class _Tainted(Run):
         self.of, self.plain = graph_module, plain
         self.layers = {layer.node: layer for layer in layers_of(graph_module).values()}
         self.varying: set[fx.Node] = set()  # nodes of whole numbers, which hold no NaN
-        self.written = written_by(graph_module)
+        self.written = names_written_by(graph_module)
         self.read: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -91,7 +91,7 @@ class _Tainted(Run):
         if packet is aten.batch_norm and not varies:
             return self._norm(n)
         # A size that varies moves entries about and leaves them what they are, but for those that choose.
-        if packet in MOVING or n.target is operator.getitem:
+        if packet in REARRANGING or n.target is operator.getitem:
             is_tainted = varies and (packet in _CHOOSING or self._reads_varying_tensor(n))
         elif packet in POINTWISE or packet in POOLING:
             is_tainted = varies
@@ -135,8 +135,8 @@ class _Tainted(Run):
         output would depend on the size of the map.
         """
         data: Tensor = self.env[layer.data]
-        weight = held_by(self.of, layer.weight)
-        bias = held_by(self.of, layer.bias) if layer.bias else None
+        weight = tensor_read_by(self.of, layer.weight)
+        bias = tensor_read_by(self.of, layer.bias) if layer.bias else None
         arguments = layer.arguments(self.env)
         self.read[str(layer.weight.target)] = data.clone()
         counts = data != 0 if pads(arguments) else data.isnan()
@@ -168,7 +168,7 @@ class _Tainted(Run):
         return value.masked_fill(uneven, torch.nan)
 
 
-def written_by(graph_module: fx.GraphModule) -> set[Any]:
+def names_written_by(graph_module: fx.GraphModule) -> set[Any]:
     """Return the names of held tensors that a graph writes to, which are no constants."""
     return {_origin(node).target for node in graph_module.graph.nodes if writes(node)}
 
@@ -176,7 +176,7 @@ def written_by(graph_module: fx.GraphModule) -> set[Any]:
 def _origin(node: fx.Node) -> fx.Node:
     """Return what holds the memory that a node writes to, or gives another view of."""
     while node.op == "call_function" and node.all_input_nodes:
-        if not (writes(node) or getattr(node.target, "overloadpacket", None) in MOVING):
+        if not (writes(node) or getattr(node.target, "overloadpacket", None) in REARRANGING):
             break
         node = node.all_input_nodes[0]
     return node

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.graph_utils.linear_layers import Layer, held_by
+from graphprune.graph_utils.linear_layers import Layer, tensor_read_by
 
 
 def put_parameter(graph_module: fx.GraphModule, name: str, value: Tensor, like: Tensor) -> None:
@@ -77,7 +77,7 @@ def rescale(
 
     """
     # [groups, outputs, features]; factors and shifts are [groups * outputs], the output's channels.
-    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    matrix = _matrix(layer, tensor_read_by(graph_module, layer.weight))
     factors, shifts = (
         torch.as_tensor(per_channel, dtype=torch.float64, device=matrix.device).expand(
             len(matrix[0]) * len(matrix)
@@ -86,13 +86,13 @@ def rescale(
     )
     _put_matrix(graph_module, layer, matrix * factors.reshape(*matrix.shape[:2], 1))
     if layer.bias or bool(shifts.any()):
-        old_bias = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+        old_bias = tensor_read_by(graph_module, layer.bias).double() if layer.bias else 0.0
         put_bias(graph_module, layer, factors * old_bias + shifts)
 
 
 def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) -> None:
     """Have a layer give what it gives for `factor * input`, the factors being `[channels]` of the input."""
-    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    matrix = _matrix(layer, tensor_read_by(graph_module, layer.weight))
     # [groups, inputs]; the features of an input are the entries of its window, one after the other.
     factors = factor.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // factors.shape[1]
@@ -101,12 +101,12 @@ def rescale_input(graph_module: fx.GraphModule, layer: Layer, factor: Tensor) ->
 
 def shift_input(graph_module: fx.GraphModule, layer: Layer, shift: Tensor) -> None:
     """Have a layer that pads nothing give what it gives for `input + shift`, `[channels]` of the input."""
-    matrix = _matrix(layer, held_by(graph_module, layer.weight))
+    matrix = _matrix(layer, tensor_read_by(graph_module, layer.weight))
     shifts = shift.to(matrix).reshape(layer.groups, -1)
     window = matrix.shape[2] // shifts.shape[1]
     # [groups, outputs, features] @ [groups, features, 1] -> [groups, outputs, 1]
     extra = matrix @ shifts.repeat_interleave(window, 1).unsqueeze(2)
-    old_bias = held_by(graph_module, layer.bias).double() if layer.bias else 0.0
+    old_bias = tensor_read_by(graph_module, layer.bias).double() if layer.bias else 0.0
     put_bias(graph_module, layer, old_bias + extra.flatten())
 
 

@@ -250,7 +250,7 @@ _KINDS: dict[Any, tuple[type[Layer], tuple[str, str, str]]] = {
 }
 
 
-def held_by(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+def tensor_read_by(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     """Return the tensor that a node of the graph reads from its module, without its history."""
     tensor: Tensor = attrgetter(str(node.target))(graph_module)
     return tensor.detach()

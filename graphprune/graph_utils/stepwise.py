@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphprune.errors import InvalidRequestError, in_a_line
-from graphprune.inference.interpreter import flat_arguments
+from graphprune.inference.interpreter import flatten_arguments
 from graphprune.utils.inputs import Inputs
 
 
@@ -31,7 +31,7 @@ class Run(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=False)
         self.extra_traceback = False
         copied_inputs = inputs.map(torch.clone)  # operators may write over them
-        flat = flat_arguments(graph_module, copied_inputs)
+        flat = flatten_arguments(graph_module, copied_inputs)
         expected = len(graph_module.graph.find_nodes(op="placeholder"))
         if len(flat) != expected:
             raise InvalidRequestError(

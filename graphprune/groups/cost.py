@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from graphprune.distributed.wrappers import unwrapped
+from graphprune.distributed.wrappers import unwrap
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference, Step
 from graphprune.layout import Axis, Layout, free_axes, size_of
@@ -123,7 +123,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
     Units: MACs, one multiply and one add, for the whole batch of the example inputs.
     """
-    return mac_cost(infer(unwrapped(model), Inputs.of(example_inputs))).total()
+    return mac_cost(infer(unwrap(model), Inputs.of(example_inputs))).total()
 
 
 def count_parameters(model: nn.Module) -> int:

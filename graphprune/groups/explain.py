@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphprune.inference.recorded import Inference
-from graphprune.layout import Axis, Layout, Reason, describe, free_axes, given_axes, leaves, size_of
+from graphprune.layout import (
+    Axis,
+    Layout,
+    Reason,
+    axes_as_written,
+    describe,
+    free_axes,
+    leaves,
+    size_of,
+)
 
 # More ties than this are counted, not printed.
 MAX_PRINTED = 24
@@ -34,7 +43,7 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Part:
+class ExplainedPart:
     """Slots of a dimension that share their fate.
 
     Attributes:
@@ -72,7 +81,7 @@ class Explanation:
     name: str
     size: int
     layout: str
-    parts: tuple[Part, ...]
+    parts: tuple[ExplainedPart, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.name} has {self.size} slots: {self.layout}", *map(str, self.parts)]
@@ -111,10 +120,10 @@ class Explainer:
         self.names: dict[Axis, str] = {}
         for parameter, layouts in inference.parameters.items():
             for dim, layout in enumerate(layouts):
-                for axis in given_axes(layout):
+                for axis in axes_as_written(layout):
                     self.names.setdefault(axis, f"{parameter}:{dim}")
 
-    def explained(self, parameter: str, dim: int, groups: dict[Axis, str]) -> Explanation:
+    def explain(self, parameter: str, dim: int, groups: dict[Axis, str]) -> Explanation:
         """Return the explanation of a dimension.
 
         Args:
@@ -126,12 +135,12 @@ class Explainer:
         layout = self.inference.parameters[parameter][dim]
         start = f"{parameter}:{dim}"
         parts = [
-            Part(groups[axis], None, tuple(self._ties(layout, axis, start)))
+            ExplainedPart(groups[axis], None, tuple(self._ties(layout, axis, start)))
             for axis in free_axes(layout)
         ]
         reasons = dict.fromkeys(axis.fixed for axis in leaves(layout) if axis.fixed is not None)
         parts += [
-            Part("", reason, tuple(self._links_to_cause(layout, reason, start)))
+            ExplainedPart("", reason, tuple(self._links_to_cause(layout, reason, start)))
             for reason in reasons
         ]
         return Explanation(start, size_of(layout), describe(layout, groups), tuple(parts))
@@ -175,7 +184,9 @@ class Explainer:
         """Return in words the value that an axis first stood in."""
         for name, layouts in self.inference.inputs.items():
             if any(
-                axis is declared_axis for layout in layouts for declared_axis in given_axes(layout)
+                axis is declared_axis
+                for layout in layouts
+                for declared_axis in axes_as_written(layout)
             ):
                 return name
         for step in self.inference.steps:
@@ -183,7 +194,7 @@ class Explainer:
                 if any(
                     axis is declared_axis
                     for layout in value.layouts
-                    for declared_axis in given_axes(layout)
+                    for declared_axis in axes_as_written(layout)
                 ):
                     return f"the result of {_format_operator(step.place)}"
         return "a dimension on the way"
@@ -197,7 +208,7 @@ class _Search:
         waiting: deque[Axis] = deque()
 
         def visit(reached_layout: Layout, predecessor: tuple[Axis, Reason | None] | None) -> None:
-            for axis in given_axes(reached_layout):
+            for axis in axes_as_written(reached_layout):
                 # an axis that shares no leaf with what is looked for leads nowhere
                 if axis not in self.came_from and any(map(is_relevant, leaves(axis))):
                     self.came_from[axis] = predecessor

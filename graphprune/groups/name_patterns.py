@@ -116,7 +116,7 @@ class Selection:
         # an inner group goes only where a pattern means it by its own name, not by one of a member
         return not group.inner or _any_fits([group.name], self.include.values())
 
-    def overruled(self) -> str:
+    def why_overruled(self) -> str:
         """Return what to say of groups that are asked for and that a pattern of few members takes out.
 
         A pattern that fits a group's own name, or at least half of its members, means the group.

@@ -1,6 +1,6 @@
 """How much each channel matters: a score per slot of each group, the lowest of which goes first."""
 
-from graphprune.importance.context import Loss, Subject
+from graphprune.importance.context import Loss, ScoringContext
 from graphprune.importance.criteria import (
     CRITERIA,
     LOOK_AT_DATA,
@@ -9,7 +9,7 @@ from graphprune.importance.criteria import (
     are_losses,
     scores,
 )
-from graphprune.importance.losses import checked_loss, value_of
+from graphprune.importance.losses import check_loss, value_of
 from graphprune.importance.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "LOOK_AT_LOSS",
     "Importance",
     "Loss",
+    "ScoringContext",
     "Sensitivity",
-    "Subject",
     "are_losses",
-    "checked_loss",
+    "check_loss",
     "scores",
     "sensitivity",
     "value_of",

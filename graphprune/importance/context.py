@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphprune.calibration.batches import Share
 from graphprune.errors import InvalidRequestError
 from graphprune.groups.groups import Dependencies
-from graphprune.utils.safetensors_blocks import Weights, row_blocks
+from graphprune.utils.safetensors_blocks import CheckpointWeights, row_blocks
 from graphprune.utils.tensors import named_tensors
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -20,7 +20,7 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Subject:
+class ScoringContext:
     """A model whose channels are scored.
 
     Attributes:
@@ -38,7 +38,7 @@ class Subject:
     batches: Share | None = None
     loss: Loss | None = None
     seed: int = 0
-    weights: Weights | None = None
+    weights: CheckpointWeights | None = None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from graphprune.errors import InvalidRequestError, listed
 from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.importance import magnitude, taylor
-from graphprune.importance.context import Subject
+from graphprune.importance.context import ScoringContext
 from graphprune.importance.diagonal_hessian import taylor2_recursion
 from graphprune.importance.hooks import no_hooks_of_gradients
 from graphprune.importance.interpolative import interpolative
@@ -24,7 +24,7 @@ Importance: TypeAlias = (
 )
 """The name of a criterion, or a function from a model and its graph to scores."""
 
-CRITERIA: dict[str, Callable[[Subject], Scores]] = {
+CRITERIA: dict[str, Callable[[ScoringContext], Scores]] = {
     "random": magnitude.random,
     "l1": magnitude.l1,
     "l2": magnitude.l2,
@@ -63,7 +63,7 @@ def are_losses(importance: Importance) -> bool:
     return importance in _LOSSES or bool(getattr(importance, "are_losses", False))
 
 
-def scores(subject: Subject, importance: Importance) -> Scores:
+def scores(subject: ScoringContext, importance: Importance) -> Scores:
     """Return a score for every slot of every group, higher for slots that matter more.
 
     Scores of sums of weights, and of functions, are in units of their group's mean; the others are
@@ -109,7 +109,7 @@ def scores(subject: Subject, importance: Importance) -> Scores:
     return {name: _divide_by_mean(values) for name, values in group_scores.items()}
 
 
-def _explain_nan(subject: Subject, importance: str) -> str:
+def _explain_nan(subject: ScoringContext, importance: str) -> str:
     """Return what to say of scores that are no numbers."""
     names = subject.not_finite()
     if names:

@@ -31,16 +31,16 @@ from torch._ops import OpOverload
 from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.capture.capture import graph_of
 from graphprune.errors import InvalidRequestError
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.groups.groups import Dependencies, Scores
-from graphprune.importance.context import Loss, Subject
+from graphprune.importance.context import Loss, ScoringContext
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis, Layout, size_of
 from graphprune.masks import slots_of
 from graphprune.rules import bind_arguments, functional_twin, is_in_place, writes
-from graphprune.utils.tensors import evaluating
+from graphprune.utils.tensors import evaluation_mode
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ Derivatives: TypeAlias = tuple[Tensor, Tensor]
 """The first and the second by each entry of a value."""
 
 
-def taylor2_recursion(subject: Subject) -> Scores:
+def taylor2_recursion(subject: ScoringContext) -> Scores:
     """Score by -o dE/do + o2/2 d2E/do2, the second derivative by diagonal back-propagation.
 
     The terms are summed over a channel's positions and over the layers that read it. A group that no
@@ -89,7 +89,7 @@ def taylor2_recursion(subject: Subject) -> Scores:
         if g.name in traced.by_name
     }
     scores = {group.name: np.full(group.size, np.inf) for group in subject.graph.groups}
-    with evaluating(graph_module):
+    with evaluation_mode(graph_module):
         recursion = Recursion.of(graph_module, traced, axes, gated.loss)
         terms = recursion.mean_terms(gated)
     for name, axis in axes.items():
@@ -154,7 +154,7 @@ class Recursion:
     def mean_terms(self, gated: GatedLoss) -> dict[fx.Node, npt.NDArray[np.float64]]:
         """Return the means of `terms` over the data of all processes."""
         total: dict[fx.Node, Tensor] = {}
-        for batch, weight in gated.weighted():
+        for batch, weight in gated.weighted_batches():
             with gated.naming(batch, "importance='taylor2_recursion' cannot go back from its loss"):
                 batch_terms = self.terms(batch)
             for node, terms in batch_terms.items():
@@ -341,7 +341,7 @@ def _propagate_through_layer(
     by_result: Derivatives,
 ) -> Derivatives:
     """Return W' g and (W * W)' h."""
-    weight, arguments = held_by(graph_module, layer.weight), layer.arguments(values)
+    weight, arguments = tensor_read_by(graph_module, layer.weight), layer.arguments(values)
     g, h = (
         _vjp(lambda data, w=w: layer.value(data, w, None, arguments), values[layer.data], cotangent)  # type: ignore[misc]
         for w, cotangent in zip((weight, weight.square()), by_result, strict=True)

@@ -13,9 +13,9 @@ from torch.func import functional_call
 from graphprune.calibration.batches import Batch
 from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.groups.readers import readers_of
-from graphprune.importance.context import Subject, values_of
+from graphprune.importance.context import ScoringContext, values_of
 from graphprune.importance.hooks import without_backward_hooks
-from graphprune.importance.losses import checked_loss, is_a_sum, refuse_infinite_loss, value_of
+from graphprune.importance.losses import check_loss, is_a_sum, refuse_infinite_loss, value_of
 from graphprune.importance.running import output_of
 from graphprune.inference.recurrent_steps import StepByStep
 from graphprune.rules.recurrent import GATES
@@ -37,13 +37,13 @@ class GatedLoss:
 
     """
 
-    def __init__(self, subject: Subject, *, differentiated: bool = True) -> None:
+    def __init__(self, subject: ScoringContext, *, differentiated: bool = True) -> None:
         if subject.loss is None:
             raise InvalidRequestError(
                 "this importance looks at a loss; pass loss=, a function of the model's output and the "
                 "target of a batch that returns one number"
             )
-        self.loss = checked_loss(subject.loss)
+        self.loss = check_loss(subject.loss)
         self.differentiated = differentiated
         self.model = without_backward_hooks(working_copy(subject.model)).eval()
         self.graph = graph = subject.graph
@@ -129,7 +129,7 @@ class GatedLoss:
                 ) from failure
             raise
 
-    def weighted(self) -> Iterator[tuple[Batch, float]]:
+    def weighted_batches(self) -> Iterator[tuple[Batch, float]]:
         """Yield the batches of this process, each with its part of the mean over all.
 
         A loss that is a mean over samples, as any is taken to be that does not double once all samples
@@ -140,5 +140,5 @@ class GatedLoss:
             with torch.no_grad():
                 is_mean = not is_a_sum(self.loss, self._output(data[0]), data[0])
             # each process judged by its own batch: the verdict of rank 0 holds for all
-            by_samples = data.ranks.gathered(is_mean)[0]
-        yield from data.weighted(by_samples=by_samples)
+            by_samples = data.ranks.gather(is_mean)[0]
+        yield from data.weighted_batches(by_samples=by_samples)

@@ -9,12 +9,16 @@ import numpy.typing as npt
 import torch
 
 from graphprune.groups.groups import Scores
-from graphprune.importance.context import Subject
-from graphprune.importance.layer_statistics import Place, shared_out, surroundings
+from graphprune.importance.context import ScoringContext
+from graphprune.importance.layer_statistics import (
+    GroupReader,
+    collect_group_statistics,
+    map_groups_across_ranks,
+)
 
 
 @torch.no_grad()
-def interpolative(subject: Subject) -> Scores:
+def interpolative(subject: ScoringContext) -> Scores:
     """Score by what of a channel's values cannot be put together from channels that matter more.
 
     The most of its own comes first, what it explains is taken from the others, and so on: a QR
@@ -25,14 +29,14 @@ def interpolative(subject: Subject) -> Scores:
 
     Source: Chee et al., Model preserving compression for neural networks, section 3 (arXiv 2108.00065).
     """
-    statistics = surroundings(subject)
+    statistics = collect_group_statistics(subject)
     return {
         **statistics.unread,
-        **dict(shared_out(statistics.places, _score_by_pivoting, subject.data.ranks)),
+        **dict(map_groups_across_ranks(statistics.places, _score_by_pivoting, subject.data.ranks)),
     }
 
 
-def _score_by_pivoting(readers: Sequence[Place]) -> npt.NDArray[np.float64]:
+def _score_by_pivoting(readers: Sequence[GroupReader]) -> npt.NDArray[np.float64]:
     """Return what of each channel's square was left when it was the largest left."""
     count = len(readers[0].features)
     gram = torch.zeros(count, count, dtype=torch.float64)

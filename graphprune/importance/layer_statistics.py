@@ -14,17 +14,17 @@ from torch import Tensor, fx
 from graphprune.calibration.batches import Share, refuse_unless_finite
 from graphprune.capture.capture import graph_of
 from graphprune.distributed.process_group import Ranks
-from graphprune.graph_utils.linear_layers import Layer, held_by, layers_of
+from graphprune.graph_utils.linear_layers import Layer, layers_of, tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.groups.groups import Dependencies, Scores
-from graphprune.importance.context import Subject
+from graphprune.importance.context import ScoringContext
 from graphprune.importance.magnitude import l2
 from graphprune.importance.running import check_runs
 from graphprune.inference.infer import infer
 from graphprune.layout import Axis, Layout, free_axes
 from graphprune.masks import slots_of
 from graphprune.utils.progress import track
-from graphprune.utils.tensors import evaluating
+from graphprune.utils.tensors import evaluation_mode
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,7 @@ _RIDGE = 1e-4
 
 
 @dataclass
-class Reading:
+class LayerStatistics:
     """A layer that reads channels.
 
     Attributes:
@@ -52,7 +52,7 @@ class Reading:
     squares: Tensor
     samples: int
 
-    def places(self, axis: Axis) -> Iterator[Place]:
+    def places(self, axis: Axis) -> Iterator[GroupReader]:
         """Yield the groups of the layer in which the axis is read."""
         groups, _, count = self.matrix.shape
         for slots in slots_of(self.channels, axis):
@@ -68,11 +68,11 @@ class Reading:
                 order = torch.argsort(group_slots, stable=True)[(group_slots < 0).sum() :]
                 counts = torch.bincount(group_slots[group_slots >= 0], minlength=axis.size)
                 if counts.min() == counts.max() > 0:
-                    yield Place(self, number, order.reshape(axis.size, -1))
+                    yield GroupReader(self, number, order.reshape(axis.size, -1))
 
 
 @dataclass(frozen=True)
-class Place:
+class GroupReader:
     """Where a layer reads a group: one of the layer's groups, and the channels' features in it.
 
     Attributes:
@@ -82,7 +82,7 @@ class Place:
 
     """
 
-    reading: Reading
+    reading: LayerStatistics
     number: int
     features: Tensor
 
@@ -120,7 +120,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class GroupStatistics:
     """A traced model with the places where its groups are read.
 
     Attributes:
@@ -131,17 +131,17 @@ class Surroundings:
     """
 
     graph_module: fx.GraphModule
-    places: dict[str, list[Place]]
+    places: dict[str, list[GroupReader]]
     unread: Scores
 
 
-def surroundings(subject: Subject) -> Surroundings:
+def collect_group_statistics(subject: ScoringContext) -> GroupStatistics:
     """Trace a model, run it on the data, and return where each of its groups is read."""
     check_runs(subject)
     inputs, module = subject.data[0].inputs, subject.model
     graph_module = graph_of(module, inputs)
     traced = Dependencies(infer(graph_module, inputs))
-    with evaluating(graph_module):
+    with evaluation_mode(graph_module):
         readings = _readings(graph_module, traced, subject.data)
     weight_norms = l2(subject)
     places, unread = {}, {}
@@ -157,11 +157,13 @@ def surroundings(subject: Subject) -> Surroundings:
         else:
             squares = np.square(weight_norms[group.name])
             unread[group.name] = squares / max(float(squares.sum()), np.finfo(float).tiny)
-    return Surroundings(graph_module, places, unread)
+    return GroupStatistics(graph_module, places, unread)
 
 
-def shared_out(
-    places: Mapping[str, list[Place]], function: Callable[[list[Place]], Result], ranks: Ranks
+def map_groups_across_ranks(
+    places: Mapping[str, list[GroupReader]],
+    function: Callable[[list[GroupReader]], Result],
+    ranks: Ranks,
 ) -> Iterator[tuple[str, Result]]:
     """Yield what a function makes of each group's places, every process doing its share of the groups."""
     names = list(places)
@@ -169,11 +171,13 @@ def shared_out(
     for round_names in track(rounds, "scoring channels"):
         local_name = round_names[ranks.rank] if ranks.rank < len(round_names) else None
         # it waits for all: a process without a group in the last round comes with nothing
-        results = ranks.gathered(None if local_name is None else function(places[local_name]))
+        results = ranks.gather(None if local_name is None else function(places[local_name]))
         yield from zip(round_names, results, strict=False)
 
 
-def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share) -> list[Reading]:
+def _readings(
+    graph_module: fx.GraphModule, graph: Dependencies, batches: Share
+) -> list[LayerStatistics]:
     """Run the model on the data and return its layers with the sums over their features."""
     layers = {layer.node: layer for layer in layers_of(graph_module).values()}
     order = list(graph_module.graph.nodes)
@@ -184,7 +188,7 @@ def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share)
         channels = _channels(graph, layer) if layer else None
         if layer is None or channels is None or not free_axes(channels):
             continue
-        weight = held_by(graph_module, layer.weight)
+        weight = tensor_read_by(graph_module, layer.weight)
         matrix = layer.matrix(weight, {"groups": layer.groups}).double()
         squares, samples = torch.zeros((), dtype=torch.float64), 0
         for batch, run in zip(batches, runs, strict=True):
@@ -199,7 +203,7 @@ def _readings(graph_module: fx.GraphModule, graph: Dependencies, batches: Share)
                 squares = squares + features.mT @ features
                 samples += features.shape[1]
         squares, count = batches.total((squares, samples))
-        readings.append(Reading(layer, channels, matrix, squares, int(count)))
+        readings.append(LayerStatistics(layer, channels, matrix, squares, int(count)))
     return readings
 
 

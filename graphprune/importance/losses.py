@@ -12,7 +12,7 @@ from graphprune.errors import GraphPruneError, InvalidRequestError, in_a_line
 from graphprune.importance.context import Loss
 
 
-def checked_loss(loss: Any) -> Loss:
+def check_loss(loss: Any) -> Loss:
     """Return what is passed as `loss=`, once it is something to call.
 
     Raises:

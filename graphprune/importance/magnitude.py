@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphprune.groups.groups import Dependencies, Scores
-from graphprune.importance.context import Subject
+from graphprune.importance.context import ScoringContext
 from graphprune.masks import slots_of
 from graphprune.utils.progress import track
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 BY_WEIGHTS = ("random", "l1", "l2", "lamp", "bn_scale")
 
 
-def random(subject: Subject) -> Scores:
+def random(subject: ScoringContext) -> Scores:
     """Score by chance: the baseline that every criterion has to beat."""
     return {
         group.name: np.random.default_rng([subject.seed, crc32(group.name.encode())]).random(
@@ -31,7 +31,7 @@ def random(subject: Subject) -> Scores:
     }
 
 
-def l1(subject: Subject) -> Scores:
+def l1(subject: ScoringContext) -> Scores:
     """Score by the sum of absolute weights over all members.
 
     Source: Li et al., Pruning Filters for Efficient ConvNets, section 3.1 (arXiv 1608.08710), here
@@ -40,13 +40,13 @@ def l1(subject: Subject) -> Scores:
     return _power_sums(subject, 1)
 
 
-def l2(subject: Subject) -> Scores:
+def l2(subject: ScoringContext) -> Scores:
     """Score by the Euclidean norm of the weights over all members."""
     squares = _power_sums(subject, 2)
     return {name: np.sqrt(values) for name, values in squares.items()}
 
 
-def lamp(subject: Subject) -> Scores:
+def lamp(subject: ScoringContext) -> Scores:
     """Score by the square of the weights over that of all channels of the group that are no smaller.
 
     The strongest channel of each group scores 1, so a global choice leaves at least one of each.
@@ -58,7 +58,7 @@ def lamp(subject: Subject) -> Scores:
     return {name: _share_of_larger(values) for name, values in squares.items()}
 
 
-def bn_scale(subject: Subject) -> Scores:
+def bn_scale(subject: ScoringContext) -> Scores:
     """Score by the largest absolute weight of the batch norms that the channel runs through.
 
     A group that runs through none cannot be scored so: all of its channels score infinity, and stay
@@ -101,7 +101,7 @@ def _share_of_larger(squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     return shares
 
 
-def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
+def _power_sums(subject: ScoringContext, order: Literal[1, 2]) -> Scores:
     """Sum |w|**order of every parameter entry over the slots that the entry belongs to."""
     sums: dict[str, list[npt.NDArray[np.float64]]] = {}
     scores: Scores = {}
@@ -124,7 +124,9 @@ def _power_sums(subject: Subject, order: Literal[1, 2]) -> Scores:
     return scores
 
 
-def _sums_along(subject: Subject, name: str, order: Literal[1, 2]) -> list[npt.NDArray[np.float64]]:
+def _sums_along(
+    subject: ScoringContext, name: str, order: Literal[1, 2]
+) -> list[npt.NDArray[np.float64]]:
     """Return, for each dimension, the sum of |w|**order at each position along it."""
     sums = [np.zeros(size) for size in subject.tensors[name].shape]
     first_row = 0

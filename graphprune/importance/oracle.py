@@ -25,13 +25,13 @@ from graphprune.graph_utils.linear_layers import (
     ConvolutionLayer,
     Layer,
     MatrixLayer,
-    held_by,
     layers_of,
+    tensor_read_by,
 )
 from graphprune.graph_utils.stepwise import Run
 from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.groups.readers import Reader, readers_of
-from graphprune.importance.context import Loss, Subject
+from graphprune.importance.context import Loss, ScoringContext
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.losses import refuse_infinite_loss
 from graphprune.importance.vmap_or_loop import for_each
@@ -39,11 +39,11 @@ from graphprune.inference.infer import infer
 from graphprune.rules import is_in_place
 from graphprune.rules.recurrent import GATES
 from graphprune.utils.progress import track
-from graphprune.utils.tensors import evaluating, named_tensors
+from graphprune.utils.tensors import evaluation_mode, named_tensors
 
 
 @torch.no_grad()
-def oracle(subject: Subject) -> Scores:
+def oracle(subject: ScoringContext) -> Scores:
     """Score by the change of the loss itself when the channel is gone: brute force.
 
     Channels that something else than a plain layer reads, and models that cannot be traced, write over
@@ -54,7 +54,9 @@ def oracle(subject: Subject) -> Scores:
     graph_module = _traced(subject)
     readers = {} if graph_module is None else _readers(subject, graph_module)
     total = {name: np.zeros(size) for name, size in gated.sizes.items()}
-    for batch, weight in track(gated.weighted(), "scoring channels", len(subject.data.batches)):
+    for batch, weight in track(
+        gated.weighted_batches(), "scoring channels", len(subject.data.batches)
+    ):
         with gated.naming(batch):
             changes = _changes(gated, batch, graph_module if readers else None, readers)
         for name, change in changes.items():
@@ -91,7 +93,7 @@ def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) ->
     return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
 
 
-def _traced(subject: Subject) -> fx.GraphModule | None:
+def _traced(subject: ScoringContext) -> fx.GraphModule | None:
     try:
         graph_module = graph_of(subject.model, subject.data[0].inputs)
     except CaptureError:
@@ -103,7 +105,7 @@ def _traced(subject: Subject) -> fx.GraphModule | None:
 
 
 def _readers(
-    subject: Subject, graph_module: fx.GraphModule
+    subject: ScoringContext, graph_module: fx.GraphModule
 ) -> dict[str, list[tuple[Layer, Tensor]]]:
     """Return, by group, the layers that read it and the positions of each channel in what they read.
 
@@ -161,7 +163,7 @@ class _Known:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, batch: Batch, loss: Loss) -> _Known:
-        with evaluating(graph_module):
+        with evaluation_mode(graph_module):
             order = list(graph_module.graph.nodes)
             run = Run(graph_module, batch.inputs, order, keep=True, what=str(batch))
             run.until(graph_module.graph.output_node())
@@ -218,7 +220,7 @@ class _Known:
         self, layer: Layer, positions: Tensor, values: Mapping[fx.Node, Any]
     ) -> Tensor:
         """Return what the channel at these positions gives."""
-        weight = held_by(self.graph_module, layer.weight)
+        weight = tensor_read_by(self.graph_module, layer.weight)
         data = values[layer.data].index_select(layer.summed, positions)
         channel_weight = weight.index_select(_summed_dim(layer), positions)
         # without the bias, which stays when the channel goes

@@ -29,12 +29,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.calibration.batches import Batch, Share
-from graphprune.graph_utils.linear_layers import Layer, held_by
+from graphprune.graph_utils.linear_layers import Layer, tensor_read_by
 from graphprune.graph_utils.stepwise import Run
 from graphprune.groups.groups import Scores
-from graphprune.importance.context import Subject
-from graphprune.importance.layer_statistics import Place, shared_out, surroundings
-from graphprune.utils.tensors import evaluating
+from graphprune.importance.context import ScoringContext
+from graphprune.importance.layer_statistics import (
+    GroupReader,
+    collect_group_statistics,
+    map_groups_across_ranks,
+)
+from graphprune.utils.tensors import evaluation_mode
 
 # Samples that are set aside to see on them what an error in a layer does, at most this share of all.
 _MEASURED = 64
@@ -45,7 +49,7 @@ _LEAST = 1e-30
 
 
 @dataclass
-class Part:
+class ReaderElimination:
     """A place on the way to fewer channels.
 
     Attributes:
@@ -56,13 +60,13 @@ class Part:
 
     """
 
-    place: Place
+    place: GroupReader
     weights: Tensor
     inverse: Tensor
     scale: Tensor
 
     @classmethod
-    def of(cls, reader: Place) -> Part:
+    def of(cls, reader: GroupReader) -> ReaderElimination:
         """Return a place with all of its channels."""
         squares, weights = reader.squares, F.pad(reader.matrix, (0, 1))
         # the last feature is a one: its column of squares sums the features, its square counts the samples;
@@ -96,18 +100,20 @@ class Part:
 
 
 @torch.no_grad()
-def reconstruction(subject: Subject) -> Scores:
+def reconstruction(subject: ScoringContext) -> Scores:
     """Score by the error of the model's output, after the layers that read a channel have made up for it.
 
     Units: squared error over the square of the output. Groups that no convolution or linear layer
     reads are scored by their share of the group's squared weights.
     """
     held_out, fitting = _set_aside(subject.data)
-    statistics = surroundings(replace(subject, batches=fitting))
+    statistics = collect_group_statistics(replace(subject, batches=fitting))
     scores = dict(statistics.unread)
-    with evaluating(statistics.graph_module):
+    with evaluation_mode(statistics.graph_module):
         measure = _Measure.of(statistics.graph_module, held_out)
-        for name, elimination in shared_out(statistics.places, _eliminate_channels, held_out.ranks):
+        for name, elimination in map_groups_across_ranks(
+            statistics.places, _eliminate_channels, held_out.ranks
+        ):
             scores[name] = elimination.costs * measure.unit(statistics.places[name], elimination)
     return scores
 
@@ -127,12 +133,12 @@ class _Way(NamedTuple):
     weights: list[Tensor]
 
 
-def _eliminate_channels(readers: Sequence[Place]) -> _Way:
+def _eliminate_channels(readers: Sequence[GroupReader]) -> _Way:
     """Take out channel after channel, the cheapest first.
 
     A channel that costs less than one before it is scored just above that one: it goes later.
     """
-    parts = [Part.of(reader) for reader in readers]
+    parts = [ReaderElimination.of(reader) for reader in readers]
     count = len(readers[0].features)
     scores, highest_cost, total_cost, halfway = np.zeros(count), 0.0, 0.0, 0.0
     weights: list[Tensor] = []
@@ -166,13 +172,13 @@ class _Measure:
         outputs = [_outputs(run) for run in runs]
         return cls(graph_module, batches, outputs)
 
-    def unit(self, readers: Sequence[Place], elimination: _Way) -> float:
+    def unit(self, readers: Sequence[GroupReader], elimination: _Way) -> float:
         """Return what scores are scaled by: the error that is seen halfway over what was expected."""
         if elimination.halfway == 0 or not any(self.outputs):
             return 1.0
         return max(self.error(readers, elimination.weights) / elimination.halfway, _LEAST)
 
-    def error(self, readers: Sequence[Place], weights: Sequence[Tensor]) -> float:
+    def error(self, readers: Sequence[GroupReader], weights: Sequence[Tensor]) -> float:
         """Return the squared error of the output with such weights, over the output's square."""
         changed_layers: dict[fx.Node, tuple[Layer, Tensor]] = {}
         for reader, refitted in zip(readers, weights, strict=True):
@@ -214,8 +220,8 @@ class _Refitted(Run):
             return super().run_node(n)
         layer, matrix = self.weights[n]
         data, arguments = self.env[layer.data], layer.arguments(self.env)
-        original_weight = held_by(self.of, layer.weight)
-        bias = held_by(self.of, layer.bias) if layer.bias else 0.0
+        original_weight = tensor_read_by(self.of, layer.weight)
+        bias = tensor_read_by(self.of, layer.bias) if layer.bias else 0.0
         # of `[groups, outputs, features + 1]` the last column is what refitting adds to the bias
         weight = layer.weight_like(original_weight, matrix[..., :-1].to(original_weight), arguments)
         return layer.value(

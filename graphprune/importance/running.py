@@ -9,7 +9,7 @@ from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.graph_utils.stepwise import several_inputs
 from graphprune.groups.groups import Dependencies
-from graphprune.importance.context import Subject
+from graphprune.importance.context import ScoringContext
 from graphprune.layout import size_of
 from graphprune.utils.inputs import call, output_tensors
 from graphprune.utils.tensors import working_copy
@@ -36,7 +36,7 @@ def output_of(run: Callable[[], Any], batch: Batch, graph: Dependencies) -> Any:
         ) from failure
 
 
-def check_runs(subject: Subject) -> None:
+def check_runs(subject: ScoringContext) -> None:
     """See that a model runs on its first batch and gives numbers.
 
     Raises:

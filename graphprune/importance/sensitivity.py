@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.calibration.batches import batches_of
-from graphprune.capture.capture import prepared
-from graphprune.distributed.process_group import together
+from graphprune.capture.capture import normalize_model_and_inputs
+from graphprune.distributed.process_group import join_call
 from graphprune.errors import CaptureError, InvalidRequestError, in_a_line
 from graphprune.groups.groups import Dependencies, Scores
-from graphprune.importance.context import Loss, Subject
+from graphprune.importance.context import Loss, ScoringContext
 from graphprune.importance.criteria import scores
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.vmap_or_loop import for_each
 from graphprune.inference.infer import infer
 from graphprune.utils import json_files
-from graphprune.utils.atomic_files import alone, checked_target, write_text
+from graphprune.utils.atomic_files import check_target_path, try_lock, write_text
 from graphprune.utils.figures import new_figure, save_figure
 from graphprune.utils.html import printable
 from graphprune.utils.progress import track
@@ -103,7 +103,7 @@ class Sensitivity:
             InvalidRequestError: the path ends otherwise or is in no folder, or matplotlib is not installed.
 
         """
-        target = checked_target(path, ".svg", ".png", ".pdf")
+        target = check_target_path(path, ".svg", ".png", ".pdf")
         figure = new_figure(8, 5)
         axes = figure.add_subplot(xlabel="share of the group's channels removed", ylabel="loss")
         for name, losses in self.losses.items():
@@ -113,7 +113,7 @@ class Sensitivity:
         save_figure(figure, target)
 
 
-@together()
+@join_call()
 @torch.inference_mode(False)
 def sensitivity(
     model: Any,
@@ -149,7 +149,7 @@ def sensitivity(
     if not shares or list(shares) != sorted(set(shares)) or not 0 < shares[0] <= shares[-1] < 1:
         raise InvalidRequestError(f"ratios={ratios!r} must rise from above 0 to below 1")
     batches = batches_of(data)
-    module, inputs = prepared(
+    module, inputs = normalize_model_and_inputs(
         model, batches[0].inputs if example_inputs is None else example_inputs
     )
     try:
@@ -160,9 +160,9 @@ def sensitivity(
         raise InvalidRequestError(
             f"the model does not run on {batches[0]}, {inputs}: {in_a_line(failure)}"
         ) from failure
-    subject = Subject(module, graph, batches, loss, seed)
+    subject = ScoringContext(module, graph, batches, loss, seed)
     gated = GatedLoss(subject, differentiated=False)
-    weighted = list(gated.weighted())
+    weighted = list(gated.weighted_batches())
     scores_by_group = scores(subject, importance)
     order = {
         name: np.argsort(group_scores, kind="stable").tolist()
@@ -173,7 +173,7 @@ def sensitivity(
     key = "" if cache is None else _digest(subject, scan_arguments)
     loss_cache = _Kept(cache if batches.ranks.rank == 0 else None, key)
     # all know what rank 0 has read, so that they measure the same groups
-    loss_cache.losses.update(batches.ranks.gathered(loss_cache.losses)[0])
+    loss_cache.losses.update(batches.ranks.gather(loss_cache.losses)[0])
 
     def measure_losses(gates: dict[str, Tensor], group: str, masks: Tensor) -> list[float]:
         total = torch.zeros(len(masks), dtype=torch.float64)
@@ -210,7 +210,7 @@ def _loss_with(
     return gated({**open_gates, group: mask}, inputs, target)
 
 
-def _digest(subject: Subject, scan_arguments: Any) -> str:
+def _digest(subject: ScoringContext, scan_arguments: Any) -> str:
     """Return a hash of all that the losses of a scan depend on, in all processes; of the loss, its name."""
     scan_hash = hashlib.sha256(repr(scan_arguments).encode())
     for name, tensor in named_tensors(subject.model).items():
@@ -218,14 +218,14 @@ def _digest(subject: Subject, scan_arguments: Any) -> str:
     for number, batch in enumerate(subject.data):
         for tensor in batch.tensors():
             digest(scan_hash, f"{number}", tensor)
-    return "".join(subject.data.ranks.gathered(scan_hash.hexdigest()))
+    return "".join(subject.data.ranks.gather(scan_hash.hexdigest()))
 
 
 class _Kept:
     """Losses by group, in a JSON file by the digest of the scan, or in memory alone."""
 
     def __init__(self, path: str | Path | None, key: str) -> None:
-        self.path = None if path is None else checked_target(path)
+        self.path = None if path is None else check_target_path(path)
         self.scans: dict[str, dict[str, list[float]]] = {}
         if self.path is not None and self.path.exists():
             self.scans = _scans(self.path)
@@ -237,7 +237,7 @@ class _Kept:
         self.losses[group] = losses
         if self.path is None:
             return
-        with alone(self.path.with_name(self.path.name + ".lock"), wait=_WAIT):
+        with try_lock(self.path.with_name(self.path.name + ".lock"), wait=_WAIT):
             if self.path.exists():
                 for scan, losses_by_group in _scans(self.path).items():
                     self.scans[scan] = losses_by_group | self.scans.get(scan, {})
@@ -248,10 +248,12 @@ class _Kept:
 def _scans(path: Path) -> dict[str, dict[str, list[float]]]:
     """Return what a cache holds: losses by group, by scan."""
     try:
-        content = json_files.mapping(json_files.read(path, finite=False), "it")
-        scans = json_files.mapping(content.get("sensitivity"), "what it says of sensitivity")
+        content = json_files.require_object(json_files.read(path, finite=False), "it")
+        scans = json_files.require_object(content.get("sensitivity"), "what it says of sensitivity")
         for scan, losses_by_group in scans.items():
-            for group, losses in json_files.mapping(losses_by_group, f"scan {scan!r}").items():
+            for group, losses in json_files.require_object(
+                losses_by_group, f"scan {scan!r}"
+            ).items():
                 if not _are_numbers(losses):
                     raise ValueError(f"what it says of {group!r} is no list of losses")
     except (OSError, ValueError) as error:

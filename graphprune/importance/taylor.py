@@ -22,13 +22,13 @@ from torch.utils import _pytree as pytree
 
 from graphprune.calibration.batches import Batch, refuse_unless_finite
 from graphprune.groups.groups import Scores
-from graphprune.importance.context import Subject
+from graphprune.importance.context import ScoringContext
 from graphprune.importance.gated_loss import GatedLoss
 from graphprune.importance.vmap_or_loop import for_each
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.progress import track
 
-Gates = dict[str, Tensor]
+ByGroup = dict[str, Tensor]
 
 _DERIVATIVES = "in the derivatives of its loss"
 
@@ -38,19 +38,19 @@ _ONE_BY_ONE = (
 )
 
 
-def taylor(subject: Subject) -> Scores:
+def taylor(subject: ScoringContext) -> Scores:
     """Score by the first-order term, -o dE/do."""
     return _as_scores(
         {name: -gradient for name, gradient in _average_over_data(_gradient, subject).items()}
     )
 
 
-def taylor2(subject: Subject) -> Scores:
+def taylor2(subject: ScoringContext) -> Scores:
     """Score by first- and second-order terms, -o dE/do + o2/2 d2E/do2, with the exact second derivative."""
     return _as_scores(_average_over_data(_second_order_change, subject))
 
 
-def fisher(subject: Subject) -> Scores:
+def fisher(subject: ScoringContext) -> Scores:
     """Score by half the mean square, over samples, of the first-order term.
 
     It is the second-order term where the Fisher information stands for the Hessian, and the first is
@@ -64,7 +64,7 @@ def fisher(subject: Subject) -> Scores:
     return _as_scores({name: total / count / 2 for name, total in squares.items()})
 
 
-def obs(subject: Subject) -> Scores:
+def obs(subject: ScoringContext) -> Scores:
     """Score by the loss that is left once the other channels of a group have made up for one.
 
     Half of 1 / [inverse of the Fisher matrix over the gates]_kk, the matrix being estimated from the
@@ -78,18 +78,18 @@ def obs(subject: Subject) -> Scores:
     return _as_scores({name: _invert_fisher(total / count) for name, total in products.items()})
 
 
-def _gradient(gated: GatedLoss, batch: Batch) -> Gates:
-    gradient: Gates = grad(gated)(gated.ones(), batch.inputs, batch.target)
+def _gradient(gated: GatedLoss, batch: Batch) -> ByGroup:
+    gradient: ByGroup = grad(gated)(gated.ones(), batch.inputs, batch.target)
     return gradient
 
 
-def _second_order_change(gated: GatedLoss, batch: Batch) -> Gates:
+def _second_order_change(gated: GatedLoss, batch: Batch) -> ByGroup:
     gradient, curvature = _gradient(gated, batch), _hessian_diagonal(gated, batch)
     # E(0) - E(1) with the gates at 1 is -E' + E''/2 and terms of higher order
     return {name: curvature[name] / 2 - gradient[name] for name in gradient}
 
 
-def _hessian_diagonal(gated: GatedLoss, batch: Batch) -> Gates:
+def _hessian_diagonal(gated: GatedLoss, batch: Batch) -> ByGroup:
     """Return d2E/da2, a gate after the other (many at once): the diagonal of the exact Hessian."""
 
     def second_derivative(group: str, open_gates: Tensor, direction: Tensor) -> Tensor:
@@ -109,19 +109,21 @@ def _loss_of_one(gated: GatedLoss, batch: Batch, group: str, factors: Tensor) ->
     return gated({**gated.ones(), group: factors}, batch.inputs, batch.target)
 
 
-def _sum_over_samples(subject: Subject, function: Callable[[Tensor], Tensor]) -> tuple[Gates, int]:
+def _sum_over_samples(
+    subject: ScoringContext, function: Callable[[Tensor], Tensor]
+) -> tuple[ByGroup, int]:
     """Return the sum of what the function makes of o dE/do, and how many samples there are.
 
     It is given `[samples, channels]` of a batch, in float64, a group at a time.
     """
     gated, count = GatedLoss(subject), 0
-    total: Gates = {}
+    total: ByGroup = {}
 
-    def sample_gradients(inputs: Inputs, target: object) -> Gates:
+    def sample_gradients(inputs: Inputs, target: object) -> ByGroup:
         # a sample without its first dimension, which vmap took; the model wants a batch of one
         single_inputs = inputs.map(lambda tensor: tensor.unsqueeze(0))
         single_target = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), target)
-        gradients: Gates = grad(gated)(gated.ones(), single_inputs, single_target)
+        gradients: ByGroup = grad(gated)(gated.ones(), single_inputs, single_target)
         return gradients
 
     for batch in track(subject.data, "scoring channels"):
@@ -150,17 +152,21 @@ def _invert_fisher(matrix: Tensor) -> Tensor:
     return 0.5 / inverse.diagonal()
 
 
-def _average_over_data(function: Callable[[GatedLoss, Batch], Gates], subject: Subject) -> Gates:
+def _average_over_data(
+    function: Callable[[GatedLoss, Batch], ByGroup], subject: ScoringContext
+) -> ByGroup:
     """Return the mean over the data of what the function gives for a batch."""
     gated = GatedLoss(subject)
     total = {name: torch.zeros_like(gates).double() for name, gates in gated.ones().items()}
-    for batch, weight in track(gated.weighted(), "scoring channels", len(subject.data.batches)):
+    for batch, weight in track(
+        gated.weighted_batches(), "scoring channels", len(subject.data.batches)
+    ):
         with gated.naming(batch):
             values = function(gated, batch)
         for name, value in values.items():
             refuse_unless_finite(batch, value.detach(), _DERIVATIVES)
             total[name] += weight * value.detach()
-    mean: Gates = subject.data.total(total)
+    mean: ByGroup = subject.data.total(total)
     return mean
 
 

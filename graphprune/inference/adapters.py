@@ -8,7 +8,7 @@ from torch import nn
 
 from graphprune.layout import Layout, Reason, fix, leaves
 
-WHY = "the rank of an adapter, which its configuration says too"
+WHY_ADAPTER_RANK = "the rank of an adapter, which its configuration says too"
 
 
 def fix_ranks(
@@ -45,7 +45,7 @@ def fix_ranks(
         for layout in parameters[first_name]:
             for axis in leaves(layout):
                 if axis not in outside_axes:
-                    fix(axis, Reason(WHY, first_name))
+                    fix(axis, Reason(WHY_ADAPTER_RANK, first_name))
 
 
 def _find_holders(model: nn.Module) -> Iterator[str]:

@@ -19,19 +19,19 @@ from graphprune.errors import CaptureError
 from graphprune.inference.adapters import fix_ranks
 from graphprune.inference.interpreter import Interpretation, interpret
 from graphprune.inference.orders import fix_misread_orders, numbers_in, passes_numbers_on
-from graphprune.inference.other_sizes import all_lengths_vary, other_inputs, reconcile
+from graphprune.inference.other_sizes import all_lengths_vary, propose_inputs, reconcile
 from graphprune.inference.precision import Precision
 from graphprune.inference.reach import (
+    collect_read_names,
+    explain_unlike,
+    find_dims_of_parameters,
     fix_parts_of_tables,
     fix_unread,
     fix_unused,
-    names_read,
     reads_in_part,
-    tied_to_parameters,
-    why_not_alike,
 )
 from graphprune.inference.recorded import Inference, OtherRun, Step, Value
-from graphprune.layout import Axis, Reason, fix, flattened, size_of
+from graphprune.layout import Axis, Reason, fix, flatten_nesting, size_of
 from graphprune.rules import (
     Call,
     Layouts,
@@ -44,11 +44,11 @@ from graphprune.rules import (
 )
 from graphprune.utils.inputs import Inputs, output_tensors
 from graphprune.utils.tensors import copy_with, named_tensors
-from graphprune.utils.torch_context import hushed
+from graphprune.utils.torch_context import silence_torch
 
 aten = torch.ops.aten
 
-UNKNOWN = "an operator without a rule"
+WHY_NO_RULE = "an operator without a rule"
 
 
 class LayoutInference(Interpretation):
@@ -136,7 +136,7 @@ class LayoutInference(Interpretation):
         changes_view = torch.Tag.inplace_view in call.func.tags
         if not (changes_view or is_in_place(call.func)):
             values = [
-                self.declare(tensor, list(map(flattened, dims)), step_number)
+                self.declare(tensor, list(map(flatten_nesting, dims)), step_number)
                 for tensor, dims in zip(call.outputs, layouts, strict=True)
             ]
             for index, asks in call.asks.items():
@@ -164,7 +164,7 @@ class LayoutInference(Interpretation):
                 for layout in self.read(leaf).layouts:
                     fix(
                         layout,
-                        Reason(UNKNOWN, call_site.operator, call_site.module, call_site.source),
+                        Reason(WHY_NO_RULE, call_site.operator, call_site.module, call_site.source),
                     )
         return result
 
@@ -174,7 +174,7 @@ class LayoutInference(Interpretation):
             rule = pointwise.pointwise  # dropout: nothing is compared, so chance does no harm
         if rule is None:
             self.found.unknown.append(call.reason)
-            return _fix_everything(call, UNKNOWN)
+            return _fix_everything(call, WHY_NO_RULE)
         output_layouts = list(rule(call))
         shapes = [list(output.shape) for output in call.outputs]
         why = "a result that the rule does not describe"
@@ -256,7 +256,7 @@ def _infer_once(model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
                 raise
             except Exception as error:
                 failure = error
-    raise not_runnable(model, inputs, failure) from failure
+    raise not_runnable_error(model, inputs, failure) from failure
 
 
 def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data: bool) -> Inference:
@@ -265,7 +265,7 @@ def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data:
     # Read here, since what stands in for the tensors holds no numbers.
     numbers_by_name = {name: numbers_in(name, tensor) for name, tensor in tensors}
     if not with_data:
-        with without_data(model, inputs, precision) as (stand_in, stand_in_inputs):
+        with make_stand_ins(model, inputs, precision) as (stand_in, stand_in_inputs):
             return _infer(stand_in, stand_in_inputs, LayoutInference(precision), numbers_by_name)
     real_model = copy_with(model, lambda _, tensor: precision.copy(tensor)).requires_grad_(False)
     mode = LayoutInference(precision, with_data=True)
@@ -273,7 +273,7 @@ def _infer_in(precision: Precision, model: nn.Module, inputs: Inputs, with_data:
 
 
 @contextmanager
-def without_data(
+def make_stand_ins(
     model: nn.Module, inputs: Inputs, precision: Precision
 ) -> Iterator[tuple[nn.Module, Inputs]]:
     """Give a copy of the model and of its inputs, of the same shapes, that hold no data."""
@@ -281,7 +281,7 @@ def without_data(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = copy_with(model, lambda _, tensor: _make_stand_in(tensor, fake, precision))
     stand_in_inputs = inputs.map(lambda tensor: _make_stand_in(tensor, fake, precision))
-    with fake, hushed():
+    with fake, silence_torch():
         yield stand_in, stand_in_inputs
 
 
@@ -300,7 +300,7 @@ def _make_stand_in(tensor: Tensor, fake: FakeTensorMode, precision: Precision) -
     return stand_in
 
 
-def not_runnable(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:
+def not_runnable_error(model: nn.Module, inputs: Inputs, failure: Exception) -> CaptureError:
     """Return the error that says that the original does not run on the inputs."""
     return CaptureError(
         f"{type(model).__name__} does not run on {inputs}: {type(failure).__name__}: {failure}\n"
@@ -332,14 +332,16 @@ def _infer(
         ).layouts
     _run(model.eval(), inputs, mode)
     steps = list(inference.steps)
-    read_names = names_read(steps)
+    read_names = collect_read_names(steps)
     read_names |= _follow_replaced(model, mode, read_names)
     # A graph module runs the same operators in training, so it would show nothing more.
     if inference.trainable - read_names and not isinstance(model, fx.GraphModule):
         training_steps, completed = _collect_training_steps(model, inputs, mode)
-        inference.half_read = set() if completed else names_read(training_steps) - read_names
+        inference.half_read = (
+            set() if completed else collect_read_names(training_steps) - read_names
+        )
         steps += training_steps
-        read_names |= names_read(training_steps)
+        read_names |= collect_read_names(training_steps)
     # An axis that is fixed keeps its reason, so the most telling come first.
     fix_unused(inference, read_names)
     fix_misread_orders(inference, steps)
@@ -424,8 +426,8 @@ _SIZES_TRIED = 5
 
 def _run_at_other_sizes(model: nn.Module, inputs: Inputs, inference: Inference) -> list[OtherRun]:
     """Analyse the model at other sizes, where it takes any, and fix what is not alike in all runs."""
-    tied_dims = tied_to_parameters(inference)
-    candidates_by_direction = other_inputs(inputs, tied_dims)
+    tied_dims = find_dims_of_parameters(inference)
+    candidates_by_direction = propose_inputs(inputs, tied_dims)
     precision = Precision(inference.in_double)
     runs = [
         _infer_on_first_accepted(precision, model, candidates, inference.with_data)
@@ -444,7 +446,9 @@ def _run_at_other_sizes(model: nn.Module, inputs: Inputs, inference: Inference) 
         inputs, [resized_inputs for resized_inputs, _ in accepted_runs], tied_dims
     ):
         fix_parts_of_tables(inference)
-    axes_by_run = reconcile(inference.parameters, layouts_by_run, partial(why_not_alike, inference))
+    axes_by_run = reconcile(
+        inference.parameters, layouts_by_run, partial(explain_unlike, inference)
+    )
     return [
         OtherRun(resized_inputs, other_inference, axes)
         for (resized_inputs, other_inference), axes in zip(accepted_runs, axes_by_run, strict=True)

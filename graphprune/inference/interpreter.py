@@ -29,7 +29,7 @@ from graphprune.rules import Rule, functional_twin, is_in_place, rule_for, tenso
 from graphprune.rules.recurrent import overload_of
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.lru_caches import without_caches
-from graphprune.utils.torch_context import plain_kernels, same_chance
+from graphprune.utils.torch_context import fixed_seed, reference_kernels
 
 # Folders of code that is not the user's; a folder beside one may begin with its name (torchvision).
 _LIBRARY_FOLDERS = tuple(
@@ -106,7 +106,7 @@ class Interpretation(TorchDispatchMode):
             ):
                 raise
         failures: list[Exception] = []
-        for dtype in kernels.ROUNDED:
+        for dtype in kernels.FALLBACK_DTYPES:
             try:
                 result = kernels.run_rounded(func, args, kwargs, dtype)
             except Exception as failure:
@@ -117,7 +117,7 @@ class Interpretation(TorchDispatchMode):
         raise failures[0]
 
     def _normalize(self, tensor: Tensor) -> Tensor:
-        retyped = self.precision.held(tensor)
+        retyped = self.precision.convert(tensor)
         if retyped.layout is not torch.strided or retyped.is_contiguous():
             return retyped
         return retyped.contiguous()
@@ -236,8 +236,8 @@ def interpret(model: nn.Module, inputs: Inputs, mode: Interpretation) -> Any:
     """
     with (
         without_caches(model),
-        plain_kernels(),
-        same_chance(),
+        reference_kernels(),
+        fixed_seed(),
         mode,
         _BeforeDispatch(mode),
     ):
@@ -278,7 +278,7 @@ class _NodeByNode(fx.Interpreter):
         self.mode = mode
 
     def run_with(self, inputs: Inputs) -> Any:
-        return self.run(*flat_arguments(self.module, inputs), enable_io_processing=False)  # type: ignore[arg-type]
+        return self.run(*flatten_arguments(self.module, inputs), enable_io_processing=False)  # type: ignore[arg-type]
 
     def run_node(self, node: fx.Node) -> Any:
         self.mode.node = node
@@ -295,7 +295,7 @@ def _get_second_child(spec: Any) -> Any:
     return spec.child(1) if hasattr(spec, "child") else spec.children_specs[1]
 
 
-def flat_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
+def flatten_arguments(graph_module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """Return the values of the graph's placeholders for the given arguments."""
     pytree_info = getattr(graph_module.graph._codegen, "pytree_info", None)
     if (

@@ -35,7 +35,7 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 # Tried in turn for an operator that has no float64 kernel.
-ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
+FALLBACK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes_doubles(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:

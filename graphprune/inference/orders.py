@@ -57,7 +57,7 @@ def _passes_on(value: Value, step: Step) -> bool:
     return any(output is not value and output.numbers == value.numbers for output in step.outputs)
 
 
-def renumbered(order: Tensor, kept: Mask) -> Tensor:
+def renumber(order: Tensor, kept: Mask) -> Tensor:
     """Return the order with its slots numbered as they are once only some are kept.
 
     Args:

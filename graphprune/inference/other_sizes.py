@@ -38,7 +38,7 @@ Dim: TypeAlias = tuple[int, int]
 """The number of an input tensor, and of one of its dimensions."""
 
 
-def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> list[list[Inputs]]:
+def propose_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> list[list[Inputs]]:
     """Return the inputs at other sizes: candidates for longer and for shorter ones.
 
     Each list begins with what differs most. A model may refuse any of them, and the first that it
@@ -55,7 +55,7 @@ def other_inputs(inputs: Inputs, tied_to_parameters: Container[Dim]) -> list[lis
     # A smaller batch costs less, but one of 1 would broadcast where the example's does not.
     new_batch = {dim: 2 if size > 4 else size + 1 for dim, size in batch.items()}
     is_small = sum(tensor.numel() for tensor in inputs.tensors()) <= _MANY_ELEMENTS
-    resizes = (_longer, _shorter) if is_small else (_shorter,)
+    resizes = (_lengthen, _shorten) if is_small else (_shorten,)
     by_direction = [list(_propose_sizes(new_batch, lengths, resize)) for resize in resizes]
     if batch:
         by_direction[0].append(new_batch)
@@ -108,11 +108,11 @@ def _propose_sizes(
             yield resized_lengths
 
 
-def _longer(size: int) -> int:
+def _lengthen(size: int) -> int:
     return size + math.gcd(size, _MOST_HALVINGS)
 
 
-def _shorter(size: int) -> int:
+def _shorten(size: int) -> int:
     # The power of two stays: 24 = 3 * 8 becomes 8, 224 = 7 * 32 becomes 3 * 32 = 96.
     step = math.gcd(size, _MOST_HALVINGS)
     half = step * max(1, size // (2 * step))

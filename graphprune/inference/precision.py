@@ -42,7 +42,7 @@ class Precision:
         """Return the type in which values of a type are held."""
         return double_of(dtype) if self.double else dtype
 
-    def held(self, tensor: Tensor) -> Tensor:
+    def convert(self, tensor: Tensor) -> Tensor:
         """Return the tensor in the type in which it is held."""
         return as_double(tensor) if self.double else tensor
 
@@ -77,7 +77,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return _TOLERANCES.get(dtype, _COARSE_TOLERANCE)
 
 
-def coarsest(tensors: Iterable[Tensor]) -> torch.dtype:
+def find_coarsest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return the floating-point type of the least precision among the tensors; float32 if that is wider.
 
     Wider ones do not count: what a tracer or a runtime makes of a model computes in float32 at places.

@@ -12,12 +12,21 @@ from dataclasses import replace
 import torch
 
 from graphprune.inference.recorded import Inference, Step, Value
-from graphprune.layout import Axis, Layout, Reason, fix, free_axes, given_axes, is_fixed, leaves
+from graphprune.layout import (
+    Axis,
+    Layout,
+    Reason,
+    axes_as_written,
+    fix,
+    free_axes,
+    is_fixed,
+    leaves,
+)
 
 aten = torch.ops.aten
 
 
-def names_read(steps: Sequence[Step]) -> set[str]:
+def collect_read_names(steps: Sequence[Step]) -> set[str]:
     """Return the names of parameters, buffers and attributes that the operators read."""
     sources = (value.source for step in steps for value in step.inputs)
     return {source for source in sources if isinstance(source, str)}
@@ -81,13 +90,13 @@ def _reason_at(step: Step | None, why: str, name: str) -> Reason:
     return Reason(why, name) if step is None else replace(step.place, why=why)
 
 
-def tied_to_parameters(inference: Inference) -> set[tuple[int, int]]:
+def find_dims_of_parameters(inference: Inference) -> set[tuple[int, int]]:
     """Return the dimensions of the inputs that were made the same as a whole one of a parameter."""
     parameter_axes = {
         axis
         for layouts in inference.parameters.values()
         for layout in layouts
-        for axis in given_axes(layout)
+        for axis in axes_as_written(layout)
     }
     return {
         (number, dim)
@@ -95,12 +104,13 @@ def tied_to_parameters(inference: Inference) -> set[tuple[int, int]]:
         for dim, axis in enumerate(layouts)
         if isinstance(axis, Axis)
         and any(
-            not parameter_axes.isdisjoint(given_axes(tied_layout)) for tied_layout, _ in axis.ties
+            not parameter_axes.isdisjoint(axes_as_written(tied_layout))
+            for tied_layout, _ in axis.ties
         )
     }
 
 
-def why_not_alike(inference: Inference, name: str, dim: int) -> Reason:
+def explain_unlike(inference: Inference, name: str, dim: int) -> Reason:
     """Return why a dimension stays that runs at other sizes of the inputs see in another way."""
     why = "what is read of it depends on the size of an input"
     axes = free_axes(inference.parameters[name][dim])

@@ -1,6 +1,6 @@
 """The dependency graph as people look at it: a page, a picture, and data for other tools."""
 
-from graphprune.inspection.document import document
-from graphprune.inspection.files import SUFFIXES, framed, page, save, scripts
+from graphprune.inspection.document import build_document
+from graphprune.inspection.files import SUFFIXES, read_scripts, render_frame, render_page, save
 
-__all__ = ["SUFFIXES", "document", "framed", "page", "save", "scripts"]
+__all__ = ["SUFFIXES", "build_document", "read_scripts", "render_frame", "render_page", "save"]

@@ -9,12 +9,12 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.errors import InvalidRequestError
 from graphprune.groups.explain import Explainer, Explanation
 from graphprune.groups.groups import Dependencies, Scores
 from graphprune.inference.infer import infer
-from graphprune.inspection.files import framed, save
+from graphprune.inspection.files import render_frame, save
 from graphprune.inspection.network import to_networkx
 from graphprune.selection.plan import Plan
 
@@ -57,7 +57,7 @@ class DependencyGraph(Dependencies):
             )
         explainer = Explainer(inference)
         return [
-            explainer.explained(first_name, dim, self.names)
+            explainer.explain(first_name, dim, self.names)
             for dim in range(len(inference.parameters[first_name]))
         ]
 
@@ -94,7 +94,7 @@ class DependencyGraph(Dependencies):
 
     def _repr_html_(self) -> str:
         """Return the page in a frame, as notebooks show it."""
-        return framed(self)
+        return render_frame(self)
 
 
 def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
@@ -108,5 +108,5 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> DependencyGraph:
         CaptureError: the model does not run on the inputs, or none were given and none fit.
 
     """
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     return DependencyGraph(infer(module, inputs))

@@ -48,7 +48,7 @@ SCHEMA = "graphprune/graph/1"
 Size: TypeAlias = int | str | dict[str, list[Any]]
 
 
-def document(
+def build_document(
     graph: Dependencies,
     title: str = "",
     scores: Scores | None = None,

@@ -20,7 +20,7 @@ PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#c
 DARK = {"#0072b2", "#d55e00", "#009e73"}  # of these, those on which numbers are white
 
 
-def modules(graph: Dependencies, most: int = MOST) -> nx.DiGraph:
+def build_module_graph(graph: Dependencies, most: int = MOST) -> nx.DiGraph:
     """Return what flows between modules, opened as deep as gives that many boxes at most.
 
     Nodes carry `label` and `groups`, the names of the groups whose channels run through them, in order.
@@ -70,7 +70,7 @@ def _collapse_to_depth(network: nx.MultiDiGraph, depth: int) -> nx.DiGraph:
 
 def draw(graph: Dependencies, path: Path, title: str) -> None:
     """Draw the modules from top to bottom; each group has a colour and a number in all of them."""
-    boxes = modules(graph)
+    boxes = build_module_graph(graph)
     rows = _rows(boxes)
     widest = max(map(len, rows))
     figure = new_figure(max(6.0, 2.6 * widest), max(3.0, 0.85 * len(rows)))

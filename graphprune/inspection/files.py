@@ -12,12 +12,12 @@ from typing import Any
 import networkx as nx
 
 from graphprune.groups.groups import Dependencies, Scores
-from graphprune.inspection.document import document
+from graphprune.inspection.document import build_document
 from graphprune.inspection.drawing import draw
 from graphprune.inspection.network import to_networkx
 from graphprune.selection.plan import Plan
-from graphprune.utils.atomic_files import checked_target, write_text
-from graphprune.utils.html import printable, rendered
+from graphprune.utils.atomic_files import check_target_path, write_text
+from graphprune.utils.html import printable, render_template
 
 SUFFIXES = (".html", ".json", ".graphml", ".svg", ".png")
 
@@ -31,23 +31,23 @@ def save(
         InvalidRequestError: the path ends otherwise or is in no folder, or matplotlib is missing.
 
     """
-    checked_target(path, *SUFFIXES)
+    check_target_path(path, *SUFFIXES)
     title = title or path.stem
 
     def write(serialize: Callable[[dict[str, Any]], str]) -> None:
-        write_text(path, serialize(document(graph, title, scores, plan)))
+        write_text(path, serialize(build_document(graph, title, scores, plan)))
 
     writers: dict[str, Callable[[], object]] = {
-        ".html": lambda: write(page),
+        ".html": lambda: write(render_page),
         ".json": lambda: write(json.dumps),
-        ".graphml": lambda: write_text(path, graphml(graph)),
+        ".graphml": lambda: write_text(path, to_graphml(graph)),
         ".svg": lambda: draw(graph, path, title),
         ".png": lambda: draw(graph, path, title),
     }
     writers[path.suffix]()
 
 
-def graphml(graph: Dependencies) -> str:
+def to_graphml(graph: Dependencies) -> str:
     """Return a dependency graph as GraphML; letters that XML has not are spelt as Python does."""
     network = to_networkx(graph)
     printable_network = nx.relabel_nodes(network, {node: printable(node) for node in network})
@@ -61,12 +61,12 @@ def graphml(graph: Dependencies) -> str:
     return "\n".join(nx.generate_graphml(printable_network)) + "\n"
 
 
-def page(contents: dict[str, Any]) -> str:
+def render_page(contents: dict[str, Any]) -> str:
     """Return a document as a page of its own."""
     contents = _make_printable(contents)
-    return rendered(
+    return render_template(
         "graph.html",
-        scripts(),
+        read_scripts(),
         document=contents,
         title=contents["title"],
         planned=any("kept" in group for group in contents["groups"]),
@@ -74,7 +74,7 @@ def page(contents: dict[str, Any]) -> str:
     )
 
 
-def scripts() -> list[str]:
+def read_scripts() -> list[str]:
     """Return what runs on the page: @dagrejs/dagre 3.1.3, which lays graphs out, and the package's own."""
     dagre = f"/*\n{_read_static('dagre.LICENSE.txt')}*/\n{_read_static('dagre.min.js')}"
     return [dagre, _read_static("view.js")]
@@ -93,9 +93,9 @@ def _make_printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def framed(graph: Dependencies) -> str:
+def render_frame(graph: Dependencies) -> str:
     """Return the page in a frame that a notebook can hold."""
-    source = escape(page(document(graph, "model")), quote=True)
+    source = escape(render_page(build_document(graph, "model")), quote=True)
     return (
         f'<iframe srcdoc="{source}" sandbox="allow-scripts" width="100%" height="640" '
         'style="border: 0"></iframe>'

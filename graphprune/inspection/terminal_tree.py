@@ -14,7 +14,7 @@ from graphprune.layout import Layout, describe, free_axes, why_fixed
 _COLOURS = ("yellow", "cyan", "green", "magenta", "blue", "red")
 
 
-def tree(graph: Dependencies, why: bool = False) -> Together:
+def format_tree(graph: Dependencies, why: bool = False) -> Together:
     """Return the modules as a tree, their tensors as leaves, and a line about each group.
 
     Args:
@@ -44,7 +44,7 @@ def tree(graph: Dependencies, why: bool = False) -> Together:
     return Together(root, *lines)
 
 
-def group_lines(graph: Dependencies, name_or_number: str) -> Together:
+def describe_group(graph: Dependencies, name_or_number: str) -> Together:
     """Return all that there is to say of a group, called by its name or its number.
 
     Raises:

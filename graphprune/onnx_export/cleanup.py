@@ -46,7 +46,7 @@ def free_lengths(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+def rename_symbols(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
     """Return a dimension with its symbols renamed."""
     if isinstance(dim, int) or dim.value is None:
         return dim if isinstance(dim, int) else None

@@ -21,32 +21,38 @@ from torch import Tensor, fx, nn
 from torch.onnx import ONNXProgram
 from torch.utils import _pytree as pytree
 
-from graphprune.distributed.wrappers import unwrapped
+from graphprune.distributed.wrappers import unwrap
 from graphprune.errors import ExportError, in_a_line, warn
-from graphprune.inference.precision import coarsest, relative_difference, tolerance_of
-from graphprune.onnx_export.cleanup import free_lengths, remove_assertions, renamed, tidy, values_of
+from graphprune.inference.precision import find_coarsest_dtype, relative_difference, tolerance_of
+from graphprune.onnx_export.cleanup import (
+    free_lengths,
+    remove_assertions,
+    rename_symbols,
+    tidy,
+    values_of,
+)
 from graphprune.onnx_export.free_sizes import (
     BATCH,
     Dims,
     Free,
     batch_name,
-    dims_asked,
+    drop_names,
+    guess_batch_dims,
     names_of,
-    with_batch,
-    with_fewer_names,
+    resolve_requested_dims,
 )
 from graphprune.onnx_export.providers import open_session
 from graphprune.onnx_export.sparse_initializers import hold_sparsely
 from graphprune.ops.onnx_scan import TRANSLATIONS
-from graphprune.utils.atomic_files import checked_target, drafted_folder
+from graphprune.utils.atomic_files import check_target_path, draft_folder
 from graphprune.utils.inputs import Inputs, output_tensors
 from graphprune.utils.lru_caches import without_caches
-from graphprune.utils.tensors import evaluating, named_tensors, working_copy
+from graphprune.utils.tensors import evaluation_mode, named_tensors, working_copy
 from graphprune.utils.torch_context import (
-    alone,
     fused_modules,
-    hushed,
+    one_thread_at_a_time,
     plain_transformers,
+    silence_torch,
     warn_of_fused,
 )
 
@@ -92,7 +98,7 @@ class Exported:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced:
+class TracedExport:
     """An exported file and the graph of ATen operators that it was translated from.
 
     The parameters of `program` are named as the model's, behind `PREFIX`. `origins` gives, by the name of
@@ -146,30 +152,30 @@ def export(
         CaptureError: the model cannot be copied.
 
     """
-    target = checked_target(path, ".onnx")
+    target = check_target_path(path, ".onnx")
     inputs = Inputs.of(example_inputs)
     options = _Options(opset, tolerance, sparse_weights)
     return _export_exclusively(model, inputs, target, free or {}, options).exported
 
 
-def traced_export(model: Model, inputs: Inputs, path: Path) -> Traced:
+def export_traced(model: Model, inputs: Inputs, path: Path) -> TracedExport:
     """Return what `export` returns where nothing more is asked, with the graph that was translated."""
     return _export_exclusively(model, inputs, path, {}, _Options())
 
 
 def _export_exclusively(
     model: Model, inputs: Inputs, path: Path, free: Free, options: _Options
-) -> Traced:
-    with alone():
+) -> TracedExport:
+    with one_thread_at_a_time():
         return _export_module(as_module(model), inputs, path, free, options)
 
 
 def _export_module(
     module: nn.Module, inputs: Inputs, path: Path, free: Free, options: _Options
-) -> Traced:
+) -> TracedExport:
     if not isinstance(module, fx.GraphModule):  # which a copy would rob of its program's guards
         module = working_copy(module)
-    with without_caches(module), evaluating(module):
+    with without_caches(module), evaluation_mode(module):
         flat = _Flat(module, inputs, free)
         request = _Request(flat, path, options)
         return _export_free(request, _first_case(flat))
@@ -177,7 +183,7 @@ def _export_module(
 
 def as_module(model: Model) -> nn.Module:
     """Return the model as a module: itself, what it wraps, or the graph module of an exported program."""
-    return unwrapped(model) if isinstance(model, nn.Module) else model.module(check_guards=False)
+    return unwrap(model) if isinstance(model, nn.Module) else model.module(check_guards=False)
 
 
 class _Flat(nn.Module):
@@ -188,10 +194,10 @@ class _Flat(nn.Module):
         self.model = model
         self.inputs = inputs
         self.names = _input_names(model, inputs)
-        self.asked = dims_asked(self.names, inputs.tensors(), free)
+        self.asked = resolve_requested_dims(self.names, inputs.tensors(), free)
         self.batch_name = batch_name(self.asked)
         self.dims: Dims = self.asked
-        self.dtype = coarsest([*named_tensors(model).values(), *inputs.tensors()])
+        self.dtype = find_coarsest_dtype([*named_tensors(model).values(), *inputs.tensors()])
 
     @property
     def batch(self) -> int:
@@ -201,7 +207,7 @@ class _Flat(nn.Module):
         first_size = next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
         return sizes.get(self.batch_name, first_size)
 
-    def repeated(self, times: int) -> list[Tensor]:
+    def repeat(self, times: int) -> list[Tensor]:
         """Return the example tensors repeated `times` times along what is free."""
         return [
             t.repeat([times if d in dims else 1 for d in range(t.dim())]) if dims else t
@@ -232,8 +238,8 @@ class _Case:
     @classmethod
     def of(cls, flat: _Flat, times: int) -> _Case:
         """Return the case of the example repeated `times` times along what is free."""
-        tensors = flat.repeated(times)
-        with hushed(), torch.no_grad():
+        tensors = flat.repeat(times)
+        with silence_torch(), torch.no_grad():
             expected = flat.outputs(tensors)
             if not fused_modules(flat.model):
                 return cls(flat.batch * times, tensors, expected, expected)
@@ -282,12 +288,12 @@ class _Request:
         return tolerance_of(self.flat.dtype) if requested is None else requested
 
 
-def _export_free(request: _Request, example_case: _Case) -> Traced:
+def _export_free(request: _Request, example_case: _Case) -> TracedExport:
     """Write a checked file, free in all that was asked and the batch, or with a warning in less."""
     flat = request.flat
-    guessed_dims = next(with_batch(flat.asked, flat.inputs.tensors()))
+    guessed_dims = next(guess_batch_dims(flat.asked, flat.inputs.tensors()))
     runnable_dims, obstacle = _find_runnable_dims(flat, guessed_dims)
-    for dims in filter(any, [runnable_dims, *with_fewer_names(runnable_dims, flat.batch_name)]):
+    for dims in filter(any, [runnable_dims, *drop_names(runnable_dims, flat.batch_name)]):
         flat.dims = dims
         try:
             traced = _export_cases(request, [example_case, _Case.of(flat, 2)])
@@ -313,7 +319,7 @@ def _find_runnable_dims(flat: _Flat, guessed_dims: Dims) -> tuple[Dims, str]:
     And where it runs nowhere so, what was asked alone, and what the model said to the first guess.
     """
     obstacle = ""
-    for dims in with_batch(flat.asked, flat.inputs.tensors()):
+    for dims in guess_batch_dims(flat.asked, flat.inputs.tensors()):
         flat.dims = dims
         try:
             _Case.of(flat, 2)
@@ -341,7 +347,7 @@ def _describe_fixed_dims(
     return f"{' and '.join(parts)} in {file}, because exporting it free did not work: {obstacle}"
 
 
-def _export_fixed(request: _Request, example_case: _Case) -> Traced:
+def _export_fixed(request: _Request, example_case: _Case) -> TracedExport:
     """Write a checked file for the example's batch size alone."""
     try:
         return _export_cases(request, [example_case])
@@ -351,7 +357,7 @@ def _export_fixed(request: _Request, example_case: _Case) -> Traced:
         raise ExportError(f"the model cannot be exported to ONNX: {in_a_line(error)}") from error
 
 
-def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
+def _export_cases(request: _Request, cases: list[_Case]) -> TracedExport:
     """Write a file that agrees with PyTorch on the cases; what is to be free is, if there are two."""
     flat, is_free = request.flat, len(cases) > 1
     # At the doubled sizes, if there are two cases: a size of 1 would be taken for a constant.
@@ -381,19 +387,19 @@ def _export_cases(request: _Request, cases: list[_Case]) -> Traced:
     origin_by_name |= {
         str(value.name): origin for node, origin in origins for value in node.outputs
     }
-    return Traced(exported, traced_program, origin_by_name)
+    return TracedExport(exported, traced_program, origin_by_name)
 
 
 def _save(onnx_program: ONNXProgram, request: _Request, cases: list[_Case]) -> tuple[int, float]:
     """Check the file elsewhere and put it in its place; return its bytes and its difference."""
-    with drafted_folder(request.path.parent, last=request.path.name) as draft_folder:
-        draft = draft_folder / request.path.name
+    with draft_folder(request.path.parent, last=request.path.name) as folder:
+        draft = folder / request.path.name
         onnx_program.save(draft)
         if request.options.sparse_weights:
             hold_sparsely(draft)
         difference = _difference(draft, cases, request)
         # Above 2 GB the weights have a file of their own.
-        size = sum(file.stat().st_size for file in draft_folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.iterdir())
     return size, difference
 
 
@@ -468,7 +474,7 @@ def _name_free(flat: _Flat, model: ir.Model) -> None:
         if value.shape is not None and not value.is_initializer():
             is_unknown = has_number and value not in inputs
             value.shape = ir.Shape(
-                [None if is_unknown else renamed(d, name_by_symbol) for d in value.shape]
+                [None if is_unknown else rename_symbols(d, name_by_symbol) for d in value.shape]
             )
 
 

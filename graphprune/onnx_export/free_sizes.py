@@ -22,7 +22,7 @@ Dims: TypeAlias = list[dict[int, str]]
 """By input, the names of its free dimensions."""
 
 
-def dims_asked(names: Sequence[str], tensors: Sequence[Tensor], free: Free) -> Dims:
+def resolve_requested_dims(names: Sequence[str], tensors: Sequence[Tensor], free: Free) -> Dims:
     """Return by input the names of the dimensions that were asked to be free.
 
     Raises:
@@ -58,7 +58,7 @@ def batch_name(requested: Dims) -> str:
     return next((dims[0] for dims in requested if 0 in dims), BATCH)
 
 
-def with_batch(requested: Dims, tensors: Sequence[Tensor]) -> Iterator[Dims]:
+def guess_batch_dims(requested: Dims, tensors: Sequence[Tensor]) -> Iterator[Dims]:
     """Yield what was asked for with the batch where it may be besides, the likeliest first.
 
     That is dimension 0 of every tensor that has the batch's size there. A state has it elsewhere, which
@@ -100,7 +100,7 @@ def names_of(dims: Dims) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names_by_dim in dims for name in names_by_dim.values()))
 
 
-def with_fewer_names(dims: Dims, batch: str) -> Iterator[Dims]:
+def drop_names(dims: Dims, batch: str) -> Iterator[Dims]:
     """Yield choices of fewer and fewer of the names, those with the batch first."""
     # The batch comes first, and so do the combinations that have it: (batch, a), (batch, b), (a, b), ...
     names = sorted(names_of(dims), key=lambda name: name != batch)

@@ -141,7 +141,7 @@ def open_session(path: Path, runtime: Runtime = DEFAULT, **settings: Any) -> ort
     return session
 
 
-def in_precision(path: Path, precision: Precision) -> Path:
+def convert_precision(path: Path, precision: Precision) -> Path:
     """Return the file, or for "float16" one beside it whose weights and arithmetic are float16.
 
     Inputs and outputs keep their types. The file beside it is made once.
@@ -158,7 +158,7 @@ def in_precision(path: Path, precision: Precision) -> Path:
     return converted
 
 
-def machine(*runtimes: Runtime) -> dict[str, str]:
+def describe_machine(*runtimes: Runtime) -> dict[str, str]:
     """Return what was measured on; the GPU too where one was, if PyTorch knows its name."""
     description = {
         "cpu": _cpu_name(),

@@ -17,7 +17,7 @@ Block = tuple[int, int]
 """Rows and columns of what is zero or not together."""
 
 LEAST_ROWS = 8  # of a block: fewer keep a processor's lanes idle
-MOST = 0.75  # of a matrix, packed: more is not worth the way
+LARGEST_PACKED_SHARE = 0.75  # of a matrix, packed: more is not worth the way
 MANY_ZEROS = 0.5  # of a matrix: fewer are chance
 
 
@@ -56,7 +56,7 @@ class Packed:
         return cls(kept_blocks.transpose(1, 2).flatten(2).contiguous(), places.flatten())
 
 
-def block_of(matrix: Tensor, gates: int) -> Block:
+def find_block(matrix: Tensor, gates: int) -> Block:
     """Return the largest block, rows and columns, whose edges are where the zeros of a matrix change.
 
     Rows count within their gate. The block is one by one where zeros stand alone.
@@ -89,23 +89,23 @@ def product(blocks: Tensor, places: Tensor | None, data: Tensor) -> Tensor:
     if places is None:
         return blocks @ data
     # [runs, columns, count] -> [rows of blocks, kept blocks * columns, count]
-    runs = data.unflatten(0, (-1, run_of(blocks, places)))
+    runs = data.unflatten(0, (-1, columns_per_block(blocks, places)))
     gathered = runs.index_select(0, places).reshape(len(blocks), -1, data.shape[1])
     return torch.bmm(blocks, gathered).flatten(0, 1)
 
 
-def run_of(blocks: Tensor, places: Tensor) -> int:
+def columns_per_block(blocks: Tensor, places: Tensor) -> int:
     """Return how many columns each block has."""
     return blocks.shape[2] * len(blocks) // len(places)
 
 
-def packed_well(matrix: Tensor, gates: int, block: Block | None) -> Packed | None:
+def pack_if_smaller(matrix: Tensor, gates: int, block: Block | None) -> Packed | None:
     """Return a matrix packed in those blocks or the ones found; None where that saves little or is slow."""
-    rows, columns = block or block_of(matrix, gates)
+    rows, columns = block or find_block(matrix, gates)
     if rows < LEAST_ROWS:
         return None
     packed = Packed.of(matrix, gates, (rows, columns))
-    return packed if packed.blocks.numel() <= MOST * matrix.numel() else None
+    return packed if packed.blocks.numel() <= LARGEST_PACKED_SHARE * matrix.numel() else None
 
 
 def has_zeros(matrix: Tensor) -> bool:

@@ -109,7 +109,7 @@ def write_product(op: Writer, matrix: Matrix, data: ir.Value, gates: int, height
     return op("Reshape", product, (gates * height, -1))
 
 
-def write(
+def write_recurrent(
     op: Writer,
     data: ir.Value,
     states: Sequence[ir.Value],
@@ -171,7 +171,7 @@ def _translate(
     """Write the operator into the graph that the exporter is recording."""
     op = Writer()
     matrices = (input_blocks, input_places), (hidden_blocks, hidden_places)
-    outputs = write(op, data, states, matrices, (input_bias, hidden_bias), kind, reverse)
+    outputs = write_recurrent(op, data, states, matrices, (input_bias, hidden_bias), kind, reverse)
     evaluator.default().nodes.extend(op.tape.nodes)  # type: ignore[attr-defined]
     return outputs
 

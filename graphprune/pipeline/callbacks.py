@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.errors import VerificationError
 from graphprune.inference.precision import relative_difference
 from graphprune.pipeline.pipeline import Pass
 from graphprune.utils.atomic_files import write_text
 from graphprune.utils.inputs import Inputs, call, output_tensors
-from graphprune.utils.tensors import evaluating, working_copy
+from graphprune.utils.tensors import evaluation_mode, working_copy
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Compared:
     """
 
     def __init__(self, model: Any, example_inputs: Any = None, tolerance: float = 1e-4) -> None:
-        module, self.inputs = prepared(model, example_inputs)
+        module, self.inputs = normalize_model_and_inputs(model, example_inputs)
         self.tolerance = tolerance
         self.expected = _outputs(module, self.inputs)
         self.differences: list[float] = []
@@ -112,5 +112,5 @@ class Compared:
 
 def _outputs(module: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     copy = working_copy(module)  # a model may write to its buffers
-    with evaluating(copy):
+    with evaluation_mode(copy):
         return list(output_tensors(call(copy, inputs)))

@@ -12,9 +12,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
-from graphprune.capture.capture import capture, is_aten_graph, prepared, reexported
+from graphprune.capture.capture import capture, is_aten_graph, normalize_model_and_inputs, reexport
 from graphprune.errors import GraphPruneError, InvalidRequestError
-from graphprune.pipeline.spec import read, written
+from graphprune.pipeline.spec import format_spec, parse_spec
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.tensors import working_copy
 
@@ -40,11 +40,11 @@ class Pass:
     was given stays as it is. Only `rewrite` is for a pass to write.
     """
 
-    known: ClassVar[dict[str, type[Pass]]] = {}
+    registry: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Pass.known[cls.name()] = cls
+        Pass.registry[cls.name()] = cls
 
     def rewrite(self, program: Program) -> bool:
         """Change the program; return whether anything changed."""
@@ -63,7 +63,7 @@ class Pass:
             InvalidRequestError: an option is not a number, a text or a tuple of these.
 
         """
-        return written(self.name(), self)
+        return format_spec(self.name(), self)
 
     @torch.inference_mode(False)
     def __call__(self, model: Any, example_inputs: Any = None) -> PassResult:
@@ -104,7 +104,7 @@ def program_of(model: Any, example_inputs: Any) -> Program:
         CaptureError: the model cannot be traced.
 
     """
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     if is_aten_graph(module):
         return Program(cast(fx.GraphModule, working_copy(module)), inputs)
     return Program(capture(module, inputs), inputs)
@@ -144,7 +144,7 @@ class Pipeline:
         if not self.passes:
             raise InvalidRequestError(
                 "a pipeline without passes would leave the model as it is; name at least one of "
-                f"graphprune.passes: {', '.join(sorted(Pass.known))}"
+                f"graphprune.passes: {', '.join(sorted(Pass.registry))}"
             )
 
     @classmethod
@@ -159,7 +159,7 @@ class Pipeline:
             InvalidRequestError: the text is not of this form, or names no such pass or option, or no pass.
 
         """
-        return cls(list(read(text, Pass.known)), callback)
+        return cls(list(parse_spec(text, Pass.registry)), callback)
 
     @property
     def text(self) -> str:
@@ -173,7 +173,7 @@ class Pipeline:
 
     def __call__(self, model: Any, example_inputs: Any = None) -> Any:
         """Return the model after all passes: a graph, or an ExportedProgram where one was given."""
-        inputs = prepared(model, example_inputs)[1]
+        inputs = normalize_model_and_inputs(model, example_inputs)[1]
         callbacks = [self.callback] if callable(self.callback) else self.callback
         current = model
         for graph_pass in self.passes:
@@ -181,4 +181,4 @@ class Pipeline:
             for callback in callbacks:
                 callback(graph_pass, pass_result)
             current = pass_result.graph_module
-        return reexported(model, current, inputs) if isinstance(model, ExportedProgram) else current
+        return reexport(model, current, inputs) if isinstance(model, ExportedProgram) else current

@@ -26,7 +26,7 @@ _VALUE = re.compile(
 _WORD = re.compile(r"(?!True$|False$|None$)[A-Za-z_][\w./*-]*")
 
 
-def read(text: str, classes_by_name: Mapping[str, type[Made]]) -> Iterator[Made]:
+def parse_spec(text: str, classes_by_name: Mapping[str, type[Made]]) -> Iterator[Made]:
     """Yield what a text names, with its options.
 
     Args:
@@ -48,9 +48,9 @@ def read(text: str, classes_by_name: Mapping[str, type[Made]]) -> Iterator[Made]
         yield _instantiate(name, classes_by_name[name], options)
         if reader.skip(","):
             if reader.at_end():
-                raise reader.expected("the name of a pass")
+                raise reader.make_error("the name of a pass")
         elif not reader.at_end():
-            raise reader.expected("a comma, options in braces or the end")
+            raise reader.make_error("a comma, options in braces or the end")
 
 
 class _Reader:
@@ -63,7 +63,7 @@ class _Reader:
     def take(self, pattern: re.Pattern[str], description: str) -> str:
         match = pattern.match(self.text, self.place)
         if match is None:
-            raise self.expected(description)
+            raise self.make_error(description)
         self._move(match.end())
         # An option's pattern has its name as a group; the others have none, and are taken whole.
         return match[match.lastindex or 0]
@@ -91,9 +91,9 @@ class _Reader:
             if _WORD.fullmatch(literal):
                 return literal
         self.place = start
-        raise self.expected("a number, a word, a text in quotes or a tuple of these")
+        raise self.make_error("a number, a word, a text in quotes or a tuple of these")
 
-    def expected(self, description: str) -> InvalidRequestError:
+    def make_error(self, description: str) -> InvalidRequestError:
         remaining_text = self.text[self.place :]
         location = f"at {remaining_text!r}" if remaining_text else "at the end"
         return InvalidRequestError(
@@ -125,7 +125,7 @@ def _instantiate(name: str, kind: type[Made], options: Mapping[str, Any]) -> Mad
     return kind(**options)
 
 
-def written(name: str, instance: Any) -> str:
+def format_spec(name: str, instance: Any) -> str:
     """Return a dataclass as `read` reads it; options that have their default are left out.
 
     Raises:

@@ -16,15 +16,15 @@ from torch import fx, nn
 
 from graphprune.errors import ExportError, GraphPruneWarning, in_a_line
 from graphprune.groups.cost import count_macs, count_parameters
-from graphprune.onnx_export.export import PREFIX, Model, Traced, as_module, traced_export
-from graphprune.onnx_export.providers import DEFAULT, Runtime, default_runtimes, machine
-from graphprune.report.comparison import Comparison, File, Measured, Place
+from graphprune.onnx_export.export import PREFIX, Model, TracedExport, as_module, export_traced
+from graphprune.onnx_export.providers import DEFAULT, Runtime, default_runtimes, describe_machine
+from graphprune.report.comparison import Comparison, File, ModelMeasurement, NodeTime
 from graphprune.runtime.memory import peak_memory
-from graphprune.runtime.profiling import profiled
+from graphprune.runtime.profiling import profile_nodes
 from graphprune.runtime.timing import Latency, time_onnx, time_torch
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.lru_caches import without_caches
-from graphprune.utils.tensors import evaluating
+from graphprune.utils.tensors import evaluation_mode
 
 
 def compare(
@@ -73,7 +73,9 @@ def compare(
             name: _export(module, inputs, folder / f"{name}.onnx")
             for name, module in models.items()
         }
-        files = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Traced)}
+        files = {
+            name: outcome for name, outcome in outcomes.items() if isinstance(outcome, TracedExport)
+        }
         latency = dict(_latencies(files, inputs, runtimes, batches, seconds))
         # Profiled on the first runtime, on the default one where none is timed.
         sides = {
@@ -93,13 +95,13 @@ def compare(
         threads=threads,
         versions={name: version(name) for name in ("graphprune", "torch", "onnx")}
         | {"onnxruntime": onnxruntime.__version__},
-        machine=machine(*runtimes),
+        machine=describe_machine(*runtimes),
         notes=tuple(notes),
     )
 
 
 def _latencies(
-    files: Mapping[str, Traced],
+    files: Mapping[str, TracedExport],
     inputs: Inputs,
     runtimes: Sequence[Runtime],
     batches: Sequence[int],
@@ -109,7 +111,7 @@ def _latencies(
     for times in (1, *(times for times in batches if times != 1)):
         fitting = {n: t for n, t in files.items() if times == 1 or t.exported.batch_free}
         paths = {name: traced.exported.path for name, traced in fitting.items()}
-        repeated = inputs.repeated(times)
+        repeated = inputs.repeat(times)
         feeds = {name: traced.exported.feed(repeated) for name, traced in fitting.items()}
         timed = time_onnx(paths, feeds, runtimes=runtimes, seconds=seconds)
         size = next((t.shape[0] for t in repeated.tensors() if t.dim()), times)
@@ -125,7 +127,7 @@ def _latencies_in_torch(
     with contextlib.ExitStack() as stack:
         for module in models.values():
             stack.enter_context(without_caches(module))
-            stack.enter_context(evaluating(module))
+            stack.enter_context(evaluation_mode(module))
         for where, compiled in (("torch", False), ("torch.compile", True)):
             try:
                 latencies[where] = time_torch(
@@ -136,12 +138,12 @@ def _latencies_in_torch(
     return latencies
 
 
-def _export(model: nn.Module, inputs: Inputs, path: Path) -> Traced | ExportError:
+def _export(model: nn.Module, inputs: Inputs, path: Path) -> TracedExport | ExportError:
     """Return the exported file, or the reason that there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraphPruneWarning)  # a note under the table says it
         try:
-            return traced_export(model, inputs, path)
+            return export_traced(model, inputs, path)
         except ExportError as error:
             return error
 
@@ -159,14 +161,14 @@ def _folder(path: str | Path | None) -> Iterator[Path]:
 def _measure(
     model: nn.Module,
     inputs: Inputs,
-    traced: Traced | ExportError,
+    traced: TracedExport | ExportError,
     runtime: Runtime,
     seconds: float,
-) -> Measured:
+) -> ModelMeasurement:
     """Return what was found out about one model, but for its latency."""
     sizes = count_parameters(model), count_macs(model, inputs)
     if isinstance(traced, ExportError):
-        return Measured(*sizes, None, {}, reason=str(traced))
+        return ModelMeasurement(*sizes, None, {}, reason=str(traced))
     exported = traced.exported
     feed = exported.feed(inputs)
     file = File(
@@ -179,10 +181,10 @@ def _measure(
     )
     modules = {node.name: _module_of(node) for node in traced.program.graph.nodes}
     node_times = []
-    for event in profiled(exported.path, feed, runtime, seconds / 2):
+    for event in profile_nodes(exported.path, feed, runtime, seconds / 2):
         node = traced.origins.get(event.source, "")
-        node_times.append(Place(node, modules.get(node, ""), event.operator, event.seconds))
-    return Measured(*sizes, file, {}, _merge_by_node(node_times))
+        node_times.append(NodeTime(node, modules.get(node, ""), event.operator, event.seconds))
+    return ModelMeasurement(*sizes, file, {}, _merge_by_node(node_times))
 
 
 def _module_of(node: fx.Node) -> str:
@@ -194,9 +196,9 @@ def _module_of(node: fx.Node) -> str:
     return path.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
 
 
-def _merge_by_node(node_times: Sequence[Place]) -> tuple[Place, ...]:
+def _merge_by_node(node_times: Sequence[NodeTime]) -> tuple[NodeTime, ...]:
     """Return the places, those of one node as one that is named after the longest."""
-    times_by_node: dict[str, list[Place]] = {}
+    times_by_node: dict[str, list[NodeTime]] = {}
     for node_time in node_times:
         times_by_node.setdefault(node_time.node, []).append(node_time)
     longest_by_node = {

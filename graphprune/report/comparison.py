@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from graphprune.runtime.timing import Latency, Spread
-from graphprune.utils.atomic_files import checked_target, write_text
-from graphprune.utils.html import rendered
+from graphprune.utils.atomic_files import check_target_path, write_text
+from graphprune.utils.html import render_template
 
 SUFFIXES = (".json", ".html")
 
@@ -42,7 +42,7 @@ class File:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class NodeTime:
     """A node as ONNX Runtime runs it, and where it stands in the model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class ModelMeasurement:
     """What was found out about one model.
 
     Attributes:
@@ -78,7 +78,7 @@ class Measured:
     macs: int
     file: File | None
     latency: dict[str, Latency]
-    places: tuple[Place, ...] = ()
+    places: tuple[NodeTime, ...] = ()
     reason: str = ""
 
 
@@ -86,8 +86,8 @@ class Measured:
 class Comparison:
     """A model and its slimmer version, measured alike. Prints as a table."""
 
-    original: Measured
-    slim: Measured
+    original: ModelMeasurement
+    slim: ModelMeasurement
     inputs: str
     threads: int
     versions: dict[str, str]
@@ -120,7 +120,7 @@ class Comparison:
             InvalidRequestError: it ends otherwise, or is in no folder.
 
         """
-        path = checked_target(path, *SUFFIXES)
+        path = check_target_path(path, *SUFFIXES)
         text = self.to_json() if path.suffix == ".json" else page(self)
         write_text(path, text)
 
@@ -146,7 +146,7 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def rows(before: Measured, after: Measured) -> Iterator[tuple[str, ...]]:
+def rows(before: ModelMeasurement, after: ModelMeasurement) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table: a quantity, both models' and their ratio."""
     files = before.file, after.file
     yield _row("parameters", before.parameters, after.parameters)
@@ -217,10 +217,10 @@ def notes(comparison: Comparison) -> Iterator[str]:
 
 def page(comparison: Comparison) -> str:
     """Return the comparison as one page of HTML that needs nothing else."""
-    return rendered("comparison.html", **context(comparison))
+    return render_template("comparison.html", **template_values(comparison))
 
 
-def context(comparison: Comparison) -> dict[str, Any]:
+def template_values(comparison: Comparison) -> dict[str, Any]:
     """Return what the pages that show a comparison ask for."""
     before, after = comparison.original, comparison.slim
     latencies = [
@@ -233,14 +233,14 @@ def context(comparison: Comparison) -> dict[str, Any]:
         "rows": list(rows(before, after)),
         "notes": list(notes(comparison)),
         "latencies": latencies,
-        "places": list(joined(before.places, after.places)),
-        "operators": by_operator(before.places, after.places),
+        "places": list(pair_node_times(before.places, after.places)),
+        "operators": sum_by_operator(before.places, after.places),
     }
 
 
-def joined(
-    before: tuple[Place, ...], after: tuple[Place, ...]
-) -> Iterator[tuple[Place, float, float]]:
+def pair_node_times(
+    before: tuple[NodeTime, ...], after: tuple[NodeTime, ...]
+) -> Iterator[tuple[NodeTime, float, float]]:
     """Yield the places of both models in order, with the seconds of each; 0 where one has no such node."""
     before_by_node, after_by_node = (
         {node_time.node: node_time for node_time in side} for side in (before, after)
@@ -253,8 +253,8 @@ def joined(
         yield before_by_node.get(node, node_time), seconds[0], seconds[1]
 
 
-def by_operator(
-    before: tuple[Place, ...], after: tuple[Place, ...]
+def sum_by_operator(
+    before: tuple[NodeTime, ...], after: tuple[NodeTime, ...]
 ) -> dict[str, tuple[float, float]]:
     """Return the seconds of all nodes of an operator, before and after, the longest first."""
     seconds_by_operator: dict[str, list[float]] = {}

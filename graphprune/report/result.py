@@ -15,16 +15,16 @@ from torch import nn
 from graphprune.compensation import Compensation
 from graphprune.groups.cost import mac_cost, parameter_cost
 from graphprune.groups.groups import Scores
-from graphprune.inspection import document, page, scripts
+from graphprune.inspection import document, read_scripts, render_page
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import size_of
 from graphprune.masks import kept_size
-from graphprune.report.comparison import Comparison, context
-from graphprune.runtime.latency import Reached
+from graphprune.report.comparison import Comparison, template_values
+from graphprune.runtime.latency import LatencyOutcome
 from graphprune.selection.plan import Plan
 from graphprune.shrink.ties import AmbiguousSize
-from graphprune.utils.atomic_files import checked_target, write_text
-from graphprune.utils.html import rendered
+from graphprune.utils.atomic_files import check_target_path, write_text
+from graphprune.utils.html import render_template
 from graphprune.utils.inputs import Inputs
 from graphprune.verify import Verification
 
@@ -57,7 +57,7 @@ class Slimmed:
     why_graph: str
     verification: Verification | None
     compensation: Compensation | None = None
-    latency: Reached | None = None
+    latency: LatencyOutcome | None = None
     scores: Scores | None = None
     ambiguous_sizes: tuple[AmbiguousSize, ...] = ()
 
@@ -82,7 +82,7 @@ class Slimmed:
 def _save_report(
     result: Slimmed, path: str | Path, title: str, comparison: Comparison | None
 ) -> None:
-    path = checked_target(path, ".html")
+    path = check_target_path(path, ".html")
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _count_kept(result)
     seconds = None if comparison is None else _seconds(comparison)
@@ -102,10 +102,10 @@ def _save_report(
         )
         for name, layouts in tensors
     ]
-    text = rendered(
+    text = render_template(
         "report.html",
-        scripts(),  # of the graph in it
-        **({"comparison": None} if comparison is None else context(comparison)),
+        read_scripts(),  # of the graph in it
+        **({"comparison": None} if comparison is None else template_values(comparison)),
         title=title,
         facts=list(_facts(result)),
         sizes=[(name, cost.total(), cost.total(kept)) for name, cost in costs.items()],
@@ -116,7 +116,7 @@ def _save_report(
         tensors=counts,
         most=max((before for *_, before, _ in counts), default=1),
         repaired=result.compensation.layers if result.compensation else (),
-        graph=page(contents),
+        graph=render_page(contents),
         plan=result.plan.to_json(),
     )  # fmt: skip
     write_text(path, text)

@@ -51,7 +51,7 @@ def uniform(call: Call) -> Sequence[Layouts]:
     aten.triu_indices,
     aten.scalar_tensor,
 )
-def numbered(call: Call) -> Sequence[Layouts]:
+def fill_by_position(call: Call) -> Sequence[Layouts]:
     """Make values that depend on the position (or on chance): the dimensions are fixed."""
     for tensor in call.tensors:
         for layout in call.layouts_of(tensor):

@@ -17,7 +17,7 @@ from graphprune.rules.registry import Call, Layouts, rule
 
 aten = torch.ops.aten
 
-ADDRESSED = "slots are addressed by number"
+WHY_ADDRESSED = "slots are addressed by number"
 
 
 @rule(aten.index, aten._unsafe_index)
@@ -35,7 +35,7 @@ def index(call: Call) -> Sequence[Layouts]:
     indices = _read_indices(call)
     indexed = list(indices)
     for dim in indexed:
-        call.fix(layouts[dim], ADDRESSED)
+        call.fix(layouts[dim], WHY_ADDRESSED)
     # Of `x`, `[a, b, c, d]`, with `i` and `j`, `[n]`: `x[:, i, j]` is `[a, n, d]`, `x[:, i, :, j]` is
     # `[n, a, c]`, since what is selected stands first where the indices are no neighbours.
     selected_rank = len(shape) - len(layouts) + len(indexed)
@@ -47,9 +47,9 @@ def index(call: Call) -> Sequence[Layouts]:
     if len(index_layouts) < len(indexed):  # a mask: as many slots as it is true for
         for operand in index_layouts:
             for layout in operand:
-                call.fix(layout, ADDRESSED)
+                call.fix(layout, WHY_ADDRESSED)
         selected = [
-            call.fixed(size, ADDRESSED) for size in shape[insert_at : insert_at + selected_rank]
+            call.fixed(size, WHY_ADDRESSED) for size in shape[insert_at : insert_at + selected_rank]
         ]
     else:
         selected = broadcast(call, index_layouts, shape[insert_at : insert_at + selected_rank])
@@ -80,7 +80,7 @@ def _read_indices(call: Call) -> dict[int, Layouts | None]:
     for tensor in call["indices"]:
         if tensor is not None and tensor.dtype in (torch.bool, torch.uint8):
             for layout in call.layouts_of(tensor):
-                call.fix(layout, ADDRESSED)
+                call.fix(layout, WHY_ADDRESSED)
                 # A mask indexes as many dimensions as it has.
                 layouts_by_dim[dim], dim = None, dim + 1
             continue
@@ -113,7 +113,7 @@ def index_put(call: Call) -> Sequence[Layouts]:
     else:
         addressed += [*values, *untouched]
     for layout in addressed:
-        call.fix(layout, ADDRESSED)
+        call.fix(layout, WHY_ADDRESSED)
     return [layouts]
 
 
@@ -125,9 +125,9 @@ def index_select(call: Call) -> Sequence[Layouts]:
         return [layouts]
     reordered = _reorder(call, layouts[dim], call["index"])
     if reordered is None:
-        call.fix(layouts[dim], ADDRESSED)
+        call.fix(layouts[dim], WHY_ADDRESSED)
         chosen = call.layouts("index")
-        reordered = chosen[0] if chosen else call.fixed(1, ADDRESSED)
+        reordered = chosen[0] if chosen else call.fixed(1, WHY_ADDRESSED)
     layouts[dim] = reordered
     return [layouts]
 
@@ -136,13 +136,13 @@ def index_select(call: Call) -> Sequence[Layouts]:
 def gather(call: Call) -> Sequence[Layouts]:
     """Address one dimension element by element; the others are shared where they are whole."""
     layouts, dim = call.layouts("self"), call.dim()
-    call.fix(layouts[dim], ADDRESSED)
+    call.fix(layouts[dim], WHY_ADDRESSED)
     index_layouts = call.layouts("index")
     sources = [call.layouts("src")] if isinstance(call.arguments.get("src"), torch.Tensor) else []
     for i, layout in enumerate(layouts):
         for operand in (index_layouts, *sources):
             if i == dim:
-                call.fix(operand[i], ADDRESSED)
+                call.fix(operand[i], WHY_ADDRESSED)
             else:
                 _share(call, layout, operand[i])
     return [index_layouts if call.func.overloadpacket is aten.gather else layouts]
@@ -152,8 +152,8 @@ def _share(call: Call, layout: Layout, operand_layout: Layout) -> None:
     if size_of(layout) == size_of(operand_layout):
         call.unify(layout, operand_layout)
     else:
-        call.fix(layout, ADDRESSED)
-        call.fix(operand_layout, ADDRESSED)
+        call.fix(layout, WHY_ADDRESSED)
+        call.fix(operand_layout, WHY_ADDRESSED)
 
 
 @rule(aten.index_add, aten.index_copy, aten.index_reduce, aten.index_fill)
@@ -162,12 +162,12 @@ def index_add(call: Call) -> Sequence[Layouts]:
     layouts, dim = call.layouts("self"), call.dim()
     written = [call.layouts("source")] if "source" in call.arguments else []
     for operand in (layouts, *written) if layouts else ():
-        call.fix(operand[dim], ADDRESSED)
+        call.fix(operand[dim], WHY_ADDRESSED)
         for i, (target_layout, source_layout) in enumerate(zip(layouts, operand, strict=True)):
             if i != dim:
                 call.unify(target_layout, source_layout)
     for layout in call.layouts("index"):
-        call.fix(layout, ADDRESSED)
+        call.fix(layout, WHY_ADDRESSED)
     return [layouts]
 
 
@@ -212,7 +212,7 @@ def _is_repeated(tensor: Tensor, back: int) -> bool:
     aten.repeat_interleave.Tensor,
     aten.multinomial,
 )
-def made_by_values(call: Call) -> Sequence[Layouts]:
+def select_by_values(call: Call) -> Sequence[Layouts]:
     """Make a result whose slots, or their number, are decided by the values: all is fixed."""
     why = "values decide which slots there are"
     for tensor in call.tensors:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
     aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
     aten._fake_quantize_learnable_per_tensor_affine,
 )
-def by_tensor(call: Call) -> Sequence[Layouts]:
+def quantise_by_tensor(call: Call) -> Sequence[Layouts]:
     """Round each element with one scale; the second output says which were inside the range."""
     return [call.layouts("self")] * len(call.outputs)
 
@@ -26,14 +26,14 @@ def by_tensor(call: Call) -> Sequence[Layouts]:
     aten.fake_quantize_per_channel_affine_cachemask,
     aten._fake_quantize_learnable_per_channel_affine,
 )
-def by_channel(call: Call) -> Sequence[Layouts]:
+def quantise_by_channel(call: Call) -> Sequence[Layouts]:
     """Round each element with the scale and the zero point of its channel."""
     _share_channels(call, "axis", "scale", "zero_point")
-    return by_tensor(call)
+    return quantise_by_tensor(call)
 
 
 @rule(aten._fused_moving_avg_obs_fq_helper, aten._fused_moving_avg_obs_fq_helper_functional)
-def observed(call: Call) -> Sequence[Layouts]:
+def observe_and_quantise(call: Call) -> Sequence[Layouts]:
     """Round with a scale that follows the range of the values, channel by channel or for the tensor.
 
     A range always holds zero, so silenced slots do not widen it. They may count in the moving average
@@ -47,7 +47,7 @@ def observed(call: Call) -> Sequence[Layouts]:
         call.renormalises = True
     # Only the functional form returns these four too;
     # what is described beyond the results is dropped.
-    values, *qparam_layouts = by_tensor(call)[:2], *map(call.layouts, qparam_names)
+    values, *qparam_layouts = quantise_by_tensor(call)[:2], *map(call.layouts, qparam_names)
     return [*values, *qparam_layouts]
 
 

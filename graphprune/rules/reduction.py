@@ -142,7 +142,7 @@ def _keep_numbers(call: Call, output: int) -> None:
 
 
 @rule(aten.kthvalue)
-def ranked(call: Call) -> Sequence[Layouts]:
+def kth_value(call: Call) -> Sequence[Layouts]:
     """Reduce to the slot of some rank among all of them: fixed."""
     layouts, dims = call.layouts("self"), _read_dims(call)
     for dim in dims:

@@ -162,7 +162,7 @@ def rule(*operators: Operator) -> Callable[[Rule], Rule]:
     return decorate
 
 
-def registered() -> dict[OpOverload | str, Rule]:
+def list_rules() -> dict[OpOverload | str, Rule]:
     """Return the rules by overload or by name of a packet, in order of registration."""
     return dict(_RULES)
 

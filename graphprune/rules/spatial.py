@@ -95,7 +95,7 @@ def windows(call: Call) -> Sequence[Layouts]:
 
 
 @rule(aten.col2im)
-def overlaid(call: Call) -> Sequence[Layouts]:
+def overlay_windows(call: Call) -> Sequence[Layouts]:
     """Add windows up to an image: the inverse of laying them side by side."""
     *leading, columns, window_positions = call.layouts("self")
     call.fix(window_positions, "positions of windows")

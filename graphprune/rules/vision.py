@@ -11,7 +11,7 @@ from graphprune.rules.registry import Call, Layouts, rule
 
 
 @rule("torchvision::deform_conv2d")
-def deformed(call: Call) -> Sequence[Layouts]:
+def deformable_convolution(call: Call) -> Sequence[Layouts]:
     """Convolve at positions that are moved by offsets and weighted by a mask, both for each offset group.
 
     An offset group has `[groups, positions in the window, 2]` channels of offsets and half as many of

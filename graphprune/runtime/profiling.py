@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from graphprune.onnx_export.export import Feed
-from graphprune.onnx_export.providers import Runtime, in_precision, open_session
+from graphprune.onnx_export.providers import Runtime, convert_precision, open_session
 
 LEAST_RUNS, MOST_RUNS = 10, 300
 
@@ -44,7 +44,7 @@ class Event:
     seconds: float
 
 
-def profiled(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> list[Event]:
+def profile_nodes(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> list[Event]:
     """Return what ONNX Runtime spends on each of the nodes that it makes of a file, in order.
 
     On a GPU, calls return before the work is done; there the file is profiled by another process in
@@ -62,7 +62,7 @@ def profiled(path: Path, feed: Feed, runtime: Runtime, seconds: float = 2.0) -> 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = open_session(
-            in_precision(path, runtime.precision),
+            convert_precision(path, runtime.precision),
             runtime,
             enable_profiling=True,
             profile_file_prefix=str(Path(folder) / "profile"),
@@ -105,7 +105,7 @@ def _profile_in_subprocess(path: Path, feed: Feed, runtime: Runtime, seconds: fl
 def _main() -> None:
     """Profile what a file orders that this process's parent wrote, and print it."""
     path, feed, runtime, seconds = pickle.loads(Path(sys.argv[1]).read_bytes())
-    print(json.dumps([asdict(event) for event in profiled(path, feed, runtime, seconds)]))
+    print(json.dumps([asdict(event) for event in profile_nodes(path, feed, runtime, seconds)]))
 
 
 def _durations(records: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:

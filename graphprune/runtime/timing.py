@@ -18,7 +18,12 @@ from torch import nn
 
 from graphprune.errors import InvalidRequestError
 from graphprune.onnx_export.export import Feed
-from graphprune.onnx_export.providers import Runtime, default_runtimes, in_precision, open_session
+from graphprune.onnx_export.providers import (
+    Runtime,
+    convert_precision,
+    default_runtimes,
+    open_session,
+)
 from graphprune.utils.inputs import Inputs, call
 
 SAMPLE_SECONDS = 5e-3  # one sample repeats the model for at least this long
@@ -132,10 +137,10 @@ def _time_on(
 ) -> dict[str, Latency]:
     """Return the latency of each model on one runtime."""
     runs = {name: _runner(path, feeds[name], runtime) for name, path in models.items()}
-    return in_turns(runs, seconds, one_thread=runtime.is_one_thread)
+    return time_in_turns(runs, seconds, one_thread=runtime.is_one_thread)
 
 
-def in_turns(
+def time_in_turns(
     runs: Mapping[str, Callable[[], Any]], seconds: float, *, one_thread: bool
 ) -> dict[str, Latency]:
     """Return what some calls take, each in turn, in a new random order each round.
@@ -185,14 +190,14 @@ def time_torch(
         for name, model in models.items():
             runnable: Any = torch.compile(model) if compiled else model
             runs[name] = partial(call, runnable, inputs)
-        return in_turns(runs, seconds, one_thread=threads == 1)
+        return time_in_turns(runs, seconds, one_thread=threads == 1)
     finally:
         torch.set_num_threads(previous_threads)
 
 
 def _runner(path: Path, feed: Feed, runtime: Runtime) -> Callable[[], Any]:
     """Return a call that runs the file once, to the end."""
-    session = open_session(in_precision(path, runtime.precision), runtime)
+    session = open_session(convert_precision(path, runtime.precision), runtime)
     if runtime.device == "cpu":
         return lambda: session.run(None, feed)
     return _runner_on_device(session, feed, runtime.device)

@@ -123,7 +123,7 @@ def nearest(options: Sequence[int], target: float) -> int:
     return min(options, key=lambda option: (abs(option - target), -option))
 
 
-def competing(
+def allocate_by_score(
     groups: Sequence[Group],
     scores: Scores,
     options: Mapping[str, Sequence[int]],

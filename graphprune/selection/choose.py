@@ -13,8 +13,8 @@ from graphprune.groups.cost import Amount, Cost, mac_cost, parameter_cost
 from graphprune.groups.groups import Dependencies, Group, Scores
 from graphprune.groups.name_patterns import Selection
 from graphprune.selection.allocation import (
+    allocate_by_score,
     allowed_sizes,
-    competing,
     nearest,
     per_cost,
     quantiles,
@@ -31,7 +31,7 @@ from graphprune.selection.shortfall import (
 
 
 @dataclass(frozen=True)
-class Whole:
+class Baseline:
     """What a request counts from: a model before it was cut.
 
     Attributes:
@@ -46,7 +46,7 @@ class Whole:
     total: float
 
     @classmethod
-    def of(cls, graph: Dependencies, request: Request, total: float | None = None) -> Whole:
+    def of(cls, graph: Dependencies, request: Request, total: float | None = None) -> Baseline:
         """Return what the request counts from where the graph is that of the model before any cut."""
         groups = eligible(graph, request)
         if total is None:
@@ -57,12 +57,12 @@ class Whole:
             total,
         )
 
-    def or_before(self, before: Whole | None) -> Whole:
+    def or_before(self, before: Baseline | None) -> Baseline:
         """Return what counts where the model was cut before: the numbers of then, if there are any."""
         if before is None:
             return self
         sizes, options = self.sizes | before.sizes, self.options | before.options
-        return Whole(sizes, options, before.total)
+        return Baseline(sizes, options, before.total)
 
 
 def choose(
@@ -71,7 +71,7 @@ def choose(
     request: Request,
     *,
     losses: bool = False,
-    whole: Whole | None = None,
+    whole: Baseline | None = None,
     cost: Amount | None = None,
     final: bool = True,
 ) -> Plan:
@@ -94,13 +94,15 @@ def choose(
     """
     selected = selection(graph, request)
     groups = [group for group in graph.groups if selected.may_cut(group)]
-    overruled = selected.overruled() if whole is None else ""  # of several cuts, the first says it
+    overruled = (
+        selected.why_overruled() if whole is None else ""
+    )  # of several cuts, the first says it
     if overruled:
         warn(overruled)
     if not groups and request.ratio > 0:
         warn(why_nothing_is_cut(graph, selected))
     cost = cost or _cost(graph, groups, request.of)
-    whole = Whole.of(graph, request, cost.total()).or_before(whole)
+    whole = Baseline.of(graph, request, cost.total()).or_before(whole)
     choice = _Choice(groups, request, losses, whole, cost)
     keep = choice.kept_slots(scores_without)
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
@@ -121,7 +123,7 @@ class _Choice:
     """How many slots each group keeps, and which: a request, applied to groups that it lets be cut."""
 
     def __init__(
-        self, groups: Sequence[Group], request: Request, losses: bool, whole: Whole, cost: Amount
+        self, groups: Sequence[Group], request: Request, losses: bool, whole: Baseline, cost: Amount
     ) -> None:
         self.groups, self.request, self.losses = groups, request, losses
         self.whole, self.cost = whole, cost
@@ -159,7 +161,7 @@ class _Choice:
             counts = {name: len(slots) for name, slots in keep.items()}
             scores = per_cost(self.groups, scores, self.options, self.cost, counts)
         target = self.whole.total * (share + ROUNDING)
-        return competing(self.groups, scores, self.options, self.cost, target)
+        return allocate_by_score(self.groups, scores, self.options, self.cost, target)
 
 
 def _cost(graph: Dependencies, groups: Sequence[Group], unit: Unit) -> Cost:

@@ -16,7 +16,7 @@ from graphprune.groups.groups import Dependencies
 from graphprune.layout import Axis
 from graphprune.masks import Mask
 from graphprune.utils import json_files
-from graphprune.utils.atomic_files import checked_target, write_text
+from graphprune.utils.atomic_files import check_target_path, write_text
 
 FORMAT = "graphprune-plan"
 VERSION = 1
@@ -90,7 +90,7 @@ class Plan:
             ValueError: it is no such plan.
 
         """
-        return cls.of_content(json_files.parsed(text))
+        return cls.of_content(json_files.parse_json(text))
 
     @classmethod
     def of_content(cls, value: Any) -> Plan:
@@ -100,9 +100,9 @@ class Plan:
             ValueError: it is no such plan.
 
         """
-        content = json_files.of_format(value, FORMAT, VERSION)
-        request = json_files.mapping(content.get("request"), "its request")
-        entries = json_files.mapping(content.get("groups"), "its list of groups")
+        content = json_files.require_format(value, FORMAT, VERSION)
+        request = json_files.require_object(content.get("request"), "its request")
+        entries = json_files.require_object(content.get("groups"), "its list of groups")
         groups = {name: _slots_and_size(name, entry) for name, entry in entries.items()}
         keep = {name: slots for name, (slots, _) in groups.items()}
         return cls(keep, {name: size for name, (_, size) in groups.items()}, request)
@@ -114,7 +114,7 @@ class Plan:
             InvalidRequestError: the path is a folder, or in one that there is not.
 
         """
-        write_text(checked_target(path), self.to_json() + "\n")
+        write_text(check_target_path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -139,12 +139,12 @@ class Plan:
 
 def _slots_and_size(name: str, value: Any) -> tuple[list[int], int]:
     """Return the slots that an entry keeps, and of how many."""
-    entry = json_files.mapping(value, f"group {name!r}")
-    size = json_files.integer(entry.get("size"), f"the size of group {name!r}")
+    entry = json_files.require_object(value, f"group {name!r}")
+    size = json_files.require_integer(entry.get("size"), f"the size of group {name!r}")
     slots = entry.get("keep")
     if not isinstance(slots, list):
         raise ValueError(f"group {name!r} has no list of what it keeps")
-    kept = [json_files.integer(slot, f"a slot of group {name!r}") for slot in slots]
+    kept = [json_files.require_integer(slot, f"a slot of group {name!r}") for slot in slots]
     if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= size:
         raise ValueError(f"group {name!r} does not keep sorted slots of its {size}")
     return kept, size

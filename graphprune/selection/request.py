@@ -76,7 +76,7 @@ class Request:
             value = getattr(self, name)
             object.__setattr__(self, name, value if value == "auto" else int(value))
 
-    def named(self, model: nn.Module) -> Request:
+    def with_names(self, model: nn.Module) -> Request:
         """Return the request with globs of names for the modules among its patterns.
 
         Raises:

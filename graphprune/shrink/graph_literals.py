@@ -27,7 +27,7 @@ aten = torch.ops.aten
 _NO_REASON = Reason("the same as in inference")
 
 
-def restricted_arguments(
+def restrict_arguments(
     step: Step, args: Sequence[Any], kwargs: dict[str, Any], kept: Mapping[Axis, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a statistic once its tensors hold only the kept slots."""
@@ -92,10 +92,10 @@ class _Site:
             return value
         if isinstance(value, int):
             return self.slim_size(layout)
-        return scaled(value, self.slim_size(layout), size_of(layout), before=self.node)
+        return scale_size(value, self.slim_size(layout), size_of(layout), before=self.node)
 
 
-def scaled(value: fx.Node, numerator: int, denominator: int, before: fx.Node) -> Any:
+def scale_size(value: fx.Node, numerator: int, denominator: int, before: fx.Node) -> Any:
     """Return `value * numerator // denominator`, computed by the graph unless the value is known."""
     traced_size = value.meta.get("val")
     if isinstance(traced_size, int):
@@ -148,7 +148,7 @@ def _restore_size(node: fx.Node, inference: Inference, kept: Mapping[Axis, int])
         return
     # `x.shape[1] // 64` was written for the original. Listed now: the new nodes use `node` too.
     users = list(node.users)
-    original = scaled(node, size_of(layout), kept_size(layout, kept), before=node.next)
+    original = scale_size(node, size_of(layout), kept_size(layout, kept), before=node.next)
     for user in users:
         user.replace_input_with(node, original)
 

@@ -55,7 +55,7 @@ def is_of_torch(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "torch"
 
 
-def held_numbers(model: nn.Module, described: tuple[type, ...]) -> Iterator[HeldNumber]:
+def find_held_numbers(model: nn.Module, described: tuple[type, ...]) -> Iterator[HeldNumber]:
     """Yield the whole numbers above 1 that modules hold; each list or dict once, where first seen.
 
     Args:
@@ -228,7 +228,7 @@ def _words(name: str) -> list[str]:
     return [word.rstrip("0123456789") for word in spaced.split("_") if word]
 
 
-def by_place(
+def group_by_class_and_keys(
     numbers: Sequence[HeldNumber],
 ) -> Mapping[tuple[type, tuple[Key, ...]], list[HeldNumber]]:
     """Return the numbers by class and keys: what instances of one class hold in one place."""

@@ -12,8 +12,8 @@ from graphprune.errors import VerificationError
 from graphprune.inference.recorded import Inference, Step
 from graphprune.layout import Axis, Layout, free_axes, resolve, size_of
 from graphprune.masks import kept_size
-from graphprune.shrink.held_numbers import HeldNumber, held_numbers, is_of_torch, put_number
-from graphprune.shrink.module_attributes import DESCRIBED
+from graphprune.shrink.held_numbers import HeldNumber, find_held_numbers, is_of_torch, put_number
+from graphprune.shrink.module_attributes import DESCRIBED_CLASSES
 
 # Ways of following that are tried at most; each is a run without data.
 _WAYS = 32
@@ -25,7 +25,7 @@ def put_sizes(model: nn.Module, sizes: Mapping[HeldNumber, int]) -> None:
         put_number(model, number, size)
 
 
-def put_what_works(
+def keep_what_works(
     model: nn.Module, sizes: Mapping[HeldNumber, int], works: Callable[[], bool]
 ) -> set[HeldNumber]:
     """Let the model hold these numbers, except those that it does not work with, which are returned.
@@ -50,11 +50,11 @@ def put_what_works(
     # The second half is tried beside what worked of the first.
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
         half_of_sizes = {number: size for number, size in sizes.items() if number.keys in half}
-        refused |= put_what_works(model, half_of_sizes, works)
+        refused |= keep_what_works(model, half_of_sizes, works)
     return refused
 
 
-def ways_to_follow_sizes(
+def try_sizes(
     model: nn.Module, inference: Inference, kept: Mapping[Axis, int]
 ) -> Iterator[dict[HeldNumber, int]]:
     """Change the whole numbers that a module's own operators go by, and yield what they are now.
@@ -117,7 +117,7 @@ def _group_by_choice(
                 key = step.place.module, size_of(layout)
                 sizes.setdefault(key, set()).add(kept_size(layout, kept))
     by_choice: dict[tuple[type, tuple[str | int, ...], tuple[int, ...]], list[HeldNumber]] = {}
-    for number in held_numbers(model, DESCRIBED):
+    for number in find_held_numbers(model, DESCRIBED_CLASSES):
         likely = from_arguments.get((number.module, number.value), set()) - {number.value}
         possible = from_tensors.get((number.module, number.value), set()) - {
             number.value,
@@ -169,7 +169,7 @@ def _find_argument_dimensions(step: Step) -> Iterator[Layout]:
                 yield layout
 
 
-def works_by(check: Callable[[], object]) -> Callable[[], bool]:
+def as_predicate(check: Callable[[], object]) -> Callable[[], bool]:
     """Return whether a check passes, as a function."""
 
     def works() -> bool:

@@ -153,5 +153,5 @@ _UPDATES: dict[type[nn.Module], Callable[[Any, Steps, Mapping[Axis, int]], None]
     nn.MultiheadAttention: _describe_attention,
 }
 
-DESCRIBED = tuple(_UPDATES)
+DESCRIBED_CLASSES = tuple(_UPDATES)
 """The classes of torch.nn whose attributes `describe_tensors` makes true."""

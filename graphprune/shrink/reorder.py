@@ -17,7 +17,9 @@ from graphprune.utils.tensors import copy_with
 Order = npt.NDArray[np.int64]
 
 
-def reordered(model: nn.Module, inference: Inference, orders: Mapping[Axis, Order]) -> nn.Module:
+def reorder_slots(
+    model: nn.Module, inference: Inference, orders: Mapping[Axis, Order]
+) -> nn.Module:
     """Return a copy of a model with the slots of some axes in another order.
 
     Args:
@@ -33,30 +35,28 @@ def reordered(model: nn.Module, inference: Inference, orders: Mapping[Axis, Orde
             return None
         for dim, layout in enumerate(inference.parameters.get(name, [])):
             if touches(layout, orders):
-                index = torch.from_numpy(positions(layout, orders)).to(tensor.device)
+                index = torch.from_numpy(old_positions(layout, orders)).to(tensor.device)
                 reordered_tensor = reordered_tensor.index_select(dim, index)
         return None if reordered_tensor.data_ptr() == tensor.data_ptr() else reordered_tensor
 
     return copy_with(model, reorder_tensor)
 
 
-def positions(layout: Layout, orders: Mapping[Axis, Order]) -> Order:
+def old_positions(layout: Layout, orders: Mapping[Axis, Order]) -> Order:
     """Return the old position that each new position of a dimension is."""
     layout = resolve(layout)
     if isinstance(layout, Axis):
         return orders[layout] if layout in orders else np.arange(layout.size)
     if isinstance(layout, Concat):
         starts = np.cumsum([0, *map(size_of, layout.parts)])
-        parts = [positions(p, orders) + s for p, s in zip(layout.parts, starts, strict=False)]
+        parts = [old_positions(p, orders) + s for p, s in zip(layout.parts, starts, strict=False)]
         return np.concatenate(parts)
     if isinstance(layout, Permuted):
         # Position i is `order[i]` of the inner layout: into its numbers, to the old one, and back.
         inverse = np.array(inverse_of(layout.order))
-        return inverse[positions(layout.inner, orders)[list(layout.order)]]
+        return inverse[old_positions(layout.inner, orders)[list(layout.order)]]
     # Row-major: (2 3) with its two outer slots swapped is [3, 4, 5, 0, 1, 2].
-    old_positions = np.zeros(1, dtype=np.int64)
+    positions = np.zeros(1, dtype=np.int64)
     for factor in layout.factors:
-        old_positions = (
-            old_positions[:, None] * size_of(factor) + positions(factor, orders)
-        ).flatten()
-    return old_positions
+        positions = (positions[:, None] * size_of(factor) + old_positions(factor, orders)).flatten()
+    return positions

@@ -7,40 +7,44 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from graphprune.inference.orders import renumbered
+from graphprune.inference.orders import renumber
 from graphprune.inference.recorded import Inference
 from graphprune.layout import Axis, Layout
-from graphprune.masks import Mask, counts_of, mask_of
+from graphprune.masks import Mask, count_kept_slots, mask_of
 from graphprune.shrink.module_attributes import describe_tensors
-from graphprune.utils.tensors import copy_with, evaluating
+from graphprune.utils.tensors import copy_with, evaluation_mode
 
 
-def shrunk(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> nn.Module:
+def shrink_module(model: nn.Module, inference: Inference, masks: Mapping[Axis, Mask]) -> nn.Module:
     """Return a copy of the model whose tensors lack the removed slots, ties kept.
 
     The forward code is the model's own; `graphprune.shrink.graph_literals` rewrites a graph's.
     """
 
     def cut_and_renumber(name: str, tensor: Tensor) -> Tensor | None:
-        smaller_tensor = sliced(tensor, inference.parameters.get(name, []), masks)
+        smaller_tensor = slice_tensor(tensor, inference.parameters.get(name, []), masks)
         if smaller_tensor is None or name not in inference.addressed:
             return smaller_tensor
-        return renumbered(smaller_tensor, mask_of(inference.addressed[name], masks))
+        return renumber(smaller_tensor, mask_of(inference.addressed[name], masks))
 
     slimmer = copy_with(model, cut_and_renumber)
-    kept = counts_of(masks)
-    with evaluating(slimmer):  # reading a weight computed in training may update its buffers
+    kept = count_kept_slots(masks)
+    with evaluation_mode(slimmer):  # reading a weight computed in training may update its buffers
         describe_tensors(slimmer, inference, kept)
     return slimmer
 
 
-def sliced(tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]) -> Tensor | None:
+def slice_tensor(
+    tensor: Tensor, layouts: list[Layout], masks: Mapping[Axis, Mask]
+) -> Tensor | None:
     """Return the tensor without the removed slots, or None if it loses none."""
     masks_by_dim = [mask_of(layout, masks) for layout in layouts]
-    return None if all(mask.all() for mask in masks_by_dim) else cut(tensor, masks_by_dim)
+    return (
+        None if all(mask.all() for mask in masks_by_dim) else keep_positions(tensor, masks_by_dim)
+    )
 
 
-def cut(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
+def keep_positions(tensor: Tensor, kept: Sequence[Mask]) -> Tensor:
     """Return what is kept of a tensor, given which positions stay along each dimension.
 
     It lies in memory as the tensor does: its dimensions in the same order, as in channels_last.

@@ -24,7 +24,13 @@ from graphprune.inference.recorded import Inference
 from graphprune.layout import Axis, size_of
 from graphprune.shrink.constructors import Constructors
 from graphprune.shrink.dimensions import Dimension, Dimensions, Pieces, cut_sizes
-from graphprune.shrink.held_numbers import HeldNumber, by_place, held_numbers, says_side, says_size
+from graphprune.shrink.held_numbers import (
+    HeldNumber,
+    find_held_numbers,
+    group_by_class_and_keys,
+    says_side,
+    says_size,
+)
 
 aten = torch.ops.aten
 _BY_NUMBER = (aten.mul, aten.div, aten.mul_, aten.div_)
@@ -63,7 +69,7 @@ class Ties:
     ambiguous: Mapping[HeldNumber, tuple[int, ...]]
 
 
-def ties_of(
+def infer_ties(
     model: nn.Module,
     inference: Inference,
     kept: Mapping[Axis, int],
@@ -98,7 +104,7 @@ class _Judge:
     ) -> None:
         self.pieces = Pieces(inference, kept)
         shrinking_sizes = cut_sizes(inference, self.pieces)
-        by_class_and_keys = by_place(list(held_numbers(model, described)))
+        by_class_and_keys = group_by_class_and_keys(list(find_held_numbers(model, described)))
         self.places = [
             instances
             for instances in by_class_and_keys.values()

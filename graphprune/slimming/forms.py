@@ -22,21 +22,21 @@ from graphprune.inference.infer import infer
 from graphprune.inference.recorded import OtherRun
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import Axis
-from graphprune.masks import Mask, counts_of
+from graphprune.masks import Mask, count_kept_slots
 from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
 from graphprune.shrink.graph_literals import rewrite_literals
 from graphprune.shrink.held_numbers import HeldNumber
 from graphprune.shrink.held_sizes import (
+    as_predicate,
     axes_given_as_sizes,
+    keep_what_works,
     put_sizes,
-    put_what_works,
-    ways_to_follow_sizes,
-    works_by,
+    try_sizes,
 )
-from graphprune.shrink.module_attributes import DESCRIBED
-from graphprune.shrink.tensors import shrunk
-from graphprune.shrink.ties import AmbiguousSize, Ties, ties_of
+from graphprune.shrink.module_attributes import DESCRIBED_CLASSES
+from graphprune.shrink.tensors import shrink_module
+from graphprune.shrink.ties import AmbiguousSize, Ties, infer_ties
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.tensors import forget_derived
 from graphprune.verify import Run, Verification, check_runs, silenced_copy, verify
@@ -105,19 +105,21 @@ def as_module(
 
     """
     masks = plan.masks(graph)
-    slimmer = shrunk(job.module, graph.inference, masks)
+    slimmer = shrink_module(job.module, graph.inference, masks)
     forget_derived(slimmer)
 
     def check() -> Verification | None:
         if job.check:
             return _verify(job, job.module, slimmer, plan, graph)
-        kept = None if other_operators else counts_of(masks)
+        kept = None if other_operators else count_kept_slots(masks)
         check_runs(slimmer, job.inputs, graph.inference, kept)
         return None
 
     # Sizes that are told to follow are changed at once. Where the model is wrong then, they are put back,
     # and those that forward needs are found by trying.
-    ties = ties_of(slimmer, graph.inference, counts_of(masks), DESCRIBED, compared=job.check)
+    ties = infer_ties(
+        slimmer, graph.inference, count_kept_slots(masks), DESCRIBED_CLASSES, compared=job.check
+    )
     put_sizes(slimmer, ties.sizes)
     unclear = ties.ambiguous
     try:
@@ -160,7 +162,7 @@ def _check_with_sizes(
         for number, size in ties.sizes.items()
         if changed.get(number, number.value) == number.value
     }
-    left = put_what_works(slimmer, unchanged, works_by(check))
+    left = keep_what_works(slimmer, unchanged, as_predicate(check))
     unclear = {
         number: sizes
         for number, sizes in ties.ambiguous.items()
@@ -187,7 +189,7 @@ def _follow_sizes(
         VerificationError: the given failure, where it never does.
 
     """
-    for sizes in ways_to_follow_sizes(slimmer, graph.inference, counts_of(plan.masks(graph))):
+    for sizes in try_sizes(slimmer, graph.inference, count_kept_slots(plan.masks(graph))):
         try:
             check_runs(slimmer, job.inputs, graph.inference)
             return check(), sizes
@@ -219,7 +221,7 @@ def as_module_with_fewer_groups(job: Job, graph: DependencyGraph, plan: Plan) ->
         None where that leaves nothing to cut, or the code does not follow all the same.
 
     """
-    sizes = counts_of(plan.masks(graph))
+    sizes = count_kept_slots(plan.masks(graph))
     for of_attention in (False, True):
         axes = axes_given_as_sizes(job.module, graph.inference, sizes, of_attention=of_attention)
         whole = sorted(graph.by_axis[axis].name for axis in axes)
@@ -258,8 +260,8 @@ def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
     graph = DependencyGraph(infer(module, job.inputs, at_other_sizes=job.check))
     plan = job.plan_for(graph)
     masks = plan.masks(graph)
-    slimmer = shrunk(module, graph.inference, masks)
-    kept = counts_of(masks)
+    slimmer = shrink_module(module, graph.inference, masks)
+    kept = count_kept_slots(masks)
     rewrite_literals(cast(fx.GraphModule, slimmer), graph.inference, kept)
     verification = _check(job, module, slimmer, plan, graph)
     slimmer.train(job.module.training)

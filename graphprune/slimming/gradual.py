@@ -8,9 +8,9 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from graphprune.distributed.wrappers import unwrapped
-from graphprune.selection.choose import Whole
-from graphprune.slimming.slim import MILLI, Options, Order, carried_out
+from graphprune.distributed.wrappers import unwrap
+from graphprune.selection.choose import Baseline
+from graphprune.slimming.slim import MILLI, Options, Order, run_slim
 
 
 def slim_gradually(
@@ -45,17 +45,17 @@ def slim_gradually(
     if order.plan is not None:
         raise TypeError("slim_gradually makes a plan for each step and takes none")
     steps = options.get("steps", 5)
-    baseline: Whole | None = None
+    baseline: Baseline | None = None
     if isinstance(model, nn.Module):  # its modules, not those of the copies that follow
-        order = replace(order, request=order.request.named(unwrapped(model)))
+        order = replace(order, request=order.request.with_names(unwrap(model)))
     for step in range(1, steps + 1):
         progress = step / steps
         request = replace(order.request, ratio=order.request.ratio * progress, steps=1)
         order_of_step = replace(order, request=request, way=progress)
-        result = carried_out(order_of_step, model, example_inputs, baseline)
+        result = run_slim(order_of_step, model, example_inputs, baseline)
         # of the graph before the first cut, since every step's ratio counts from there
         if baseline is None:
             nanoseconds = None if result.latency is None else result.latency.original / MILLI
-            baseline = Whole.of(result.graph, request, nanoseconds)
+            baseline = Baseline.of(result.graph, request, nanoseconds)
         model = result.model
         yield model

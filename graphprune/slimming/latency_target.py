@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from graphprune.errors import warn
 from graphprune.report.result import Slimmed
-from graphprune.runtime.latency import Bench, LatencyModel, Reached
+from graphprune.runtime.latency import Bench, LatencyModel, LatencyOutcome
 from graphprune.selection.request import Request
 from graphprune.utils.progress import track
 
@@ -20,7 +20,7 @@ _ATTEMPTS = 6
 _NEAR, _FAR = 0.02, 0.05
 
 
-def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyModel:
+def calibrate(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyModel:
     """Return the latency as measured at full size and at smaller ones.
 
     Args:
@@ -28,23 +28,23 @@ def calibrated(bench: Bench, at_width: Callable[[float], Slimmed]) -> LatencyMod
         at_width: gives the model with about this fraction of each group.
 
     """
-    latency = bench.model_of_original()
+    latency = bench.build_latency_model()
     for width in track(_WIDTHS, "measuring the parts"):
         slim = at_width(width)
-        kept = bench.left_by(slim.plan, slim.graph)
-        by_part = bench.by_part_at(kept, slim.model)
+        kept = bench.count_kept(slim.plan, slim.graph)
+        by_part = bench.measure_parts(kept, slim.model)
         # not timed: the original's time, in proportion to what the profiler says of the parts of both
         model_seconds = bench.seconds * sum(by_part.values()) / sum(bench.by_part.values())
-        latency = latency.learned(kept, by_part, model_seconds)
+        latency = latency.add_measurement(kept, by_part, model_seconds)
     return latency
 
 
-def met(
+def search_latency(
     bench: Bench,
     latency: LatencyModel,
     attempt: Callable[[LatencyModel], Slimmed],
     target: float,
-) -> tuple[LatencyModel, Reached]:
+) -> tuple[LatencyModel, LatencyOutcome]:
     """Return the latency model by which the choice comes nearest to a target, and what was measured.
 
     Args:
@@ -58,12 +58,12 @@ def met(
     tried_counts = []
     for _ in track(range(_ATTEMPTS), "meeting the latency"):
         slim = attempt(latency)
-        kept = bench.left_by(slim.plan, slim.graph)
+        kept = bench.count_kept(slim.plan, slim.graph)
         # the same numbers of channels again: measuring them once more would teach nothing
         if kept in tried_counts:
             break
         tried_counts.append(kept)
-        measured = bench.measured(slim.model)
+        measured = bench.measure(slim.model)
         bench.doubt(latency.seconds_of(kept), measured.by_part)
         bench.remember(kept, measured.by_part)
         miss = abs(measured.seconds * 1e3 / target - 1)
@@ -71,13 +71,13 @@ def met(
             best = miss, latency, measured.seconds
         if miss <= _NEAR:
             break
-        latency = latency.learned(kept, measured.by_part, measured.seconds)
+        latency = latency.add_measurement(kept, measured.by_part, measured.seconds)
     assert best is not None  # the first attempt is always new
     _, latency, seconds = best
-    return latency, Reached(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
+    return latency, LatencyOutcome(bench.seconds * 1e3, target, seconds * 1e3, str(bench.runtime))
 
 
-def warn_of_missed(reached: Reached, request: Request) -> None:
+def warn_of_missed(reached: LatencyOutcome, request: Request) -> None:
     """Warn where the latency asked for was not met, unless the original has it."""
     if abs(reached.slim / reached.target - 1) <= _FAR or reached.target >= reached.original:
         return

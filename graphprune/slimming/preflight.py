@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError, listed, warn
-from graphprune.importance import LOOK_AT_DATA, LOOK_AT_LOSS, checked_loss
+from graphprune.importance import LOOK_AT_DATA, LOOK_AT_LOSS, check_loss
 from graphprune.utils.inputs import Inputs, call, output_tensors
 from graphprune.utils.tensors import parameter_names, working_copy
-from graphprune.utils.torch_context import same_chance
+from graphprune.utils.torch_context import fixed_seed
 
 # What says which channels go, in the place of which a plan may stand.
 _CHOOSING = (
@@ -35,7 +35,7 @@ def check_use(
 
     """
     if given_options.get("loss") is not None:
-        checked_loss(given_options["loss"])
+        check_loss(given_options["loss"])
     unusual_options = {
         n: value for n, value in given_options.items() if not _is_default(value, defaults.get(n))
     }
@@ -126,7 +126,7 @@ def _has_nan(parameter: Tensor) -> bool:
 
 def _gives_nan(model: nn.Module, inputs: Inputs) -> bool:
     try:
-        with same_chance():
+        with fixed_seed():
             output = call(working_copy(model).eval(), inputs.map(lambda tensor: tensor.clone()))
     except Exception:  # what is wrong with the inputs is said later
         return False

@@ -15,30 +15,30 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from graphprune.calibration.batches import Share, batches_of
-from graphprune.capture.capture import prepared, reexported
-from graphprune.compensation import Method, compensated, method_of
-from graphprune.distributed.process_group import together
+from graphprune.capture.capture import normalize_model_and_inputs, reexport
+from graphprune.compensation import Method, compensate_model, method_of
+from graphprune.distributed.process_group import join_call
 from graphprune.errors import GraphPruneWarning, InvalidRequestError
 from graphprune.groups.cost import Amount
 from graphprune.groups.groups import Scores
 from graphprune.groups.name_patterns import Pattern
-from graphprune.importance import Importance, Loss, Subject, are_losses, scores
+from graphprune.importance import Importance, Loss, ScoringContext, are_losses, scores
 from graphprune.importance.magnitude import BY_WEIGHTS
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.onnx_export.providers import Runtime
 from graphprune.report.result import Slimmed
 from graphprune.runtime.latency import NANO, Bench, LatencyModel
 from graphprune.selection.allocation import Align
-from graphprune.selection.choose import Whole, choose
+from graphprune.selection.choose import Baseline, choose
 from graphprune.selection.plan import Plan
 from graphprune.selection.request import Ranking, Request, Unit
 from graphprune.slimming.forms import Form, Job, in_form
-from graphprune.slimming.latency_target import calibrated, met, warn_of_missed
+from graphprune.slimming.latency_target import calibrate, search_latency, warn_of_missed
 from graphprune.slimming.preflight import check_use, refuse_nan
-from graphprune.transformers_config.pretrained import with_own_config
-from graphprune.utils.safetensors_blocks import Checkpoint, Weights
+from graphprune.transformers_config.pretrained import fit_own_config
+from graphprune.utils.safetensors_blocks import Checkpoint, CheckpointWeights
 from graphprune.utils.tensors import named_tensors
-from graphprune.verify import without
+from graphprune.verify import copy_with_slots_zeroed
 
 Groups: TypeAlias = tuple[tuple[str, int, bool, bool], ...]
 
@@ -224,7 +224,7 @@ def slim(
         latency_ms=latency_ms, provider=provider, threads=threads, weights=weights,
     )  # fmt: skip
     if isinstance(model, ExportedProgram):
-        return reexported(model, result.model, example_inputs)
+        return reexport(model, result.model, example_inputs)
     return result.model
 
 
@@ -246,50 +246,50 @@ def slimmed(
 
     Takes the arguments of `slim`.
     """
-    return carried_out(Order.of(ratio, options), model, example_inputs)
+    return run_slim(Order.of(ratio, options), model, example_inputs)
 
 
 @torch.inference_mode(False)
-def carried_out(
-    order: Order, model: Any, example_inputs: Any, baseline: Whole | None = None
+def run_slim(
+    order: Order, model: Any, example_inputs: Any, baseline: Baseline | None = None
 ) -> Slimmed:
     """Return the slim model that was ordered; `baseline` is the model before any cut, if cut before."""
-    with together(order.data is not None):
+    with join_call(order.data is not None):
         return _carry_out(order, model, example_inputs, baseline)
 
 
-def _carry_out(order: Order, model: Any, example_inputs: Any, baseline: Whole | None) -> Slimmed:
+def _carry_out(order: Order, model: Any, example_inputs: Any, baseline: Baseline | None) -> Slimmed:
     if order.form not in ("auto", "module", "graph"):
         raise InvalidRequestError(f"form={order.form!r} must be 'auto', 'module' or 'graph'")
     method = method_of(order.compensate)
     runtime = Runtime.of(order.provider, order.threads)
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     refuse_nan(module, inputs)
-    order = replace(order, request=order.request.named(module))
+    order = replace(order, request=order.request.with_names(module))
     has_data = not any(tensor.is_meta for tensor in named_tensors(module).values())
     batches = None if order.data is None else batches_of(order.data)
     weights = None if order.weights is None else weights_for(order, module)
     if weights is not None:
         # but those of index buffers come from the files: inference reads the orders in them
         module = weights.without_values(module)
-    choice = Choice(order, module, batches, baseline, weights)
+    choice = PlanCache(order, module, batches, baseline, weights)
     job = Job(module, inputs, choice.plan_for, order.verify and has_data)
     if order.plan is None and order.request.of == "latency":
         result = towards_latency(order, job, choice, runtime)
     else:
         result = in_form(order.form, job)
-    result = with_own_config(result)
+    result = fit_own_config(result)
     result = replace(result, scores=choice.scores.get(groups_of(result.graph)))
     if batches is not None:
         # before the repair, which sums over the processes and would mix up different slim models
         batches.ranks.agree("arrived at another plan", result.plan.digest)
     if method is None:
         return result
-    repair = compensated(module, result.model, result.plan, inputs, batches, method)
+    repair = compensate_model(module, result.model, result.plan, inputs, batches, method)
     return replace(result, compensation=repair)
 
 
-class Choice:
+class PlanCache:
     """What is chosen for the graphs of one model; scores are asked for once."""
 
     def __init__(
@@ -297,8 +297,8 @@ class Choice:
         order: Order,
         module: nn.Module,
         batches: Share | None,
-        baseline: Whole | None,
-        weights: Weights | None,
+        baseline: Baseline | None,
+        weights: CheckpointWeights | None,
     ) -> None:
         self.order = order
         self.module = module
@@ -312,14 +312,14 @@ class Choice:
         """Return what the order asks for; a second form that is tried has the plan of the first."""
         groups = groups_of(graph)
         if groups not in self.plans:
-            self.plans[groups] = self.chosen(graph, self.order.request, self.whole)
+            self.plans[groups] = self.choose_plan(graph, self.order.request, self.whole)
         return self.plans[groups]
 
-    def chosen(
+    def choose_plan(
         self,
         graph: DependencyGraph,
         request: Request,
-        baseline: Whole | None,
+        baseline: Baseline | None,
         cost: Amount | None = None,
     ) -> Plan:
         """Return the plan that a request asks for."""
@@ -343,7 +343,8 @@ class Choice:
     def _scores(self, graph: DependencyGraph, plan_so_far: Plan | None) -> Scores:
         if plan_so_far is not None:
             return self._compute_scores(
-                graph, without(self.module, graph.inference, plan_so_far.masks(graph))
+                graph,
+                copy_with_slots_zeroed(self.module, graph.inference, plan_so_far.masks(graph)),
             )
         groups = groups_of(graph)
         if groups not in self.scores:
@@ -352,11 +353,11 @@ class Choice:
 
     def _compute_scores(self, graph: DependencyGraph, model: nn.Module) -> Scores:
         order = self.order
-        subject = Subject(model, graph, self.batches, order.loss, order.seed, self.weights)
+        subject = ScoringContext(model, graph, self.batches, order.loss, order.seed, self.weights)
         return scores(subject, order.importance)
 
 
-def weights_for(order: Order, module: nn.Module) -> Weights:
+def weights_for(order: Order, module: nn.Module) -> CheckpointWeights:
     """Return where the values of a model without any are.
 
     Raises:
@@ -379,7 +380,7 @@ def weights_for(order: Order, module: nn.Module) -> Weights:
             "data, compensate and latency need a model that runs, and weights= is for one without values; "
             "load the model, or leave them out"
         )
-    weights = Weights.of(Checkpoint.of(order.weights or ""), module)
+    weights = CheckpointWeights.of(Checkpoint.of(order.weights or ""), module)
     weights.check_shapes(module)
     return weights
 
@@ -396,7 +397,7 @@ def target_of(order: Order, original: float) -> float:
     return original + order.way * (order.latency_ms - original)
 
 
-def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) -> Slimmed:
+def towards_latency(order: Order, job: Job, choice: PlanCache, runtime: Runtime) -> Slimmed:
     """Return the slim model whose measured latency is nearest to what was asked for."""
     request = order.request
     unverified_job = replace(job, check=False)
@@ -418,11 +419,11 @@ def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) ->
         def make_planner(latency: LatencyModel) -> Callable[[DependencyGraph], Plan]:
             def plan_for(graph: DependencyGraph) -> Plan:
                 # `target` is set below, in milliseconds; the total of a baseline is in nanoseconds
-                baseline = choice.whole or Whole.of(graph, request, bench.seconds * NANO)
+                baseline = choice.whole or Baseline.of(graph, request, bench.seconds * NANO)
                 latency_request = replace(
                     request, ratio=max(1 - target / MILLI / baseline.total, 0.0)
                 )
-                return choice.chosen(
+                return choice.choose_plan(
                     graph, latency_request, baseline, bench.of_groups(latency, graph)
                 )
 
@@ -435,8 +436,8 @@ def towards_latency(order: Order, job: Job, choice: Choice, runtime: Runtime) ->
         target = target_of(order, original_nanoseconds * MILLI)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # what holds in the end is said then
-            latency = calibrated(bench, slim_to_width)
-            latency, reached = met(bench, latency, attempt, target)
+            latency = calibrate(bench, slim_to_width)
+            latency, reached = search_latency(bench, latency, attempt, target)
         # once more by the best latency model, this time verified and with the warnings of the choice
         result = in_form(order.form, replace(job, plan_for=make_planner(latency)))
     if order.way == 1:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.errors import InvalidRequestError
 from graphprune.inference.infer import infer
 from graphprune.inspection.dependency_graph import DependencyGraph
@@ -51,7 +51,7 @@ def width_multiplier(
             f"{', '.join(without_reset)} hold parameters and have no reset_parameters() that gives fresh "
             "ones; write one, as torch.nn's layers have"
         )
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     graph = DependencyGraph(infer(module, inputs))
     groups = [group for group in graph.groups if not group.inner]
     # any would do, as all weights become fresh; less a little, since 0.07 * 100 is 7.000000000000001

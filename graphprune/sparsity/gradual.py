@@ -65,7 +65,7 @@ class Matrix:
         return down.repeat_interleave(self.block[1], 2)[:, :, :width].flatten(0, 1)
 
 
-def without_lowest(scores: Tensor, count: int, balanced: bool = False) -> Tensor:
+def mask_without_lowest(scores: Tensor, count: int, balanced: bool = False) -> Tensor:
     """Return the mask of all scores but that many of the lowest; of equal ones the first go.
 
     Args:
@@ -239,7 +239,7 @@ class GradualSparsity:
         # never fewer than before: weights that grow past a threshold do not bring blocks back
         gone_count = min(max(gone_count, int((~mask).sum())), int(self.most * mask.numel()))
         # what is gone gets a score below all absolute values, so that it goes first
-        self.masks[matrix.name] = without_lowest(
+        self.masks[matrix.name] = mask_without_lowest(
             scores.masked_fill(~mask, -1.0), gone_count, self.balanced
         )
 

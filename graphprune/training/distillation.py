@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.calibration.batches import Batch, each_batch
-from graphprune.distributed.wrappers import unwrapped
+from graphprune.distributed.wrappers import unwrap
 from graphprune.errors import InvalidRequestError
-from graphprune.importance import Loss, checked_loss, value_of
+from graphprune.importance import Loss, check_loss, value_of
 from graphprune.utils.inputs import output_tensors
 from graphprune.utils.progress import track
-from graphprune.utils.tensors import evaluating, keeping_flags, parameter_names
+from graphprune.utils.tensors import evaluation_mode, parameter_names, restore_training_flags
 
 Optimiser: TypeAlias = Literal["adamw", "sgd"]
 
@@ -114,7 +114,7 @@ def finetune(
     """
     _refuse_exchanged(slimmer, original)
     if loss is not None:
-        checked_loss(loss)
+        check_loss(loss)
     if distillation is None and loss is None:
         raise InvalidRequestError("distillation=None leaves nothing to learn from; pass loss=")
     if optimiser not in get_args(Optimiser):
@@ -136,7 +136,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(stepper, lambda step: _rate(step, steps))
     means, steps_done = [], 0
     # the seed holds within: the caller's random numbers go on as if none had been drawn
-    with torch.random.fork_rng(), evaluating(original), keeping_flags(slimmer):
+    with torch.random.fork_rng(), evaluation_mode(original), restore_training_flags(slimmer):
         torch.manual_seed(seed)
         slimmer.train()
         for epoch in range(epochs):
@@ -205,7 +205,7 @@ def _refuse_exchanged(slimmer: nn.Module, original: nn.Module) -> None:
         InvalidRequestError: all tensors that both have are as large in the first or larger.
 
     """
-    trained, teacher = (parameter_names(unwrapped(model)) for model in (slimmer, original))
+    trained, teacher = (parameter_names(unwrap(model)) for model in (slimmer, original))
     shapes = {
         name: (tuple(parameter.shape), tuple(teacher[name].shape))
         for name, parameter in trained.items()

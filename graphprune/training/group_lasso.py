@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.errors import InvalidRequestError
 from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
@@ -31,7 +31,7 @@ class GroupLasso:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        module, inputs = prepared(model, example_inputs)
+        module, inputs = normalize_model_and_inputs(model, example_inputs)
         graph = Dependencies(infer(module, inputs))
         self.groups = {g.name: g.size for g in graph.groups if g.exact and not g.inner}
         if not self.groups:

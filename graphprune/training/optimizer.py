@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import InvalidRequestError
 from graphprune.report.result import Slimmed
-from graphprune.shrink.tensors import sliced
+from graphprune.shrink.tensors import slice_tensor
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
@@ -63,7 +63,7 @@ def carry_optimizer(optimizer: Optimizer, model: nn.Module, result: Slimmed) -> 
                 f"{name!r}, which has {tuple(parameter.shape)}, and what to leave out of it is not known; "
                 "make a new optimizer"
             )
-        slim_value = sliced(value, layouts.get(name, []), masks)
+        slim_value = slice_tensor(value, layouts.get(name, []), masks)
         return value.detach().clone() if slim_value is None else slim_value
 
     groups: list[dict[str, Any]] = []

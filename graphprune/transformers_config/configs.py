@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import InvalidRequestError, in_a_line
-from graphprune.utils.torch_context import hushed
+from graphprune.utils.torch_context import silence_torch
 
 _ATTENTION = "_attn_implementation"
 
@@ -27,11 +27,11 @@ _FILLING = frozenset(
     )
 )  # fmt: skip
 
-Place: TypeAlias = tuple[str | int, ...]
+NumberPath: TypeAlias = tuple[str | int, ...]
 """Where a number stands in a config: names of attributes and positions in lists, from outside in."""
 
 Number: TypeAlias = int | float
-Changes: TypeAlias = Mapping[Place, Number]
+Changes: TypeAlias = Mapping[NumberPath, Number]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
@@ -53,37 +53,37 @@ class Architecture:
         self._config: Any = model.config
         self.name = type(self._config).__name__
         self.content: dict[str, Any] = self._config.to_dict()
-        self._shapes: dict[frozenset[tuple[Place, Number]], Shapes] = {}
+        self._shapes: dict[frozenset[tuple[NumberPath, Number]], Shapes] = {}
         self.numbers = self._find_numbers()
 
     def config_of(self, content: Mapping[str, Any]) -> Any:
         """Return the config as it is read from such a file."""
-        with quiet():
+        with silence_transformers():
             config = type(self._config).from_dict(copy.deepcopy(dict(content)))
             if hasattr(self._config, _ATTENTION):  # is not written to the file
                 setattr(config, _ATTENTION, _kernels_of(self._config))
         return config
 
-    def built(self, config: Any) -> nn.Module:
+    def build(self, config: Any) -> nn.Module:
         """Return the model of a config, its weights on the meta device, its computed buffers real."""
         # Building a model draws random numbers, filled or not; the user's generator must not move.
-        with quiet(), _UnfilledOnMeta(), torch.random.fork_rng(devices=[]):
+        with silence_transformers(), _UnfilledOnMeta(), torch.random.fork_rng(devices=[]):
             model: nn.Module = self._kind(config)
         return model
 
-    def changed(self, changes: Changes) -> nn.Module:
+    def build_with(self, changes: Changes) -> nn.Module:
         """Return the model of the config with other numbers.
 
         Raises:
             Exception: whatever the config or the model raise where they refuse them.
 
         """
-        return self.built(self.config_of(with_changes(self.content, changes)))
+        return self.build(self.config_of(copy_with_changes(self.content, changes)))
 
     def file_of(self, changes: Changes) -> dict[str, Any]:
         """Return what the config with other numbers writes as config.json."""
-        with quiet():
-            config = type(self._config).from_dict(with_changes(self.content, changes))
+        with silence_transformers():
+            config = type(self._config).from_dict(copy_with_changes(self.content, changes))
             return dict(json.loads(config.to_json_string()))
 
     def without_aliases(self, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,15 +96,15 @@ class Architecture:
         key = frozenset(changes.items())
         if key not in self._shapes:
             try:
-                self._shapes[key] = shapes(self.changed(changes))
+                self._shapes[key] = shapes(self.build_with(changes))
             except Exception:  # a config refuses some numbers in whatever way it likes
                 self._shapes[key] = {}
         return self._shapes[key]
 
-    def _find_numbers(self) -> dict[Place, Number | None]:
+    def _find_numbers(self) -> dict[NumberPath, Number | None]:
         with _record_reads(type(self._config)) as reads:
             try:
-                self.changed({})
+                self.build_with({})
             except Exception as refusal:  # of whatever kind it likes
                 raise InvalidRequestError(
                     f"{self._kind.__name__} cannot be built from what its {self.name} writes, as "
@@ -130,7 +130,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(chain(parameters, model.named_buffers(remove_duplicate=False)))
 
 
-def with_changes(content: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+def copy_with_changes(content: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """Return a copy of nested dicts and lists with other numbers."""
     changed_content = copy.deepcopy(dict(content))
     for path, value in changes.items():
@@ -145,13 +145,13 @@ def with_changes(content: Mapping[str, Any], changes: Changes) -> dict[str, Any]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Keep from the user what torch and transformers say of configs that are only tried."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with hushed():
+        with silence_torch():
             yield
     finally:
         logger.setLevel(level)
@@ -198,8 +198,8 @@ def _record_reads(kind: type) -> Iterator[set[tuple[type, str]]]:
 
 
 def _collect_numbers_read(
-    config: Any, reads: set[tuple[type, str]], path: Place
-) -> Iterator[tuple[Place, Number | None]]:
+    config: Any, reads: set[tuple[type, str]], path: NumberPath
+) -> Iterator[tuple[NumberPath, Number | None]]:
     content = config.to_dict()
     for kind, name in sorted(reads, key=lambda pair: pair[1]):
         # The reads are of every config that was seen, the one outside and those in it.
@@ -213,7 +213,7 @@ def _collect_numbers_read(
             yield from _collect_numbers(content.get(name), (*path, name))
 
 
-def _collect_numbers(value: Any, path: Place) -> Iterator[tuple[Place, Number | None]]:
+def _collect_numbers(value: Any, path: NumberPath) -> Iterator[tuple[NumberPath, Number | None]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _collect_numbers(inner, (*path, key))

@@ -22,18 +22,18 @@ from graphprune.errors import GraphPruneError, in_a_line
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import size_of
-from graphprune.masks import counts_of, kept_size
+from graphprune.masks import count_kept_slots, kept_size
 from graphprune.report.result import Slimmed
 from graphprune.transformers_config.configs import (
     Architecture,
     Changes,
     Number,
-    Place,
+    NumberPath,
     Shapes,
     shapes,
     tensors_of,
 )
-from graphprune.utils.torch_context import alone
+from graphprune.utils.torch_context import one_thread_at_a_time
 
 # Sets of changes that are tried at most; each is a model built without memory.
 _MOST_TRIED = 300
@@ -54,7 +54,7 @@ _PROBES = (14, 28)
 Dim: TypeAlias = tuple[str, int]
 """A dimension of a tensor: its name and position."""
 
-Written: TypeAlias = Callable[[Changes], Mapping[str, Any]]
+ContentOf: TypeAlias = Callable[[Changes], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Fit:
     difference: Difference | None = None
 
 
-def find(result: Slimmed, content_of: Written | None = None) -> Fit:
+def find(result: Slimmed, content_of: ContentOf | None = None) -> Fit:
     """Look for a config that says the sizes of a slim model in module form.
 
     Args:
@@ -106,18 +106,18 @@ def find(result: Slimmed, content_of: Written | None = None) -> Fit:
         InvalidRequestError: the model's class cannot be built from its config alone.
 
     """
-    with alone():  # reads of the config's class are watched, whoever reads
+    with one_thread_at_a_time():  # reads of the config's class are watched, whoever reads
         return _find_fit(result, content_of)
 
 
-def _find_fit(result: Slimmed, content_of: Written | None) -> Fit:
+def _find_fit(result: Slimmed, content_of: ContentOf | None) -> Fit:
     architecture = Architecture(result.model)
     search = Search(architecture, shapes(result.model), Numbers(architecture, result))
     first_difference: Difference | None = None
     for changes in islice(search.fitting(), _MOST_COMPARED):
         try:
             content = (content_of or architecture.file_of)(changes)
-            model = architecture.built(architecture.config_of(content))
+            model = architecture.build(architecture.config_of(content))
         except Exception as refusal:  # a config refuses some numbers in whatever way it likes
             first_difference = first_difference or Difference(in_a_line(refusal))
             continue
@@ -134,7 +134,7 @@ class Numbers:
     def __init__(self, architecture: Architecture, result: Slimmed) -> None:
         self._architecture = architecture
         self._result = result
-        self._seen: dict[frozenset[tuple[Place, Number]], list[Any] | None] = {
+        self._seen: dict[frozenset[tuple[NumberPath, Number]], list[Any] | None] = {
             frozenset(): _leaves(result.graph.inference)
         }
 
@@ -147,7 +147,7 @@ class Numbers:
     def became(self) -> dict[int, list[int]]:
         """By each number in the original, what stands where it stood, other than itself, often first."""
         original, plan = self._result.graph.inference, self._result.plan
-        kept = counts_of(plan.masks(self._result.graph))
+        kept = count_kept_slots(plan.masks(self._result.graph))
         values = [value for step in original.steps for value in (*step.inputs, *step.outputs)]
         # Sizes of dimensions; below also the numbers that operators are called with.
         pairs = [(size_of(x), kept_size(x, kept)) for value in values for x in value.layouts]
@@ -161,7 +161,7 @@ class Numbers:
                 counts.setdefault(old, Counter())[new] += 1
         return {old: [new for new, _ in count.most_common()] for old, count in counts.items()}
 
-    def are_said_by(self, path: Place, value: int, other_changes: Changes) -> bool:
+    def are_said_by(self, path: NumberPath, value: int, other_changes: Changes) -> bool:
         """Say whether a number at a place of the config makes an operator's number that of the slim model.
 
         Where no model of the config with that number can be run, it may.
@@ -182,7 +182,7 @@ class Numbers:
         key = frozenset(changes.items())
         if key not in self._seen:
             try:
-                model = self._architecture.changed(changes)
+                model = self._architecture.build_with(changes)
                 self._seen[key] = _leaves(infer(model, self._result.inputs))
             except Exception:  # a config or its model refuses some numbers in whatever way it likes
                 self._seen[key] = None
@@ -218,20 +218,20 @@ class Search:
         self._places = architecture.numbers
         self._hidden = hidden
         self._asked = {path: self._find_followers(path, {}) for path in self._places}
-        self.needed: dict[Place, Number] = {}
-        self.conflicts: dict[Place, dict[Dim, Number | None]] = {}  # what is asked for in vain
-        self.alone: dict[Place, list[Dim]] = {}  # dimensions that no other number moves
+        self.needed: dict[NumberPath, Number] = {}
+        self.conflicts: dict[NumberPath, dict[Dim, Number | None]] = {}  # what is asked for in vain
+        self.alone: dict[NumberPath, list[Dim]] = {}  # dimensions that no other number moves
         self._find_needed()
         self.nearest: Changes = {}
         self.missed = self._find_missed({})
 
-    def fitting(self) -> Iterator[dict[Place, Number]]:
+    def fitting(self) -> Iterator[dict[NumberPath, Number]]:
         """Yield changes of the config that give the shapes, the likeliest first."""
         open_paths = [
             path for path, followers in self._asked.items() if self._is_open(path) and followers
         ]
         choices = dict(self._choices())
-        yielded_changes: list[dict[Place, Number]] = []
+        yielded_changes: list[dict[NumberPath, Number]] = []
         if not self.missed:
             yielded_changes.append({})
             yield {}
@@ -264,10 +264,10 @@ class Search:
             if name not in actual or len(actual[name]) != len(shape) or actual[name][dim] != size
         ] or ([] if actual.keys() == self._wanted.keys() else [(name, 0) for name in actual])
 
-    def _is_open(self, path: Place) -> bool:
+    def _is_open(self, path: NumberPath) -> bool:
         return self._places[path] is None
 
-    def _find_followers(self, path: Place, start: Changes) -> dict[Dim, Number | None]:
+    def _find_followers(self, path: NumberPath, start: Changes) -> dict[Dim, Number | None]:
         """Return which dimensions follow a number, and what each would have it be; None for nothing.
 
         Dimensions are taken to grow evenly with it.
@@ -296,7 +296,7 @@ class Search:
                     followers[name, dim] = _as_number(exact, value)
         return followers
 
-    def _find_accepted(self, path: Place, value: Number, start: Changes) -> Number:
+    def _find_accepted(self, path: NumberPath, value: Number, start: Changes) -> Number:
         """Return another number that the config does not refuse, or this one where there is none."""
         # A width that heads have to divide takes twice its size; a number of heads may not.
         candidates: list[Number] = [2 * value, 3 * value]
@@ -320,9 +320,9 @@ class Search:
             else:
                 self.conflicts[path] = sole_followers
 
-    def _choices(self) -> Iterator[tuple[Place, list[Number]]]:
+    def _choices(self) -> Iterator[tuple[NumberPath, list[Number]]]:
         """Yield the places whose numbers are still to be chosen, and what they may be, likely first."""
-        hidden: list[tuple[Place, int]] = []
+        hidden: list[tuple[NumberPath, int]] = []
         for path, value in self._places.items():
             if value is None or path in self.needed:
                 continue
@@ -342,7 +342,7 @@ class Search:
                 yield path, [*successors, value]
 
     def _rank_candidates(
-        self, path: Place, value: Number, successors: Sequence[Number]
+        self, path: NumberPath, value: Number, successors: Sequence[Number]
     ) -> list[Number]:
         """Return what a number that dimensions follow may be, likely ones first."""
         wanted_numbers = [
@@ -355,12 +355,12 @@ class Search:
         return list(dict.fromkeys([*seen_and_wanted, *successors, value, *wanted_by_most]))
 
     def _choose_open_numbers(
-        self, paths: Sequence[Place], changes: Changes, missed: Sequence[Dim]
-    ) -> dict[Place, Number]:
+        self, paths: Sequence[NumberPath], changes: Changes, missed: Sequence[Dim]
+    ) -> dict[NumberPath, Number]:
         """Return numbers for places that the config leaves open, so that dimensions fit that do not yet."""
         followers_by_path = {path: self._find_followers(path, changes) for path in paths}
         mover_counts = Counter(dim for followers in followers_by_path.values() for dim in followers)
-        numbers: dict[Place, Number] = {}
+        numbers: dict[NumberPath, Number] = {}
         for path, followers in followers_by_path.items():
             wanted_numbers = {
                 followers[dim] for dim in missed if dim in followers and mover_counts[dim] == 1
@@ -402,7 +402,7 @@ def _find_difference(
     reference = tensors_of(result.model)
     if any(tensor.is_meta for tensor in reference.values()):
         # Without values there are no computed buffers either: those of the original stand for them.
-        reference = tensors_of(architecture.changed({}))
+        reference = tensors_of(architecture.build_with({}))
     for name, tensor in tensors_of(model).items():
         if name not in state and not _is_equal(tensor, reference[name]):
             return Difference(f"one that gives them computes another {name}", buffer=name)

@@ -17,9 +17,9 @@ from graphprune.shrink.ties import AmbiguousSize
 from graphprune.transformers_config.configs import has_config, tensors_of
 from graphprune.transformers_config.fitting import find
 from graphprune.transformers_config.unfitting import why_none
-from graphprune.utils.atomic_files import drafted_folder
+from graphprune.utils.atomic_files import draft_folder
 from graphprune.utils.inputs import call, output_tensors
-from graphprune.utils.tensors import evaluating
+from graphprune.utils.tensors import evaluation_mode
 
 _TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ _ABSENT = object()
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def with_own_config(result: Slimmed) -> Slimmed:
+def fit_own_config(result: Slimmed) -> Slimmed:
     """Let the config of a slim transformers model, in place, say its sizes, if one can.
 
     Its layers share the config, and what its class's own methods make of it (caches, folders for
@@ -151,7 +151,7 @@ def save_pretrained(result: Slimmed, folder: str | Path) -> None:
         )
     if hasattr(model, "generation_config"):
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
-    with drafted_folder(Path(folder), _WEIGHTS, last="config.json") as draft:
+    with draft_folder(Path(folder), _WEIGHTS, last="config.json") as draft:
         rebuilt.save_pretrained(draft)
 
 
@@ -165,7 +165,7 @@ def _gives_the_same(rebuilt: nn.Module, model: nn.Module, result: Slimmed) -> bo
 
 def _outputs(model: nn.Module, result: Slimmed) -> list[Tensor]:
     """Return what a model gives in evaluation for the inputs that a result was found with."""
-    with evaluating(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         return [tensor for _, tensor in output_tensors(call(model, result.inputs))]
 
 

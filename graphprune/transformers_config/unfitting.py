@@ -8,12 +8,17 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from graphprune.errors import listed
 from graphprune.layout import Layout, free_axes
-from graphprune.masks import counts_of, kept_size
+from graphprune.masks import count_kept_slots, kept_size
 from graphprune.report.result import Slimmed
 from graphprune.selection.plan import Plan
-from graphprune.transformers_config.configs import Architecture, Place, Shapes, shapes, tensors_of
+from graphprune.transformers_config.configs import (
+    Architecture,
+    NumberPath,
+    Shapes,
+    shapes,
+    tensors_of,
+)
 from graphprune.transformers_config.fitting import Dim, Fit, Search
 
 # Groups are left whole in so many rounds at most; more at a time follow from what the first ones leave.
@@ -78,7 +83,7 @@ def _odd_sizes(fit: Fit) -> str:
     return f"no number in it gives {listed([f'{n} {list(slim.get(n, ()))}' for n in names])}"
 
 
-def _format_path(path: Place) -> str:
+def _format_path(path: NumberPath) -> str:
     first_key, *inner_keys = path
     return str(first_key) + "".join(
         f"[{key}]" if isinstance(key, int) else f".{key}" for key in inner_keys
@@ -129,12 +134,12 @@ def _find_groups_of_buffer(fit: Fit) -> list[str]:
     if fit.difference is None or fit.difference.buffer is None:
         return []
     search, name = fit.search, fit.difference.buffer
-    original = tensors_of(search.architecture.changed({}))[name]
+    original = tensors_of(search.architecture.build_with({}))[name]
     dims: list[Dim] = []
     # Each changed number by itself: where the buffer moves, it is computed from that one.
     for path, value in search.nearest.items():
         if search.architecture.shapes({path: value}):
-            changed = tensors_of(search.architecture.changed({path: value}))[name]
+            changed = tensors_of(search.architecture.build_with({path: value}))[name]
             dims += [] if torch.equal(changed, original) else search.alone[path]
     return _find_groups_of_dimensions(fit.result, fit.result.plan, dims)
 
@@ -175,7 +180,7 @@ def _layouts_by_name(result: Slimmed) -> dict[str, list[Layout]]:
 
 def _shapes_by_plan(result: Slimmed, plan: Plan) -> Shapes:
     """Return the shapes that a plan would give."""
-    kept, by_name = counts_of(plan.masks(result.graph)), _layouts_by_name(result)
+    kept, by_name = count_kept_slots(plan.masks(result.graph)), _layouts_by_name(result)
     return {
         name: tuple(kept_size(layout, kept) for layout in by_name[name])
         if name in by_name

@@ -15,13 +15,13 @@ from filelock import FileLock, Timeout
 
 from graphprune.errors import InvalidRequestError
 
-PART = ".part"
+DRAFT_SUFFIX = ".part"
 
 # Letters of a file's name that the one beside it begins with: with what follows, no more than systems take.
-LONGEST = 40
+MAX_DRAFT_NAME_LETTERS = 40
 
 
-def checked_target(path: str | Path, *suffixes: str) -> Path:
+def check_target_path(path: str | Path, *suffixes: str) -> Path:
     """Return where a file is to be written, once it is seen that one can be; for before the work.
 
     Args:
@@ -54,17 +54,17 @@ def _alternatives(words: Sequence[str]) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all; what UTF-8 has no letter for, as Python spells it."""
-    with written_whole(path) as file:
+    with open_atomically(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """Give a file to write to, that stands at `path` once all is written and on the disk, never before.
 
     What was written of it until a failure is removed, and what was there before stays.
     """
-    with drafted(Path(path)) as draft:
+    with draft_file(Path(path)) as draft:
         # no writing through a link that somebody put in the draft's place; a device's path may be one
         flags = getattr(os, "O_NOFOLLOW", 0) if draft != Path(path) else 0
         with open(draft, "wb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
@@ -72,7 +72,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def drafted(path: Path) -> Iterator[Path]:
+def draft_file(path: Path) -> Iterator[Path]:
     """Give the path of an empty file beside, for writers that take a path; see `written_whole`.
 
     Its name is one that nobody knows beforehand. It has the mode of the file that it replaces, or else that
@@ -82,7 +82,9 @@ def drafted(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    draft = path.with_name(f"{path.name[:LONGEST]}.{secrets.token_hex(8)}{PART}")
+    draft = path.with_name(
+        f"{path.name[:MAX_DRAFT_NAME_LETTERS]}.{secrets.token_hex(8)}{DRAFT_SUFFIX}"
+    )
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
     try:
         os.close(os.open(draft, flags, 0o666))
@@ -122,7 +124,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def drafted_folder(folder: Path, instead_of: Sequence[str] = (), last: str = "") -> Iterator[Path]:
+def draft_folder(folder: Path, instead_of: Sequence[str] = (), last: str = "") -> Iterator[Path]:
     """Give an empty folder, whose files are moved to `folder` once all are written.
 
     Moving takes no space, so that a full disk leaves the folder as it was.
@@ -152,7 +154,7 @@ def drafted_folder(folder: Path, instead_of: Sequence[str] = (), last: str = "")
 
 
 @contextmanager
-def alone(lock: Path, wait: float = 0.0) -> Iterator[bool]:
+def try_lock(lock: Path, wait: float = 0.0) -> Iterator[bool]:
     """Say whether no other process has the lock; hold it meanwhile.
 
     The system gives it back when a process ends, however it ends.

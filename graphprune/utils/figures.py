@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import InvalidRequestError
-from graphprune.utils.atomic_files import written_whole
+from graphprune.utils.atomic_files import open_atomically
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,5 +27,5 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure to a file, whose ending says how."""
-    with written_whole(path) as file:
+    with open_atomically(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."), dpi=150)

@@ -15,7 +15,7 @@ import jinja2
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
-def rendered(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
+def render_template(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
     """Return a page of the package's templates, in which all values are escaped.
 
     Args:

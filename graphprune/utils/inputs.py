@@ -55,7 +55,7 @@ class Inputs:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def repeated(self, times: int) -> Inputs:
+    def repeat(self, times: int) -> Inputs:
         """Return the arguments with every tensor's first dimension repeated `times` times."""
         return self.map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t)
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 _MOST_DIGITS = 20
 
 
-def parsed(text: str | bytes, *, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Return what a JSON text says.
 
     Args:
@@ -41,10 +41,10 @@ def read(path: Path, *, finite: bool = True) -> Any:
         ValueError: as for `parsed`.
 
     """
-    return parsed(path.read_bytes(), finite=finite)
+    return parse_json(path.read_bytes(), finite=finite)
 
 
-def mapping(value: Any, label: str) -> dict[str, Any]:
+def require_object(value: Any, label: str) -> dict[str, Any]:
     """Return a value that has to be a JSON object.
 
     Raises:
@@ -56,14 +56,14 @@ def mapping(value: Any, label: str) -> dict[str, Any]:
     return value
 
 
-def of_format(value: Any, name: str, version: int | str) -> dict[str, Any]:
+def require_format(value: Any, name: str, version: int | str) -> dict[str, Any]:
     """Return a value that has to be a JSON object of this format.
 
     Raises:
         ValueError: it is something else.
 
     """
-    content = mapping(value, "it")
+    content = require_object(value, "it")
     format_and_version = content.get("format"), content.get("version")
     # in Python True == 1, so that version true would pass for 1
     if format_and_version != (name, version) or isinstance(format_and_version[1], bool):
@@ -73,7 +73,7 @@ def of_format(value: Any, name: str, version: int | str) -> dict[str, Any]:
     return content
 
 
-def integer(value: Any, label: str) -> int:
+def require_integer(value: Any, label: str) -> int:
     """Return a value that has to be an integer: not a text of one, nor a number with a point, nor true.
 
     Raises:

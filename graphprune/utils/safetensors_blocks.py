@@ -42,7 +42,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor is stored.
 
     Attributes:
@@ -107,7 +107,7 @@ class Shard:
     path: Path
     header: bytes
     metadata: dict[str, str]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     @classmethod
     def of(cls, path: Path) -> Shard:
@@ -124,7 +124,7 @@ class Shard:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = file.read(length)
-            content = json_files.mapping(json_files.parsed(header), "its header")
+            content = json_files.require_object(json_files.parse_json(header), "its header")
         except (OSError, SafetensorError, ValueError) as error:
             raise InvalidRequestError(f"{path} cannot be read as safetensors: {error}") from error
         metadata = content.pop("__metadata__", None) or {}
@@ -138,7 +138,7 @@ class Shard:
             )
         # a file is 8 bytes with the header's length, the header, and the data that offsets count from
         tensors = {
-            name: Stored(
+            name: StoredTensor(
                 path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
             )
             for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"])
@@ -205,7 +205,7 @@ class Checkpoint:
         return cls(path, shards, index)
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor by its name in the files."""
         return {
             name: stored for shard in self.shards.values() for name, stored in shard.tensors.items()
@@ -214,9 +214,9 @@ class Checkpoint:
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        index = json_files.mapping(json_files.read(path), "it")
-        weight_map = json_files.mapping(index.pop("weight_map", None), "its weight_map")
-        json_files.mapping(index.setdefault("metadata", {}), "its metadata")
+        index = json_files.require_object(json_files.read(path), "it")
+        weight_map = json_files.require_object(index.pop("weight_map", None), "its weight_map")
+        json_files.require_object(index.setdefault("metadata", {}), "its metadata")
         for file in weight_map.values():
             if not (isinstance(file, str) and Path(file).name == file and file.endswith(_SUFFIX)):
                 raise ValueError(f"{file!r} is no safetensors file beside it")
@@ -226,7 +226,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Weights:
+class CheckpointWeights:
     """The tensors of a checkpoint as the values of a model.
 
     Attributes:
@@ -239,10 +239,10 @@ class Weights:
 
     checkpoint: Checkpoint
     names: dict[str, str]
-    by_name: dict[str, Stored]
+    by_name: dict[str, StoredTensor]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, model: nn.Module) -> Weights:
+    def of(cls, checkpoint: Checkpoint, model: nn.Module) -> CheckpointWeights:
         """Find the tensors of a model, whose own values are not read, in a checkpoint.
 
         Raises:
@@ -258,7 +258,7 @@ class Weights:
                 f"{checkpoint.path} holds {listed(unknown)}, which {kind} lacks; pass the model that the "
                 "checkpoint is of"
             )
-        stored_by_id: dict[int, Stored] = {}
+        stored_by_id: dict[int, StoredTensor] = {}
         for name, model_name in names.items():
             # by identity, so that tied tensors, one under several names, are found under each of them
             stored_by_id.setdefault(id(model_tensors[model_name]), checkpoint.tensors[name])

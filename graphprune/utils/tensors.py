@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphprune.errors import CaptureError, InvalidRequestError, listed
-from graphprune.utils.torch_context import hushed
+from graphprune.utils.torch_context import silence_torch
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -119,7 +119,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor | None])
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone()
     try:
-        with hushed() if isinstance(model, fx.GraphModule) else nullcontext():
+        with silence_torch() if isinstance(model, fx.GraphModule) else nullcontext():
             return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
@@ -148,7 +148,7 @@ def working_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def keeping_flags(model: nn.Module) -> Iterator[None]:
+def restore_training_flags(model: nn.Module) -> Iterator[None]:
     """Give every module its own training flag back in the end."""
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -159,10 +159,10 @@ def keeping_flags(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Hold every module in evaluation mode, then give each its own flag back."""
     # Not by eval(): the modules of exported programs refuse it, and some classes override it.
-    with keeping_flags(model):
+    with restore_training_flags(model):
         for module in model.modules():
             module.training = False
         yield
@@ -170,7 +170,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def forget_derived(model: nn.Module) -> None:
     """Let modules that keep results of their parameters in `eval()` or `train()` drop those of a copy."""
-    with keeping_flags(model):
+    with restore_training_flags(model):
         model.train(model.training)
 
 

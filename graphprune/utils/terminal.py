@@ -17,7 +17,7 @@ from graphprune.utils.progress import no_bars
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def errors_to_exit_code() -> Iterator[None]:
     """Turn errors that are meant for users into a line and an exit status, and warnings into a line.
 
     Meanwhile modules of the current folder can be imported, where none of that name is installed.
@@ -46,7 +46,7 @@ def _show(show_other: Callable[..., None], text: Warning | str, *where: Any, **m
 
 
 @contextmanager
-def working(activity: str) -> Iterator[None]:
+def show_spinner(activity: str) -> Iterator[None]:
     """Show that something is going on, where a person watches."""
     with Console(stderr=True).status(activity), no_bars():
         yield

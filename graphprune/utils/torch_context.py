@@ -23,7 +23,7 @@ _ONE_THREAD = threading.RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def one_thread_at_a_time() -> Iterator[None]:
     """Within it no other thread traces or has switches set: torch's tracer works for one at a time."""
     with _ONE_THREAD:
         yield
@@ -69,7 +69,7 @@ def plain_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def plain_kernels() -> Iterator[None]:
+def reference_kernels() -> Iterator[None]:
     """Within it, torch picks kernels by what they compute, not by device or shape.
 
     Nothing is compiled on the way. The choice of an attention kernel could differ between two runs
@@ -85,7 +85,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def silence_torch() -> Iterator[None]:
     """Keep torch's own logging and warnings from the user, and the graph it prints where it fails."""
     # a global of that module's own, which hides the builtin `print` from its code alone
     with _ONE_THREAD, patch.object(torch.export._trace, "print", _do_nothing, create=True):
@@ -105,7 +105,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def same_chance() -> Iterator[None]:
+def fixed_seed() -> Iterator[None]:
     """Within it random numbers are the same each time; the user's own go on after it as before."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with _ONE_THREAD, torch.random.fork_rng(devices):

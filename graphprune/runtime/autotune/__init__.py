@@ -19,7 +19,9 @@ IR_VERSION = 9
 _SECONDS = 0.4
 
 
-def raced(models: Mapping[str, onnx.ModelProto], feed: Feed, runtime: Runtime) -> dict[str, float]:
+def benchmark_variants(
+    models: Mapping[str, onnx.ModelProto], feed: Feed, runtime: Runtime
+) -> dict[str, float]:
     """Return the seconds that each model takes."""
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.onnx" for name in models}
@@ -38,7 +40,7 @@ def warn_of_slow(kind: str, layers: Sequence[str], runtime: Runtime, advice: str
         )
 
 
-def warn_of_alone(kind: str, layers: Sequence[str]) -> None:
+def warn_of_isolated_zeros(kind: str, layers: Sequence[str]) -> None:
     """Warn of layers whose zeros are in no blocks."""
     if layers:
         warn(

@@ -12,13 +12,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from graphprune.onnx_export.providers import Runtime
-from graphprune.runtime.autotune import IR_VERSION, OPSET, raced
+from graphprune.runtime.autotune import IR_VERSION, OPSET, benchmark_variants
 
 Form: TypeAlias = Literal["dense", "grouped", "product"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class ConvolutionShape:
     """What the time of a sparse convolution depends on.
 
     Attributes:
@@ -54,10 +54,10 @@ class Shape:
         return ["dense", "grouped", "product"] if is_product else ["dense", "grouped"]
 
 
-def fastest(shape: Shape, runtime: Runtime) -> Form:
+def find_fastest_form(shape: ConvolutionShape, runtime: Runtime) -> Form:
     """Return the form that takes the least time, measured in turns."""
     feed = {"x": np.random.default_rng(0).standard_normal(shape.data).astype(np.float32)}
-    times = raced({form: _model(shape, form) for form in shape.forms}, feed, runtime)
+    times = benchmark_variants({form: _model(shape, form) for form in shape.forms}, feed, runtime)
     return min(shape.forms, key=times.__getitem__)
 
 
@@ -81,7 +81,7 @@ class _Nodes:
         self.nodes.append(helper.make_node(kind, inputs, [self.last], **options))
 
 
-def _model(shape: Shape, form: Form) -> onnx.ModelProto:
+def _model(shape: ConvolutionShape, form: Form) -> onnx.ModelProto:
     """Return the convolution between two cheap ones, which have data in the layout of such kernels."""
     nodes = _Nodes()
     _add_depthwise(nodes, shape.data[1], len(shape.stride))
@@ -101,7 +101,7 @@ def _add_depthwise(nodes: _Nodes, channels: int, dims: int) -> None:
     nodes.add("Conv", np.ones((channels, 1, *[1] * dims), np.float32), group=channels)
 
 
-def _add_convolution(nodes: _Nodes, shape: Shape, form: Form) -> None:
+def _add_convolution(nodes: _Nodes, shape: ConvolutionShape, form: Form) -> None:
     outputs, inputs, *window = shape.weight
     if form == "dense":
         _add_conv(nodes, shape, (outputs, inputs, *window), 1)
@@ -125,7 +125,7 @@ def _add_convolution(nodes: _Nodes, shape: Shape, form: Form) -> None:
         nodes.add("Gather", np.arange(outputs, dtype=np.int64) * 7 % slots, axis=1)
 
 
-def _add_conv(nodes: _Nodes, shape: Shape, weight: Sequence[int], groups: int) -> None:
+def _add_conv(nodes: _Nodes, shape: ConvolutionShape, weight: Sequence[int], groups: int) -> None:
     nodes.add(
         "Conv", _weights(weight), group=groups, kernel_shape=list(weight[2:]),
         strides=list(shape.stride), pads=[*shape.padding, *shape.padding],

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from graphprune.onnx_export.providers import Runtime
 from graphprune.ops.block_packing import Packed
-from graphprune.ops.onnx_scan import Matrix, Writer, write, write_product
-from graphprune.runtime.autotune import IR_VERSION, OPSET, raced
+from graphprune.ops.onnx_scan import Matrix, Writer, write_product, write_recurrent
+from graphprune.runtime.autotune import IR_VERSION, OPSET, benchmark_variants
 
 _DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
@@ -81,9 +81,9 @@ class RecurrentShape:
         # An LSTM has a cell beside the hidden state.
         states = [model.weight(height, self.batch) for _ in range(1 + (self.kind == "lstm"))]
         biases = [model.weight(rows) if self.biases else None for _ in range(2)]
-        output, *_ = write(
+        output, *_ = write_recurrent(
             model.op,
-            model.typed(data, self.time, self.input.columns, self.batch),
+            model.set_type(data, self.time, self.input.columns, self.batch),
             states,
             (model.matrix(self.input), model.matrix(self.hidden)),
             (biases[0], biases[1]),
@@ -110,7 +110,7 @@ class LinearShape:
 
     def _write_packed(self, model: _Model) -> ir.Value:
         data = model.op("Transpose", model.x, perm=[1, 0])
-        data = model.typed(data, self.matrix.columns, self.count)
+        data = model.set_type(data, self.matrix.columns, self.count)
         product = write_product(model.op, model.matrix(self.matrix), data, 1, self.matrix.rows)
         return model.op("Transpose", product, perm=[1, 0])
 
@@ -121,9 +121,9 @@ class _Model:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.op = Writer()
         self.x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-        self.held: list[ir.Value] = []
+        self.weights: list[ir.Value] = []
 
-    def typed(self, value: ir.Value, *shape: int) -> ir.Value:
+    def set_type(self, value: ir.Value, *shape: int) -> ir.Value:
         """Say of a value what the writer of packed layers asks for."""
         value.shape, value.type = ir.Shape(shape), self.x.type
         return value
@@ -144,21 +144,21 @@ class _Model:
         return self.weight(*shape.blocks), self._hold(np.arange(shape.places) * 7 % runs)
 
     def _hold(self, array: np.ndarray) -> ir.Value:
-        name = f"weight_{len(self.held)}"
+        name = f"weight_{len(self.weights)}"
         value = ir.Value(
             name=name,
             shape=ir.Shape(array.shape),
             type=ir.TensorType(ir.tensor(array).dtype),
             const_value=ir.tensor(array, name=name),
         )
-        self.held.append(value)
+        self.weights.append(value)
         return value
 
     def proto(self, output: ir.Value) -> onnx.ModelProto:
         """Return the model."""
         output.type = self.x.type
         graph = ir.Graph(
-            [self.x], [output], nodes=self.op.tape.nodes, initializers=self.held,
+            [self.x], [output], nodes=self.op.tape.nodes, initializers=self.weights,
             opset_imports={"": OPSET}, name="race",
         )  # fmt: skip
         return ir.to_proto(ir.Model(graph, ir_version=IR_VERSION))
@@ -172,4 +172,4 @@ def _times(
         model = _Model(shape)
         models[name] = model.proto(write_form(model))
     feed: dict[str, Any] = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
-    return raced(models, feed, runtime)
+    return benchmark_variants(models, feed, runtime)

@@ -12,17 +12,17 @@ from typing import Self
 
 from torch import nn
 
-from graphprune.distributed.process_group import present
+from graphprune.distributed.process_group import current_ranks
 from graphprune.errors import ExportError, GraphPruneWarning
 from graphprune.groups.groups import Dependencies
 from graphprune.layout import Axis
-from graphprune.masks import counts_of
-from graphprune.onnx_export.export import Feed, Traced, traced_export
+from graphprune.masks import count_kept_slots
+from graphprune.onnx_export.export import Feed, TracedExport, export_traced
 from graphprune.onnx_export.providers import Runtime
-from graphprune.runtime.latency.cache import Cache
-from graphprune.runtime.latency.model import GroupLatency, LatencyModel, translated
-from graphprune.runtime.latency.parts import Program
-from graphprune.runtime.profiling import profiled
+from graphprune.runtime.latency.cache import LatencyCache
+from graphprune.runtime.latency.model import GroupLatency, LatencyModel, map_kept_to_parts
+from graphprune.runtime.latency.parts import PartitionedProgram
+from graphprune.runtime.profiling import profile_nodes
 from graphprune.runtime.timing import time_onnx
 from graphprune.selection.plan import Plan
 from graphprune.utils.inputs import Inputs
@@ -34,7 +34,7 @@ _FACTOR, _LITTLE, _NOTHING = 2.0, 0.01, 1e-9
 
 
 @dataclass(frozen=True)
-class Measured:
+class SlimTiming:
     """What one slim model took.
 
     Attributes:
@@ -48,7 +48,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Reached:
+class LatencyOutcome:
     """What was asked of a latency and what was measured, in milliseconds a run.
 
     Attributes:
@@ -89,9 +89,9 @@ class Bench:
         self.inputs = inputs
         self.runtime = runtime
         self.duration = seconds
-        self.cache = Cache(runtime)
+        self.cache = LatencyCache(runtime)
         self.files = 0
-        self.ranks = present()
+        self.ranks = current_ranks()
         self.trusted: list[dict[str, str]] = []  # signatures by part, that the disk had
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ class Bench:
         self.folder = tempfile.TemporaryDirectory()
         self.original = self._export(self.model)
         self.feed = self.original.exported.feed(self.inputs)
-        self.program = Program(self.original, self.inputs)
+        self.program = PartitionedProgram(self.original, self.inputs)
         events = self._profile_by_node(self.original)
         self.part_of = self.program.parts(events)
         self.parts = tuple({part.name: part for part in self.part_of.values()}.values())
@@ -121,29 +121,29 @@ class Bench:
         """Remove the files."""
         self.folder.cleanup()
 
-    def model_of_original(self) -> LatencyModel:
+    def build_latency_model(self) -> LatencyModel:
         """Return the latency, known at full size alone."""
         # Without a count for any axis, all slots are there.
-        return LatencyModel(self.parts, {}).learned({}, self.by_part, self.seconds)
+        return LatencyModel(self.parts, {}).add_measurement({}, self.by_part, self.seconds)
 
     def of_groups(self, latency: LatencyModel, graph: Dependencies) -> GroupLatency:
         """Return the latency as a cost of the groups of a graph of the original."""
         return GroupLatency(latency, self.program.axes_of(graph))
 
-    def left_by(self, plan: Plan, graph: Dependencies) -> dict[Axis, int]:
+    def count_kept(self, plan: Plan, graph: Dependencies) -> dict[Axis, int]:
         """Return how many slots of each axis of the parts a plan leaves."""
-        return translated(self.program.axes_of(graph), counts_of(plan.masks(graph)))
+        return map_kept_to_parts(self.program.axes_of(graph), count_kept_slots(plan.masks(graph)))
 
-    def measured(self, slim: nn.Module) -> Measured:
+    def measure(self, slim: nn.Module) -> SlimTiming:
         """Return what a slim model takes; it is timed in turns with the original."""
         traced = self._export(slim)
         by_part = self._sum_by_part(self._profile_by_node(traced))
         seconds = self._time_models({"original": self.original, "slim": traced})
         traced.exported.path.unlink()
         # As if the machine were as fast now as when the original was timed first.
-        return Measured(self.seconds * seconds["slim"] / seconds["original"], by_part)
+        return SlimTiming(self.seconds * seconds["slim"] / seconds["original"], by_part)
 
-    def by_part_at(self, kept: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
+    def measure_parts(self, kept: Mapping[Axis, int], slim: nn.Module) -> dict[str, float]:
         """Return the seconds of the parts of a slim model, from the disk where they were measured before.
 
         Args:
@@ -210,25 +210,27 @@ class Bench:
 
     def _run_in_first_process(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Measure in the first process of a group, while the others wait, and tell them."""
-        self.ranks.gathered(None)  # so that nothing else runs where they share a machine
-        seconds_by_name: dict[str, float] = self.ranks.gathered(
+        self.ranks.gather(None)  # so that nothing else runs where they share a machine
+        seconds_by_name: dict[str, float] = self.ranks.gather(
             measure() if self.ranks.rank == 0 else None
         )[0]
         return seconds_by_name
 
-    def _export(self, model: nn.Module) -> Traced:
+    def _export(self, model: nn.Module) -> TracedExport:
         self.files += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraphPruneWarning)  # of a batch that is not free
             path = Path(self.folder.name) / f"{self.files}.onnx"
-            return traced_export(model, self.inputs, path)
+            return export_traced(model, self.inputs, path)
 
-    def _profile_by_node(self, traced: Traced) -> dict[str, float]:
+    def _profile_by_node(self, traced: TracedExport) -> dict[str, float]:
         """Return seconds by the node of the traced program that they end with."""
 
         def measure() -> dict[str, float]:
             by_node: dict[str, float] = {}
-            for event in profiled(traced.exported.path, self.feed, self.runtime, self.duration):
+            for event in profile_nodes(
+                traced.exported.path, self.feed, self.runtime, self.duration
+            ):
                 node = traced.origins.get(event.source)
                 if node is not None:
                     by_node[node] = by_node.get(node, 0.0) + event.seconds
@@ -244,7 +246,7 @@ class Bench:
                 by_part[part.name] = by_part.get(part.name, 0.0) + seconds
         return by_part
 
-    def _time_models(self, exports: Mapping[str, Traced]) -> dict[str, float]:
+    def _time_models(self, exports: Mapping[str, TracedExport]) -> dict[str, float]:
         feeds: dict[str, Feed] = dict.fromkeys(exports, self.feed)
         paths = {name: traced.exported.path for name, traced in exports.items()}
 

@@ -13,9 +13,9 @@ from typing import Any
 import onnxruntime
 import platformdirs
 
-from graphprune.onnx_export.providers import Runtime, machine
+from graphprune.onnx_export.providers import Runtime, describe_machine
 from graphprune.utils import json_files
-from graphprune.utils.atomic_files import alone, write_text
+from graphprune.utils.atomic_files import try_lock, write_text
 
 FORMAT = "graphprune-latency"
 VERSION = 1
@@ -23,7 +23,7 @@ VERSION = 1
 _WAIT = 10.0  # seconds, for another process that writes
 
 
-class Cache:
+class LatencyCache:
     """Seconds by signature. What cannot be read or written is measured again: a cache is no result.
 
     Args:
@@ -41,7 +41,7 @@ class Cache:
             "runtime": str(runtime),
             "threads": runtime.threads,
             "onnxruntime": onnxruntime.__version__,
-            **machine(runtime),
+            **describe_machine(runtime),
         }
         self.about = {name: str(value) for name, value in key.items()}
         name = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
@@ -50,10 +50,10 @@ class Cache:
 
     def _read(self) -> dict[str, float]:
         try:
-            content = json_files.of_format(
+            content = json_files.require_format(
                 json_files.read(self.path, finite=False), FORMAT, VERSION
             )
-            seconds = json_files.mapping(content.get("seconds"), "what it says of seconds")
+            seconds = json_files.require_object(content.get("seconds"), "what it says of seconds")
         except (OSError, ValueError):
             return {}
         return {name: float(value) for name, value in seconds.items() if _is_time(value)}
@@ -70,7 +70,7 @@ class Cache:
         forgotten = set(fewer)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with alone(self.path.with_suffix(".lock"), wait=_WAIT):
+            with try_lock(self.path.with_suffix(".lock"), wait=_WAIT):
                 # Read again under the lock: another process may have written since.
                 merged = {**self._read(), **more}
                 self.seconds = {name: merged[name] for name in merged if name not in forgotten}

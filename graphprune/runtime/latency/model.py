@@ -49,7 +49,7 @@ class LatencyModel:
             return max(float(seconds[0] - slope * (amounts[0] - amount)), 0.0)
         return float(np.interp(amount, amounts, seconds))
 
-    def learned(
+    def add_measurement(
         self, kept: Mapping[Axis, int], by_part: Mapping[str, float], total_seconds: float
     ) -> LatencyModel:
         """Return the model that agrees with one more measurement.
@@ -94,10 +94,10 @@ class GroupLatency:
 
     def total(self, kept: Mapping[Axis, int] | None = None) -> float:
         """Return nanoseconds a run once only `kept[axis]` slots of each axis of the graph are left."""
-        return self.model.total(translated(self.axes, kept or {}))
+        return self.model.total(map_kept_to_parts(self.axes, kept or {}))
 
 
-def translated(axes: Mapping[Axis, Axis], kept: Mapping[Axis, int]) -> dict[Axis, int]:
+def map_kept_to_parts(axes: Mapping[Axis, Axis], kept: Mapping[Axis, int]) -> dict[Axis, int]:
     """Return the slots that are left by the parts' own axes."""
     return {
         part_axis: kept[graph_axis] for part_axis, graph_axis in axes.items() if graph_axis in kept

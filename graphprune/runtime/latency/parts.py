@@ -9,14 +9,14 @@ from functools import cached_property
 
 from torch.utils import _pytree as pytree
 
-from graphprune.capture.capture import unlifted
+from graphprune.capture.capture import to_trainable_graph
 from graphprune.groups.cost import Cost, work_of
 from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
 from graphprune.inference.recorded import Inference, Step, Value
 from graphprune.layout import Axis, leaves, size_of
 from graphprune.masks import kept_size
-from graphprune.onnx_export.export import PREFIX, Traced
+from graphprune.onnx_export.export import PREFIX, TracedExport
 from graphprune.utils.inputs import Inputs
 
 
@@ -60,7 +60,7 @@ def _is_value(argument: object) -> bool:
     return isinstance(argument, Value)
 
 
-class Program:
+class PartitionedProgram:
     """A traced program whose parts cost what the model's groups make them cost.
 
     Attributes:
@@ -70,8 +70,8 @@ class Program:
 
     """
 
-    def __init__(self, traced: Traced, inputs: Inputs) -> None:
-        graph_module = unlifted(traced.program)
+    def __init__(self, traced: TracedExport, inputs: Inputs) -> None:
+        graph_module = to_trainable_graph(traced.program)
         self.inference: Inference = infer(graph_module, Inputs(*inputs.tensors()))
         nodes = [node for node in graph_module.graph.nodes if node.op != "output"]
         self.order = [node.name for node in nodes]

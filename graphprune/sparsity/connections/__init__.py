@@ -1,6 +1,10 @@
 """Sparse connections between filters: which are on, what keeps the others off, and how they grow."""
 
-from graphprune.sparsity.connections.connectivity import PatternName, Wiring, wired
+from graphprune.sparsity.connections.connectivity import (
+    Connectivity,
+    PatternName,
+    choose_connectivity,
+)
 from graphprune.sparsity.connections.parametrization import (
     ConnectionMask,
     connect_sparsely,
@@ -11,12 +15,12 @@ from graphprune.sparsity.connections.schedules import DropAndGrow, IncrementalCo
 
 __all__ = [
     "ConnectionMask",
+    "Connectivity",
     "DropAndGrow",
     "IncrementalConnections",
     "PatternName",
-    "Wiring",
+    "choose_connectivity",
     "connect_sparsely",
     "make_permanent",
     "masks_of",
-    "wired",
 ]

@@ -11,7 +11,7 @@ _ROUNDS = 50
 _STARTS = 4
 
 
-def clustered(
+def cluster_filters(
     saliency: Saliency, block_of: npt.NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the block of each filter and each block's channels, best first, such that little is lost.

@@ -13,30 +13,36 @@ import torch
 from torch import nn
 
 from graphprune.calibration.batches import batches_of
-from graphprune.distributed.process_group import together
+from graphprune.distributed.process_group import join_call
 from graphprune.errors import InvalidRequestError, warn
 from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
-from graphprune.importance.context import Subject, values_of
-from graphprune.sparsity.connections.clustering import Saliency, clustered
-from graphprune.sparsity.connections.patterns import PATTERNS, blocks_of, fan_in, first_of, turns_of
+from graphprune.importance.context import ScoringContext, values_of
+from graphprune.sparsity.connections.clustering import Saliency, cluster_filters
+from graphprune.sparsity.connections.patterns import (
+    PATTERNS,
+    blocks_of,
+    connections_up_to,
+    fan_in,
+    ranks_of,
+)
 from graphprune.sparsity.connections.sites import (
     MANY_CHANNELS,
     Connections,
+    ConnectionSite,
     Flags,
-    Site,
-    connected,
+    choose_connections,
     sites_of,
 )
 from graphprune.utils.inputs import Inputs
 from graphprune.utils.progress import track
-from graphprune.utils.tensors import copy_with, evaluating, parameter_names
+from graphprune.utils.tensors import copy_with, evaluation_mode, parameter_names
 
 PatternName: TypeAlias = Literal["random", "expander", "magnitude", "taylor"]
 
 
 @dataclass(frozen=True)
-class Wiring:
+class Connectivity:
     """The turns in which the connections of a model's convolutions come.
 
     Attributes:
@@ -47,7 +53,7 @@ class Wiring:
     """
 
     graph: Dependencies
-    sites: Sequence[Site]
+    sites: Sequence[ConnectionSite]
     turns: dict[str, npt.NDArray[np.int64]]
 
     def connections(self, fraction: float) -> dict[str, Connections]:
@@ -57,13 +63,13 @@ class Wiring:
         fraction. Filters that no output depends on read none.
         """
 
-        def choose(site: Site, live: Flags) -> Connections:
-            return first_of(self.turns[site.weight], fraction, live)
+        def choose(site: ConnectionSite, live: Flags) -> Connections:
+            return connections_up_to(self.turns[site.weight], fraction, live)
 
-        return connected(self.graph, self.sites, choose)
+        return choose_connections(self.graph, self.sites, choose)
 
 
-def wired(
+def choose_connectivity(
     model: nn.Module,
     graph: Dependencies,
     fraction: float,
@@ -74,7 +80,7 @@ def wired(
     first: bool = False,
     data: Any = None,
     loss: Loss | None = None,
-) -> Wiring:
+) -> Connectivity:
     """Return a wiring of the model's convolutions that suits that fraction, and holds at larger ones.
 
     Warns where there are none with connections to spare.
@@ -99,7 +105,7 @@ def wired(
         {} if pattern in PATTERNS else _saliencies(model, graph, sites, pattern, data, loss)
     )
 
-    def choose(site: Site, live: Flags) -> Connections:
+    def choose(site: ConnectionSite, live: Flags) -> Connections:
         # by name, so that other convolutions change nothing here; hash() differs from run to run
         rng = np.random.default_rng([seed, crc32(site.weight.encode())])
         count = fan_in(fraction, site.inputs)
@@ -111,13 +117,13 @@ def wired(
         else:
             # filters that nothing reads have no say in what their block reads
             saliency = saliencies[site.weight] * live[:, None]
-            block_of, order = clustered(saliency, block_of, count, rng)
-        turns[site.weight] = turns_of(order, block_of)
-        return first_of(turns[site.weight], fraction, live)
+            block_of, order = cluster_filters(saliency, block_of, count, rng)
+        turns[site.weight] = ranks_of(order, block_of)
+        return connections_up_to(turns[site.weight], fraction, live)
 
     # for what `choose` notes in `turns`: only this walk knows which filters are live
-    connected(graph, sites, choose)
-    return Wiring(graph, sites, turns)
+    choose_connections(graph, sites, choose)
+    return Connectivity(graph, sites, turns)
 
 
 def _warn_of_no_sites(graph: Dependencies) -> None:
@@ -148,7 +154,7 @@ def check_fraction(fraction: float) -> None:
 def _saliencies(
     model: nn.Module,
     graph: Dependencies,
-    sites: Sequence[Site],
+    sites: Sequence[ConnectionSite],
     pattern: PatternName,
     data: Any,
     loss: Loss | None,
@@ -157,12 +163,12 @@ def _saliencies(
     if pattern == "magnitude":
         weights = {site.weight: values_of(site.weight, _weight(model, site)) for site in sites}
         return {name: _sum_over_window(weight.double() ** 2) for name, weight in weights.items()}
-    with together(data is not None):
+    with join_call(data is not None):
         batches = None if data is None else batches_of(data)
-        return _taylor(Subject(model, graph, batches, loss), sites)
+        return _taylor(ScoringContext(model, graph, batches, loss), sites)
 
 
-def _weight(model: nn.Module, site: Site) -> nn.Parameter:
+def _weight(model: nn.Module, site: ConnectionSite) -> nn.Parameter:
     return parameter_names(model)[site.weight]
 
 
@@ -172,7 +178,7 @@ def _sum_over_window(entries: torch.Tensor) -> Saliency:
     return saliency
 
 
-def _taylor(subject: Subject, sites: Sequence[Site]) -> dict[str, Saliency]:
+def _taylor(subject: ScoringContext, sites: Sequence[ConnectionSite]) -> dict[str, Saliency]:
     """Return the squared first-order change in loss when a connection goes, averaged over batches.
 
     That is the square of the sum over the window of weight times derivative.
@@ -192,7 +198,7 @@ def _taylor(subject: Subject, sites: Sequence[Site]) -> dict[str, Saliency]:
     model = copy_with(subject.model, lambda name, tensor: None)
     weights = [_weight(model, site).requires_grad_() for site in sites]
     sums = [np.zeros((site.outputs, site.inputs)) for site in sites]
-    with evaluating(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         for batch in track(batches, "connections by taylor"):
             inputs = Inputs.of(batch.inputs)
             output = model(*inputs.args, **inputs.kwargs)

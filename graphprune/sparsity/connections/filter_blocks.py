@@ -66,7 +66,7 @@ class Blocks:
         """How many filters a block has."""
         return int(self.filters.shape[1])
 
-    def moved(self, filters: Order, channels: Order) -> Blocks:
+    def reorder(self, filters: Order, channels: Order) -> Blocks:
         """Return the same blocks once filters and channels stand in other orders, of old positions."""
         # of each old one; -1, which is no filter, reads the last entry and stays -1
         new_position = np.append(np.argsort(filters), -1)

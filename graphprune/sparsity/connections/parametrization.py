@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.groups.groups import Dependencies
 from graphprune.importance import Loss
 from graphprune.inference.infer import infer
-from graphprune.sparsity.connections.connectivity import PatternName, wired
+from graphprune.sparsity.connections.connectivity import PatternName, choose_connectivity
 from graphprune.sparsity.connections.sites import Connections
 from graphprune.utils.tensors import copy_with
 
@@ -29,7 +29,7 @@ class ConnectionMask(nn.Module):
 
     """
 
-    mask: Tensor
+    register_masks: Tensor
 
     def __init__(self, weight: Tensor, connections: Connections) -> None:
         super().__init__()
@@ -61,8 +61,10 @@ class ConnectionMask(nn.Module):
 def mask_like(weight: Tensor, connections: Connections) -> Tensor:
     """Return connections as a mask of a weight, `[outputs, inputs, 1, ...]`."""
     # a copy, since torch.from_numpy shares memory; for a weight `[o, i, 3, 3]` a mask `[o, i, 1, 1]`
-    mask = torch.from_numpy(np.array(connections))
-    return mask.reshape(*mask.shape, *[1] * (weight.dim() - 2)).to(weight.device)
+    register_masks = torch.from_numpy(np.array(connections))
+    return register_masks.reshape(*register_masks.shape, *[1] * (weight.dim() - 2)).to(
+        weight.device
+    )
 
 
 def masks_of(model: nn.Module) -> dict[str, ConnectionMask]:
@@ -77,14 +79,14 @@ def masks_of(model: nn.Module) -> dict[str, ConnectionMask]:
     }
 
 
-def unmasked(model: nn.Module, name: str) -> Tensor:
+def parameter_behind_mask(model: nn.Module, name: str) -> Tensor:
     """Return the parameter behind a masked weight of that name."""
     owner, _, leaf = name.rpartition(".")
     parametrizations = cast(nn.ModuleDict, model.get_submodule(owner).parametrizations)
     return cast(Tensor, parametrizations[leaf].original)
 
 
-def mask(model: nn.Module, connections: Mapping[str, Connections]) -> None:
+def register_masks(model: nn.Module, connections: Mapping[str, Connections]) -> None:
     """Register a mask at each of the weights; the model itself is changed."""
     for name, weight_connections in connections.items():
         owner, _, leaf = name.rpartition(".")
@@ -149,12 +151,12 @@ def connect_sparsely(
         InvalidRequestError: no such fraction, pattern or share; or data and loss are missing.
 
     """
-    module, inputs = prepared(model, example_inputs)
+    module, inputs = normalize_model_and_inputs(model, example_inputs)
     sparse_copy = copy_with(module, lambda name, tensor: None)
     graph = Dependencies(infer(sparse_copy, inputs))
-    wiring = wired(
+    wiring = choose_connectivity(
         sparse_copy, graph, fraction,
         pattern=pattern, share=share, seed=seed, first=first, data=data, loss=loss,
     )  # fmt: skip
-    mask(sparse_copy, wiring.connections(fraction))
+    register_masks(sparse_copy, wiring.connections(fraction))
     return sparse_copy

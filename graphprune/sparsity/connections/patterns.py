@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from graphprune.sparsity.connections.sites import Connections, Flags
 
-Order: TypeAlias = npt.NDArray[np.int64]
+ChannelOrder: TypeAlias = npt.NDArray[np.int64]
 """By block of filters, the channels in the order in which it comes to read them, `[blocks, inputs]`."""
 
-Pattern: TypeAlias = Callable[[int, int, int, Flags, np.random.Generator], Order]
+Pattern: TypeAlias = Callable[[int, int, int, Flags, np.random.Generator], ChannelOrder]
 """From blocks, inputs, fan-in, which blocks are read, and chance, to an order."""
 
 
@@ -42,7 +42,7 @@ def blocks_of(outputs: int, inputs: int, count: int, share: int) -> npt.NDArray[
 
 def random(
     blocks: int, inputs: int, count: int, live_blocks: Flags, rng: np.random.Generator
-) -> Order:
+) -> ChannelOrder:
     """Let chance order the channels of each block; then exchange some, so that none is left without reader.
 
     Source: arXiv 1702.06257, with its rule that no connection leads to or from a dead filter.
@@ -71,7 +71,7 @@ def random(
 
 def expander(
     blocks: int, inputs: int, count: int, live_blocks: Flags, rng: np.random.Generator
-) -> Order:
+) -> ChannelOrder:
     """Deal the channels like cards: each block gets as many, and each channel is read about as often.
 
     Source: Prabhu et al., Deep Expander Networks (arXiv 1711.08757), regular on both sides.
@@ -96,12 +96,12 @@ PATTERNS: dict[str, Pattern] = {"random": random, "expander": expander}
 """The patterns that look at no weights, by name."""
 
 
-def turns_of(order: Order, block_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def ranks_of(order: ChannelOrder, block_of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the turn of each connection, `[outputs, inputs]`, given each filter's block, `[outputs]`."""
     # the inverse: `order` has the channel of each turn, this the turn of each channel
     return np.argsort(order, axis=1)[block_of]
 
 
-def first_of(turns: npt.NDArray[np.int64], fraction: float, live: Flags) -> Connections:
+def connections_up_to(turns: npt.NDArray[np.int64], fraction: float, live: Flags) -> Connections:
     """Return the connections of the first turns, as many as the fraction is, of live filters alone."""
     return (turns < fan_in(fraction, turns.shape[1])) & live[:, None]

@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.capture.capture import prepared
+from graphprune.capture.capture import normalize_model_and_inputs
 from graphprune.errors import InvalidRequestError
 from graphprune.groups.groups import Dependencies
 from graphprune.inference.infer import infer
-from graphprune.sparsity.connections.connectivity import PatternName, check_fraction, wired
-from graphprune.sparsity.connections.parametrization import ConnectionMask, mask, masks_of, unmasked
+from graphprune.sparsity.connections.connectivity import (
+    PatternName,
+    check_fraction,
+    choose_connectivity,
+)
+from graphprune.sparsity.connections.parametrization import (
+    ConnectionMask,
+    masks_of,
+    parameter_behind_mask,
+    register_masks,
+)
 from graphprune.sparsity.connections.sites import Connections
 from graphprune.utils.tensors import copy_with, named_tensors
 
@@ -83,10 +92,10 @@ class IncrementalConnections:
             raise InvalidRequestError(
                 f"new_weights={new_weights!r} is neither 'initial' nor 'zero'"
             )
-        module, inputs = prepared(model, example_inputs)
+        module, inputs = normalize_model_and_inputs(model, example_inputs)
         self.model = copy_with(module, lambda name, tensor: None)
         graph = Dependencies(infer(self.model, inputs))
-        self._wiring = wired(
+        self._wiring = choose_connectivity(
             self.model, graph, start, pattern=pattern, share=share, seed=seed, first=first
         )
         self.every, self.start, self.end, self.factor = every, start, end, factor
@@ -95,7 +104,7 @@ class IncrementalConnections:
         if new_weights == "zero":
             # in the parameters, which masks only hide: else connections come on with what these hold
             _silence(self.model, on)
-        mask(self.model, on)
+        register_masks(self.model, on)
 
     @property
     def fraction(self) -> float:
@@ -173,7 +182,7 @@ class DropAndGrow:
                 f"fraction={fraction} must be above 0 and below 1, every={every} and until={until} "
                 "numbers of steps"
             )
-        self._weights = {name: unmasked(model, name) for name in self._masks}
+        self._weights = {name: parameter_behind_mask(model, name) for name in self._masks}
         self._blocks = {
             name: _blocks(connection_mask.connections)
             for name, connection_mask in self._masks.items()

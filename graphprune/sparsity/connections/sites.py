@@ -28,7 +28,7 @@ MANY_CHANNELS = 8  # a convolution of fewer has no connections to spare
 
 
 @dataclass(frozen=True)
-class Site:
+class ConnectionSite:
     """An ungrouped convolution whose connections may be switched off.
 
     Attributes:
@@ -43,7 +43,7 @@ class Site:
     inputs: int
 
 
-def sites_of(graph: Dependencies, first: bool = False) -> list[Site]:
+def sites_of(graph: Dependencies, first: bool = False) -> list[ConnectionSite]:
     """Return the convolutions whose connections may be switched off, in order of execution.
 
     They are ungrouped, not transposed, read and make eight channels or more, and have a parameter as
@@ -63,7 +63,7 @@ def sites_of(graph: Dependencies, first: bool = False) -> list[Site]:
         if weight is None or weight.source not in inference.trainable or reads[id(weight)] > 1:
             continue
         reads_input = resolve(step.inputs[0].layouts[1]) in input_dims  # of [batch, channels, ...]
-        site = Site(str(weight.source), *map(size_of, weight.layouts[:2]))
+        site = ConnectionSite(str(weight.source), *map(size_of, weight.layouts[:2]))
         if min(site.outputs, site.inputs) >= MANY_CHANNELS and (first or not reads_input):
             sites.append(site)
     return sites
@@ -77,8 +77,10 @@ def _weight(step: Step) -> Value | None:
     return step.inputs[1] if is_plain else None
 
 
-def connected(
-    graph: Dependencies, sites: Sequence[Site], choose: Callable[[Site, Flags], Connections]
+def choose_connections(
+    graph: Dependencies,
+    sites: Sequence[ConnectionSite],
+    choose: Callable[[ConnectionSite, Flags], Connections],
 ) -> dict[str, Connections]:
     """Return the connections that are chosen for each site, by the name of its weight.
 
