@@ -33,8 +33,8 @@ def group_of_one() -> Iterator[None]:
 class Two(Ranks):
     """Rank 0 of two, where the other gives nothing."""
 
-    def gather(self, mine: object) -> list[object]:
-        return [mine, type(mine)()]
+    def gather(self, contribution: object) -> list[object]:
+        return [contribution, type(contribution)()]
 
 
 def waiting(seconds: float) -> Ranks:

@@ -85,7 +85,7 @@ class Ranks:
             for flat_sum, summand in zip(sums, summands, strict=True)
         ]
 
-    def gather(self, mine: Any) -> list[Any]:
+    def gather(self, contribution: Any) -> list[Any]:
         """Return what each process gives, by rank.
 
         Raises:
@@ -93,8 +93,8 @@ class Ranks:
 
         """
         if self.size == 1:
-            return [mine]
-        message = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+            return [contribution]
+        message = torch.frombuffer(bytearray(pickle.dumps(contribution)), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(message)
         sizes = self._all_reduce(lengths).tolist()

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from graphprune.errors import listed
 from graphprune.layout import Layout, free_axes
 from graphprune.masks import count_kept_slots, kept_size
 from graphprune.report.result import Slimmed
