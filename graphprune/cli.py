@@ -30,7 +30,7 @@ from graphprune.errors import InvalidRequestError, in_a_line
 from graphprune.groups.cost import count_macs, count_parameters
 from graphprune.importance import CRITERIA
 from graphprune.inspection import SUFFIXES as GRAPH_SUFFIXES
-from graphprune.inspection import document
+from graphprune.inspection import build_document
 from graphprune.inspection.dependency_graph import analyze
 from graphprune.inspection.terminal_tree import describe_group, format_tree
 from graphprune.onnx_export.export import export
@@ -254,7 +254,7 @@ def inspect(
             else:
                 print("\n".join(map(str, explanations)))
         elif as_json:
-            print(json.dumps(document(graph, model)))
+            print(json.dumps(build_document(graph, model)))
         elif out is None:
             Console(highlight=False).print(
                 describe_group(graph, group) if group else format_tree(graph, why=why),

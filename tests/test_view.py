@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.demo.data import load_trained_network
-from graphprune.inspection import document
+from graphprune.inspection import build_document
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.inspection.drawing import build_module_graph
 from tests import browsers
@@ -92,7 +92,7 @@ def total(sizes: list[Any], kept: dict[str, int], whole: dict[str, int]) -> int:
 @pytest.mark.parametrize("name", ["resnet50", "bert", "llama", "lstm_net"])
 def test_the_document_counts_as_the_library_does(name: str) -> None:
     example = ALL[name](small=True)
-    found = document(gp.analyze(example.model, example.inputs))
+    found = build_document(gp.analyze(example.model, example.inputs))
     result = gp.slimmed(example.model, 0.4, example.inputs)
     whole = {group["name"]: group["size"] for group in found["groups"]}
     cut = {name: len(kept) for name, kept in result.plan.keep.items()}
@@ -111,7 +111,7 @@ def test_the_document_counts_as_the_library_does(name: str) -> None:
 def test_what_is_fixed_says_why_and_scores_and_plans_go_along(resnet: DependencyGraph) -> None:
     group = resnet.groups[0]
     plan = gp.Plan({group.name: [0, 2]}, {group.name: group.size})
-    found = document(resnet, "net", {group.name: torch.arange(group.size).numpy()}, plan)
+    found = build_document(resnet, "net", {group.name: torch.arange(group.size).numpy()}, plan)
     assert found["title"] == "net"
     assert found["groups"][0]["kept"] == [0, 2]
     assert found["groups"][0]["scores"] == list(range(group.size))

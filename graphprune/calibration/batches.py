@@ -132,7 +132,7 @@ class Share:
         """Whether all batches, of all processes, hold as many samples."""
         return len(set(self.sizes.values())) == 1
 
-    def weighted(self, *, by_samples: bool) -> Iterator[tuple[Batch, float]]:
+    def weighted_batches(self, *, by_samples: bool) -> Iterator[tuple[Batch, float]]:
         """Yield the batches of this process, each with its part of a mean over all batches.
 
         Args:

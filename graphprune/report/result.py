@@ -15,7 +15,7 @@ from torch import nn
 from graphprune.compensation import Compensation
 from graphprune.groups.cost import mac_cost, parameter_cost
 from graphprune.groups.groups import Scores
-from graphprune.inspection import document, read_scripts, render_page
+from graphprune.inspection import build_document, read_scripts, render_page
 from graphprune.inspection.dependency_graph import DependencyGraph
 from graphprune.layout import size_of
 from graphprune.masks import kept_size
@@ -86,7 +86,7 @@ def _save_report(
     title = title or type(result.model).__name__
     inference, kept = result.graph.inference, _count_kept(result)
     seconds = None if comparison is None else _seconds(comparison)
-    contents = document(result.graph, title, result.scores, result.plan, seconds)
+    contents = build_document(result.graph, title, result.scores, result.plan, seconds)
     costs = {"parameters": parameter_cost(inference), "multiply-adds": mac_cost(inference)}
     tensors = [
         (name, layouts)

@@ -29,7 +29,7 @@ class ConnectionMask(nn.Module):
 
     """
 
-    register_masks: Tensor
+    mask: Tensor
 
     def __init__(self, weight: Tensor, connections: Connections) -> None:
         super().__init__()
@@ -61,10 +61,8 @@ class ConnectionMask(nn.Module):
 def mask_like(weight: Tensor, connections: Connections) -> Tensor:
     """Return connections as a mask of a weight, `[outputs, inputs, 1, ...]`."""
     # a copy, since torch.from_numpy shares memory; for a weight `[o, i, 3, 3]` a mask `[o, i, 1, 1]`
-    register_masks = torch.from_numpy(np.array(connections))
-    return register_masks.reshape(*register_masks.shape, *[1] * (weight.dim() - 2)).to(
-        weight.device
-    )
+    mask = torch.from_numpy(np.array(connections))
+    return mask.reshape(*mask.shape, *[1] * (weight.dim() - 2)).to(weight.device)
 
 
 def masks_of(model: nn.Module) -> dict[str, ConnectionMask]:
