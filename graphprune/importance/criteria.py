@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from graphprune.errors import InvalidRequestError, listed
-from graphprune.groups.groups import Dependencies, Group, Scores
+from graphprune.groups.groups import Group, Scores
 from graphprune.importance import magnitude, taylor
 from graphprune.importance.context import ScoringContext
 from graphprune.importance.diagonal_hessian import taylor2_recursion
@@ -19,10 +19,8 @@ from graphprune.importance.interpolative import interpolative
 from graphprune.importance.oracle import oracle
 from graphprune.importance.reconstruction import reconstruction
 
-Importance: TypeAlias = (
-    str | Callable[[nn.Module, Dependencies], Mapping[str, npt.NDArray[np.float64]]]
-)
-"""The name of a criterion, or a function from a model and its graph to scores."""
+Importance: TypeAlias = str | Callable[[nn.Module, Any], Mapping[str, npt.NDArray[np.float64]]]
+"""The name of a criterion, or a function from a model and its `DependencyGraph` to scores."""
 
 CRITERIA: dict[str, Callable[[ScoringContext], Scores]] = {
     "random": magnitude.random,
