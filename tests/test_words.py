@@ -25,7 +25,7 @@ MOST_POINTING = 0.005  # of all bindings
 IRREGULAR = (
     "built|done|drawn|found|given|gone|held|kept|known|left|made|met|seen|shown|shrunk|told|written"
 )
-PARTICIPLES = rf"(?:[a-z]{{2,}}ed|{IRREGULAR})"
+PARTICIPLES = rf"(?:(?!embed|need|seed|speed)[a-z]{{2,}}ed|{IRREGULAR})"
 # Alone, or with where or by whom: `learned`, `left_by`, `compared_on`; `kept_sizes` is a noun.
 BARE = re.compile(rf"_?{PARTICIPLES}(?:_(?:at|by|for|from|in|like|of|on|to|with))?")
 MOST_BARE = 0.01  # of all functions
