@@ -366,7 +366,7 @@ def another_slice(monkeypatch: pytest.MonkeyPatch) -> None:
         found = right(tensor, layouts, masks)
         return found.flip(1) if found is not None and tensor.shape == (3, 8) else found
 
-    monkeypatch.setattr(shrink, "sliced", wrong)
+    monkeypatch.setattr(shrink, "slice_tensor", wrong)
 
 
 @case(

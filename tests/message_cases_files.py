@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import graphprune as gp
 from graphprune import cli
-from graphprune.importance.sensitivity import _scans
+from graphprune.importance.sensitivity_scan import _scans
 from graphprune.utils.atomic_files import check_target_path, try_lock
 from tests.message_cases import X, case, net, said
 from tests.message_cases_checkpoints import shrunk, written

@@ -161,7 +161,7 @@ said(
 def a_profile_of_nothing(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
-            sys.modules["graphprune.runtime.latency.bench"], "profiled", lambda *_: []
+            sys.modules["graphprune.runtime.latency.bench"], "profile_nodes", lambda *_: []
         )
         gp.slim(net(), 0.5, X, of="latency")
 

@@ -142,3 +142,14 @@ class Hides(Breaks):
 
 said("breaks left a graph that is not well formed: .+", lambda: Breaks()(net(), X))
 said("hides changed the graph and said that it did not", lambda: Hides()(net(), X))
+
+
+@case(
+    "there is a pass 'fold-batch-norm' already, .*FoldBatchNorm; give tests.message_cases_passes.a_twin"
+    r"\.<locals>\.FoldBatchNorm another name"
+)
+def a_twin(_: Path) -> Any:
+    class FoldBatchNorm(gp.Pass):
+        pass
+
+    return FoldBatchNorm

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.importance.sensitivity import Sensitivity
+from graphprune.importance.sensitivity_scan import Sensitivity
 from graphprune.report.comparison import Comparison, ModelMeasurement
 from graphprune.utils.atomic_files import (
     check_target_path,
@@ -156,10 +156,10 @@ import os, random, sys, time
 from pathlib import Path
 sys.modules["graphprune"] = type(sys)("graphprune")  # without torch, which takes seconds
 sys.modules["graphprune"].__path__ = [sys.argv[1]]
-from graphprune.utils.atomic_files import alone
+from graphprune.utils.atomic_files import try_lock
 folder = Path(sys.argv[2])
 for _ in range(200):
-    with alone(folder / "lock", wait=60) as has_lock:
+    with try_lock(folder / "lock", wait=60) as has_lock:
         assert has_lock
         os.close(os.open(folder / "held", os.O_CREAT | os.O_EXCL))  # fails where another holds it too
         time.sleep(random.random() * 0.0005)
@@ -230,7 +230,6 @@ def test_a_lock_is_given_back_by_the_dead(tmp_path: Path) -> None:
         other.kill()
     with try_lock(lock) as first:
         assert first
-    assert not lock.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pt", "", ".SAFETENSORS"])

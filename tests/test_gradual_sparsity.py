@@ -176,8 +176,10 @@ def test_the_lasso_of_blocks_is_the_sum_of_their_norms_and_empties_them() -> Non
 
 
 def test_a_threshold_above_all_weights_leaves_some() -> None:
-    model = nn.Linear(100, 100)
-    schedule = gp.GradualSparsity(model, start=0, ramp=2, end=100, every=1, slope_ratio=50)
+    model, reference = nn.Linear(100, 100), nn.Linear(100, 100)
+    with torch.no_grad():
+        reference.weight.mul_(100)
+    schedule = gp.GradualSparsity(model, start=0, ramp=2, end=100, every=1, reference=reference)
     for _ in range(99):
         schedule.step()
     assert schedule.threshold("weight") > 1

@@ -80,7 +80,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
         found = {name: Latency(Spread(s, s, s, s), None, 1, 1) for name, s in whole.items()}
         return {str(runtimes[0]): found}
 
-    monkeypatch.setattr("graphprune.runtime.latency.bench.profiled", profile)
+    monkeypatch.setattr("graphprune.runtime.latency.bench.profile_nodes", profile)
     monkeypatch.setattr("graphprune.runtime.latency.bench.time_onnx", times)
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
     return seen
@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_read_is_no_cache(content: str, tmp_path: Path) -
     LatencyCache(Runtime(), tmp_path).add({"b": 2.0})
     assert LatencyCache(Runtime(), tmp_path).seconds == {"a": 1.0, "b": 2.0}
     assert LatencyCache(Runtime(threads=2), tmp_path).seconds == {}
-    assert list(tmp_path.iterdir()) == [path]
+    assert set(tmp_path.iterdir()) == {path, path.with_suffix(".lock")}
 
 
 def test_entries_that_no_measurement_gives_are_dropped(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.M
     cache = LatencyCache(Runtime(), tmp_path)
     cache.add({"a": 1.0})
     assert cache.seconds == {"a": 1.0}
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [cache.path.with_suffix(".lock")]
 
 
 def test_a_home_in_the_name_of_the_folder_is_meant(

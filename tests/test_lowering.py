@@ -169,7 +169,7 @@ def test_a_window_of_one_is_a_product_of_matrices_where_that_is_fastest(
     def chosen(shape: ConvolutionShape, runtime: Runtime) -> str:
         return shape.forms[-1]
 
-    monkeypatch.setattr("graphprune.passes.lower_sparse_connections.fastest", chosen)
+    monkeypatch.setattr("graphprune.passes.lower_sparse_connections.find_fastest_form", chosen)
     masked, _ = SparseConnections(0.5, share=16)(wide(padding=1), X)
     graph, _ = LowerSparseConnections()(masked, X)
     assert len(calls(graph, "matmul")) == 1

@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class RemoveDropout(gp.Pass):
-    """Remove dropout, as in the README."""
+    """Remove dropout, as in docs/pipelines.md."""
 
     says: bool = True
 

@@ -165,7 +165,7 @@ def test_steps_towards_a_latency_go_parts_of_the_way(monkeypatch: Any) -> None:
         targets.append(target_of(order, 10.0))
         return gp.slimmed(model, 0.0, inputs)
 
-    monkeypatch.setattr(gradual, "carried_out", cut)
+    monkeypatch.setattr(gradual, "run_slim", cut)
     list(gp.slim_gradually(mlp(), example_inputs=X, latency_ms=4.0, steps=3))
     assert targets == pytest.approx([8.0, 6.0, 4.0])
     targets.clear()

@@ -420,7 +420,7 @@ def test_a_wrong_slice_is_caught_by_verification(images: Tensor, monkeypatch: An
         return None if result is None else result.flip(0)
 
     right = tensors.slice_tensor
-    monkeypatch.setattr(tensors, "sliced", wrong)
+    monkeypatch.setattr(tensors, "slice_tensor", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Net(), 0.5, images, form="module")
 
@@ -511,7 +511,7 @@ def test_a_branch_that_is_zero_before_training_is_compared_all_the_same(
 
     right = tensors.slice_tensor
     gp.slim(Branch(), 0.5)
-    monkeypatch.setattr(tensors, "sliced", wrong)
+    monkeypatch.setattr(tensors, "slice_tensor", wrong)
     with pytest.raises(gp.VerificationError, match="differs by"):
         gp.slim(Branch(), 0.5, form="module")
 

@@ -10,7 +10,7 @@ from graphprune.importance.criteria import (
     scores,
 )
 from graphprune.importance.losses import check_loss, value_of
-from graphprune.importance.sensitivity import Sensitivity, sensitivity
+from graphprune.importance.sensitivity_scan import Sensitivity, sensitivity
 
 __all__ = [
     "CRITERIA",

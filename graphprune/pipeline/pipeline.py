@@ -44,6 +44,13 @@ class Pass:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        earlier = Pass.registry.get(cls.name(), cls)
+        # The same class may be defined anew: by a cell of a notebook, or by dataclass(slots=True).
+        if (earlier.__module__, earlier.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InvalidRequestError(
+                f"there is a pass {cls.name()!r} already, {earlier.__module__}.{earlier.__qualname__}; "
+                f"give {cls.__module__}.{cls.__qualname__} another name"
+            )
         Pass.registry[cls.name()] = cls
 
     def rewrite(self, program: Program) -> bool:
