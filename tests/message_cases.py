@@ -360,7 +360,7 @@ for check in (True, False):
 def another_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make shrinking keep other channels of the last layer than of the hidden one."""
     shrink = importlib.import_module("graphprune.shrink.tensors")
-    right = shrink.sliced
+    right = shrink.slice_tensor
 
     def wrong(tensor: Tensor, layouts: Any, masks: Any) -> Tensor | None:
         found = right(tensor, layouts, masks)
