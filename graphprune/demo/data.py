@@ -68,7 +68,7 @@ def unpack(compressed: Tensor) -> Tensor:
     """Return the pixels that `packed` compressed.
 
     >>> pixels = torch.arange(2 * 28 * 28).reshape(2, 28, 28).to(torch.uint8)
-    >>> torch.equal(unpacked(packed(pixels)), pixels)
+    >>> torch.equal(unpack(pack(pixels)), pixels)
     True
     """
     raw = zlib.decompress(compressed.numpy().tobytes())
