@@ -222,7 +222,7 @@ said(
 )
 def a_repair_that_does_harm(_: Path) -> None:
     repair = importlib.import_module("graphprune.compensation.compensate")._Repair
-    repaired = repair.repaired
+    repaired = repair.repair_layer
 
     def spoilt(self: Any, site: Any, *rest: Any) -> Any:
         result = repaired(self, site, *rest)
