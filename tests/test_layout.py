@@ -30,7 +30,6 @@ from graphprune.layout import (
     is_fixed,
     leaves,
     mark_renormalised,
-    regroup,
     resolve,
     size_of,
     split,
@@ -38,6 +37,7 @@ from graphprune.layout import (
     why_fixed,
 )
 from graphprune.masks import kept_size, mask_of, slots_of
+from graphprune.rules.reshape import regroup
 
 STEADY = settings(deadline=None, derandomize=True, database=None)
 WHY = Reason("a test", "aten.test", "net.layer", "test.py:1")

@@ -7,9 +7,10 @@ from math import prod
 
 import torch
 
-from graphprune.layout import Product, regroup, size_of
+from graphprune.layout import Product, size_of
 from graphprune.rules.pattern import pattern
 from graphprune.rules.registry import Call, Layouts, Rule, register, rule
+from graphprune.rules.reshape import regroup
 
 aten = torch.ops.aten
 

@@ -19,12 +19,12 @@ from graphprune.layout import (
     can_split,
     cut,
     is_fixed,
-    regroup,
     size_of,
     split,
 )
 from graphprune.rules.pattern import pattern
 from graphprune.rules.registry import Call, Layouts, rule
+from graphprune.rules.reshape import regroup
 
 aten = torch.ops.aten
 
