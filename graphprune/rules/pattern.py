@@ -26,12 +26,10 @@ class Operand:
     dims: tuple[tuple[str, ...], ...]
     star: str | None
     star_at: int
-    optional: bool
 
     @classmethod
     def parse(cls, text: str) -> Operand:
         """Return the operand written as `text`."""
-        optional = text.strip().endswith("?")
         # `b (g i) *s` has the dimensions `(b)` and `(g, i)`, and the star `s` at 2.
         words = text.replace("?", "").replace("(", " ( ").replace(")", " ) ").split()
         dims: list[tuple[str, ...]] = []
@@ -49,7 +47,7 @@ class Operand:
                 star, star_at = word[1:], len(dims)
             else:
                 dims.append((word,))
-        return cls(tuple(dims), star, star_at, optional)
+        return cls(tuple(dims), star, star_at)
 
     def fits(self, rank: int) -> bool:
         """Say whether a tensor of that rank can be read so."""

@@ -71,7 +71,7 @@ def choose(
     request: Request,
     *,
     losses: bool = False,
-    whole: Baseline | None = None,
+    baseline: Baseline | None = None,
     cost: Amount | None = None,
     final: bool = True,
 ) -> Plan:
@@ -84,7 +84,7 @@ def choose(
         request: what to cut.
         losses: the scores are amounts of a loss, so that channels of different groups compete by loss
             for each channel, parameter or MAC saved; else by the scores as they are.
-        whole: what the ratio is a fraction of, where the graph is of a model that was cut before.
+        baseline: what the ratio is a fraction of, where the graph is of a model that was cut before.
         cost: what the ratio counts, where that is no count of channels, parameters or MACs.
         final: whether no further cut follows, which would come nearer to what is wanted in the end.
 
@@ -94,23 +94,20 @@ def choose(
     """
     selected = selection(graph, request)
     groups = [group for group in graph.groups if selected.may_cut(group)]
-    overruled = (
-        selected.why_overruled() if whole is None else ""
-    )  # of several cuts, the first says it
-    if overruled:
-        warn(overruled)
+    if baseline is None:  # of several cuts the first says it
+        _warn_of_overruled(selected)
     if not groups and request.ratio > 0:
         warn(why_nothing_is_cut(graph, selected))
     cost = cost or _cost(graph, groups, request.of)
-    whole = Baseline.of(graph, request, cost.total()).or_before(whole)
-    choice = _Choice(groups, request, losses, whole, cost)
+    baseline = Baseline.of(graph, request, cost.total()).or_before(baseline)
+    choice = _Choice(groups, request, losses, baseline, cost)
     keep = choice.kept_slots(scores_without)
     inexact = [g.name for g in groups if not g.exact and len(keep[g.name]) < g.size]
     if inexact:
         warn(why_inexact(graph, inexact))
     if groups and final and request.of != "latency":  # of which the measurement will tell
-        shortfall = Shortfall(graph, groups, choice.options, keep, cost, whole.total, request)
-        why = shortfall.why(whole.sizes)
+        shortfall = Shortfall(graph, groups, choice.options, keep, cost, baseline.total, request)
+        why = shortfall.why(baseline.sizes)
         if why:
             warn(
                 f"asked to remove {percent(request.ratio)} of {request.of}, {why}{shortfall.advice()}"
@@ -123,14 +120,19 @@ class _Choice:
     """How many slots each group keeps, and which: a request, applied to groups that it lets be cut."""
 
     def __init__(
-        self, groups: Sequence[Group], request: Request, losses: bool, whole: Baseline, cost: Amount
+        self,
+        groups: Sequence[Group],
+        request: Request,
+        losses: bool,
+        baseline: Baseline,
+        cost: Amount,
     ) -> None:
         self.groups, self.request, self.losses = groups, request, losses
-        self.whole, self.cost = whole, cost
+        self.baseline, self.cost = baseline, cost
         self.sizes = {group.name: group.size for group in groups}
         # What may be kept: the numbers allowed before any cut, as far as they are left, and all slots.
         self.options = {
-            name: [option for option in whole.options[name] if option < size] + [size]
+            name: [option for option in baseline.options[name] if option < size] + [size]
             for name, size in self.sizes.items()
         }
 
@@ -151,7 +153,7 @@ class _Choice:
         """Return how many slots each group keeps where the share given is to be left of the whole."""
         if self.request.is_by_group:
             return {
-                name: nearest(options, self.whole.sizes[name] * share)
+                name: nearest(options, self.baseline.sizes[name] * share)
                 for name, options in self.options.items()
             }
         if not self.request.is_global:
@@ -160,8 +162,14 @@ class _Choice:
         elif self.losses:
             counts = {name: len(slots) for name, slots in keep.items()}
             scores = per_cost(self.groups, scores, self.options, self.cost, counts)
-        target = self.whole.total * (share + ROUNDING)
+        target = self.baseline.total * (share + ROUNDING)
         return allocate_by_score(self.groups, scores, self.options, self.cost, target)
+
+
+def _warn_of_overruled(selected: Selection) -> None:
+    why = selected.why_overruled()
+    if why:
+        warn(why)
 
 
 def _cost(graph: Dependencies, groups: Sequence[Group], unit: Unit) -> Cost:
@@ -179,7 +187,7 @@ def _of_what_is_left(scores: Scores, keep: Mapping[str, Sequence[int]]) -> Score
 
 
 def selection(graph: Dependencies, request: Request) -> Selection:
-    """Return which groups a request names, its modules by their names (`Request.named`).
+    """Return which groups a request names, its modules by their names (`Request.with_names`).
 
     Raises:
         InvalidRequestError: a pattern fits nothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graphprune.errors import listed
 from graphprune.groups.cost import Amount
 from graphprune.groups.groups import Dependencies, Group
 from graphprune.groups.name_patterns import Selection
@@ -45,10 +46,9 @@ def why_nothing_is_cut(graph: Dependencies, selected: Selection) -> str:
 def why_inexact(graph: Dependencies, names: Sequence[str]) -> str:
     """Return which operators take a statistic over channels of the groups named."""
     operators = {r.operator for n in names for r in graph.by_name[n].renormalised}
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
         f"{', '.join(sorted(operators))} takes a statistic over channels that are cut, now over fewer of "
-        f"them, so the slim model differs from the silenced original; groups: {shown}"
+        f"them, so the slim model differs from the silenced original; groups: {listed(names)}"
     )
 
 

@@ -75,16 +75,12 @@ def in_form(form: Form, job: Job) -> Slimmed:
         strategies = STRATEGIES
     else:
         strategies = STRATEGIES[:1] if job.check else UNCHECKED_MODULE_STRATEGIES
-    failure: GraphPruneError | None = None
+    failure = GraphPruneError("no strategy was tried")
     for strategy, gives_up_with in strategies:
         try:
-            result = strategy(job, graph, plan, str(failure))
+            return strategy(job, graph, plan, failure)
         except gives_up_with as reason:
             failure = reason
-        else:
-            if result is not None:
-                return result
-    assert failure is not None  # the first strategy returns a result or raises
     raise failure
 
 
@@ -212,13 +208,16 @@ def _report_ambiguous(unclear: Mapping[HeldNumber, tuple[int, ...]]) -> tuple[Am
     return ambiguous
 
 
-def as_module_with_fewer_groups(job: Job, graph: DependencyGraph, plan: Plan) -> Slimmed | None:
+def as_module_with_fewer_groups(
+    job: Job, graph: DependencyGraph, plan: Plan, untraceable: GraphPruneError
+) -> Slimmed:
     """Return the model's own class, cut only where no size in its code could be in the way.
 
     The heads of nn.MultiheadAttention are cut where that works: most of its sizes follow.
 
-    Returns:
-        None where that leaves nothing to cut, or the code does not follow all the same.
+    Raises:
+        GraphPruneError: why the graph form failed, where that leaves nothing to cut or the code does not
+            follow all the same.
 
     """
     sizes = count_kept_slots(plan.masks(graph))
@@ -237,7 +236,7 @@ def as_module_with_fewer_groups(job: Job, graph: DependencyGraph, plan: Plan) ->
             "cannot be rewritten, since torch.export cannot trace it"
         )
         return result
-    return None
+    raise untraceable
 
 
 def as_graph(job: Job, why: str, others: Sequence[OtherRun] = ()) -> Slimmed:
@@ -365,17 +364,17 @@ def _find_unused_groups(on_data: DependencyGraph, plan: Plan, graph: DependencyG
     return names
 
 
-Strategy: TypeAlias = Callable[[Job, DependencyGraph, Plan, str], Slimmed | None]
-"""Carries a plan out in one form, given why the one before failed; None where it has nothing to offer."""
+Strategy: TypeAlias = Callable[[Job, DependencyGraph, Plan, GraphPruneError], Slimmed]
+"""Carries a plan out in one form, given how the strategy before it failed."""
 
 # How a plan is carried out, and the error after which the next strategy is tried.
 STRATEGIES: tuple[tuple[Strategy, type[GraphPruneError]], ...] = (
     # The model's own class: tensors sliced, and the sizes that its modules hold made true.
     (lambda job, graph, plan, _: as_module(job, graph, plan), VerificationError),
     # A graph, in which every size is an argument that can be rewritten: for code that writes sizes down.
-    (lambda job, graph, _, why: as_graph(job, why, graph.inference.others), CaptureError),
+    (lambda job, graph, _, why: as_graph(job, str(why), graph.inference.others), CaptureError),
     # The class again, less the groups whose sizes its code may hold: for code that nothing can trace.
-    (lambda job, graph, plan, _: as_module_with_fewer_groups(job, graph, plan), CaptureError),
+    (as_module_with_fewer_groups, CaptureError),
 )
 
 # Where the class is asked for and nothing verified, a model that takes another way is taken at its word.

@@ -117,10 +117,8 @@ def _has_nan(parameter: Tensor) -> bool:
         return False
     try:
         return bool(parameter.isnan().any())
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # of the smallest types, and of tensors of other kinds
+    except (RuntimeError, NotImplementedError):
+        # The smallest types and tensors of other kinds cannot be asked.
         return False
 
 

@@ -335,7 +335,7 @@ class PlanCache:
             scores_without,
             request,
             losses=losses,
-            whole=baseline,
+            baseline=baseline,
             cost=cost,
             final=self.order.way == 1,
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from graphprune.errors import warn
+from graphprune.errors import listed, warn
 from graphprune.onnx_export.export import Feed
 from graphprune.onnx_export.providers import Runtime
 from graphprune.runtime.timing import time_onnx
@@ -35,9 +35,7 @@ def benchmark_variants(
 def warn_of_slow(kind: str, layers: Sequence[str], runtime: Runtime, advice: str = "") -> None:
     """Warn of sparse layers, in words, that are fastest as they are."""
     if layers:
-        warn(
-            f"sparse {kind} that run no faster on {runtime} stay dense: {_format_names(layers)}{advice}"
-        )
+        warn(f"sparse {kind} that run no faster on {runtime} stay dense: {listed(layers)}{advice}")
 
 
 def warn_of_isolated_zeros(kind: str, layers: Sequence[str]) -> None:
@@ -45,10 +43,6 @@ def warn_of_isolated_zeros(kind: str, layers: Sequence[str]) -> None:
     if layers:
         warn(
             f"the zeros of {kind} stand alone, in no blocks of several rows, so they gain no time: "
-            f"{_format_names(layers)}; export(..., sparse_weights=True) makes the file smaller, and "
+            f"{listed(layers)}; export(..., sparse_weights=True) makes the file smaller, and "
             "blocks, as of SparseRecurrent or GradualSparsity(block=(32, 32), balanced=True), the time"
         )
-
-
-def _format_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
