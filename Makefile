@@ -35,6 +35,7 @@ types: $(INSTALLED) ## do the strict types hold?
 	$(BIN)/mypy
 
 docs: $(INSTALLED) ## build the pages in docs/ and the reference of the API
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
 
 # An environment of its own: what is tried is that the bounds in pyproject.toml are true.
