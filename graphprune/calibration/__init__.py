@@ -1,1 +1,1 @@
-"""Batches of data, and running a model on them."""
+"""Batches of data, to choose by and to repair on, each process with its share."""

@@ -387,7 +387,7 @@ def _compare_with_fused(model: nn.Module, graph_module: fx.GraphModule, inputs: 
     if not fused_modules(model) or _has_no_data(model):
         return
     with silence_torch(), fixed_seed():
-        # without `plain_kernels`, as the user's own call runs it
+        # without `reference_kernels`, as the user's own call runs it
         fused_outputs = list(output_tensors(call(model, inputs)))
     with fixed_seed():
         graph_outputs = list(output_tensors(call(graph_module, inputs)))

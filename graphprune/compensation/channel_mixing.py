@@ -119,7 +119,7 @@ class Mixing:
 
         Args:
             matrix: `[outputs, original features]`, float64.
-            mixture: from `fitted`.
+            mixture: from `fit_mixture`.
 
         """
         # [outputs, before, original channels, after]

@@ -65,7 +65,7 @@ def pack(pixels: Tensor) -> Tensor:
 
 
 def unpack(compressed: Tensor) -> Tensor:
-    """Return the pixels that `packed` compressed.
+    """Return the pixels that `pack` compressed.
 
     >>> pixels = torch.arange(2 * 28 * 28).reshape(2, 28, 28).to(torch.uint8)
     >>> torch.equal(unpack(pack(pixels)), pixels)

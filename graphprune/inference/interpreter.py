@@ -36,10 +36,8 @@ _LIBRARY_FOLDERS = tuple(
     os.path.join(folder, "")
     for folder in (Path(torch.__file__).parent, Path(__file__).absolute().parents[1])
 )
-_GENERATED_SOURCES = (
-    "<eval_with_key>",
-    "<frozen ",
-)  # a notebook's cells may be called "<ipython-input-...>"
+# Names of code that no file holds; a notebook's cells, which are the user's, may be "<ipython-input-...>".
+_GENERATED_SOURCES = ("<eval_with_key>", "<frozen ")
 
 
 class Interpretation(TorchDispatchMode):

@@ -17,12 +17,7 @@ def operator_id(number: int) -> str:
 
 
 def to_networkx(dependencies: Dependencies) -> nx.MultiDiGraph:
-    """Return operators and tensors as nodes, and the flow of values between them as edges.
-
-    All attributes are texts, so that every format can hold them. Nodes carry `kind` ("operator",
-    "parameter", "buffer", "input", "output", "constant"), `label`, `module`, `source`, `layout` (in
-    words, a dimension each) and `groups` (what of it can be cut); edges carry `layout` and `groups`.
-    """
+    """Return operators and tensors with the values between them; see `DependencyGraph.to_networkx`."""
     inference = dependencies.inference
     network = nx.MultiDiGraph()
 

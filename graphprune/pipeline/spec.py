@@ -126,7 +126,7 @@ def _instantiate(name: str, kind: type[Made], options: Mapping[str, Any]) -> Mad
 
 
 def format_spec(name: str, instance: Any) -> str:
-    """Return a dataclass as `read` reads it; options that have their default are left out.
+    """Return a dataclass as `parse_spec` reads it; options that have their default are left out.
 
     Raises:
         InvalidRequestError: an option is not a number, a text or a tuple of these.

@@ -73,7 +73,7 @@ def open_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def draft_file(path: Path) -> Iterator[Path]:
-    """Give the path of an empty file beside, for writers that take a path; see `written_whole`.
+    """Give the path of an empty file beside, for writers that take a path; see `open_atomically`.
 
     Its name is one that nobody knows beforehand. It has the mode of the file that it replaces, or else that
     of any new file. A link at `path` is replaced, not followed; what is no file, as `/dev/null` is not, is

@@ -38,7 +38,7 @@ def read(path: Path, *, finite: bool = True) -> Any:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: as for `parsed`.
+        ValueError: as for `parse_json`.
 
     """
     return parse_json(path.read_bytes(), finite=finite)
